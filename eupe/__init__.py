@@ -1,0 +1,1 @@
+"""The science of EUPE distillation; knows nothing of storage, Ray or Prefect."""

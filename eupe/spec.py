@@ -1,0 +1,157 @@
+"""Specs: the frozen, fingerprinted description of everything a cached feature depends on.
+
+Torch-free, so that `cache` may import it. A *Spec* is identity; a *Config* (in `pipelines.config`)
+also says where things lie and how fast to work, which is never identity (DESIGN.md, law 1).
+"""
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from eupe import fingerprint as fp
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Library = Literal["timm", "open_clip", "eupe"]
+SummaryKind = Literal["class_token", "attention_pool", "average_pool", "mean_patches"]
+CodecName = Literal["float32", "float16", "bfloat16", "int8", "rot4", "rot3", "rot2"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", max_length=80)]
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=80)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Triple = tuple[float, float, float]
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+
+class Spec(BaseModel):
+    """A frozen value that refuses unknown fields and has a fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of this spec's canonical JSON (64 hexadecimal digits)."""
+        return fp.fingerprint(self.model_dump(mode="json"))
+
+
+class DatasetSpec(Spec):
+    """Which samples: a name and the rule that turns a stored image into its sample_id."""
+
+    name: DatasetName
+    key_rule: Literal["path-stem"] = "path-stem"
+
+
+class CentreView(Spec):
+    """One view a sample: shorter side resized to the canvas, centre square kept."""
+
+    kind: Literal["centre"] = "centre"
+    canvas: int = Field(512, ge=16, description="side of the square canvas, pixels")
+    background: tuple[int, int, int] = Field((255, 255, 255), description="under transparency, RGB")
+
+
+class AugmentedView(Spec):
+    """The paper's five augmentations (EUPE, Sec. 4), drawn once per view on the canvas.
+
+    Deviation: the paper names the augmentations and not their ranges; the defaults are the usual
+    ones of self-distillation (DINO's first global view), marked assumed in docs/paper_map.md.
+    """
+
+    kind: Literal["augmented"] = "augmented"
+    seed: int = 0
+    canvas: int = Field(512, ge=16, description="side of the square canvas, pixels")
+    background: tuple[int, int, int] = Field((255, 255, 255), description="under transparency, RGB")
+    crop_area: tuple[float, float] = Field((0.32, 1.0), description="share of the picture's area")
+    crop_aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height")
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    jitter_probability: float = Field(0.8, ge=0, le=1)
+    brightness: float = Field(0.4, ge=0, le=1, description="factor drawn from 1 -+ this")
+    contrast: float = Field(0.4, ge=0, le=1, description="factor drawn from 1 -+ this")
+    saturation: float = Field(0.2, ge=0, le=1, description="factor drawn from 1 -+ this")
+    hue: float = Field(0.1, ge=0, le=0.5, description="turn of the colour circle, drawn from -+")
+    blur_probability: float = Field(0.5, ge=0, le=1)
+    blur_sigma: tuple[float, float] = Field((0.2, 4.0), description="canvas pixels")
+    solarize_probability: float = Field(0.1, ge=0, le=1)
+    solarize_threshold: int = Field(128, ge=0, le=255)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentedView":
+        for field in ("crop_area", "crop_aspect", "blur_sigma"):
+            low, high = getattr(self, field)
+            if not 0 < low <= high:
+                raise ValueError(f"{field} = ({low}, {high}): wants 0 < low <= high")
+        if self.crop_area[1] > 1:
+            raise ValueError(f"crop_area = {self.crop_area}: a crop is at most the whole picture, 1")
+        return self
+
+
+ViewPolicy = Annotated[CentreView | AugmentedView, Field(discriminator="kind")]
+
+
+class EncoderSpec(Spec):
+    """A network read as an encoder: how pixels go in and which tokens come out.
+
+    `pixel_mean` and `pixel_std` are on the [0, 1] scale. `layer` is None for the final features;
+    for a CNN the stride of the intermediate map to take as patches (16, say), for a ViT the index
+    of a block.
+    """
+
+    library: Library = "timm"
+    architecture: str
+    pixel_mean: Triple = IMAGENET_MEAN
+    pixel_std: Triple = IMAGENET_STD
+    summary: SummaryKind = "class_token"
+    layer: int | None = None
+    model_arguments: dict[str, int | float | bool | str | None] = {}
+
+
+class TeacherSpec(Spec):
+    """A frozen encoder with its weights and compute dtype: who made the features."""
+
+    name: Name
+    encoder: EncoderSpec
+    weights: Sha256 = Field(description="digest of the state dict, see eupe.teachers")
+    dtype: Dtype = "float32"
+
+
+class CodecSpec(Spec):
+    """How features are stored. `fit` names the rule that fits its scaling, if it has one."""
+
+    name: CodecName = "float16"
+    fit: str | None = Field(None, description="None for plain dtypes; set by cache.codec")
+
+
+class StoreSpec(Spec):
+    """One feature store: every (sample, view) of a dataset through one teacher at one resolution."""
+
+    format: Literal[1] = 1
+    dataset: DatasetSpec
+    views: ViewPolicy
+    teacher: TeacherSpec
+    codec: CodecSpec
+    resolution: int = Field(ge=1, description="side of the square input, pixels")
+    grid: tuple[int, int] = Field(description="patch tokens, (rows, columns)")
+    patch_dim: int = Field(ge=1)
+    summary_dim: int = Field(ge=1)
+
+    def views_hash(self) -> str:
+        """Name of the views directory: the policy with its canvas and seed."""
+        return views_hash(self.views)
+
+    def teacher_directory(self) -> str:
+        """Name of the teacher directory: everything but the resolution."""
+        identity = {
+            "teacher": self.teacher.model_dump(mode="json"),
+            "codec": self.codec.model_dump(mode="json"),
+        }
+        return f"{self.teacher.name}-{fp.short(fp.fingerprint(identity))}"
+
+    def directory(self) -> PurePosixPath:
+        """Path of the store inside a cache root (docs/store_format.md)."""
+        return PurePosixPath(
+            self.dataset.name, self.views_hash(), self.teacher_directory(), str(self.resolution)
+        )
+
+
+def views_hash(policy: CentreView | AugmentedView) -> str:
+    """Name of a view policy's directory inside a dataset."""
+    return fp.short(policy.fingerprint())

@@ -1,0 +1,1 @@
+"""The orchestration: Prefect flows, deployments, the command line and the local stack."""

@@ -1,0 +1,1 @@
+"""The work: image sources, extraction actors, training and evaluation."""

@@ -1,0 +1,312 @@
+"""Run configuration: typed, frozen, owned here; overrides are parsed once, at the edge.
+
+A configuration says where things lie and how fast to work. The part of it that a feature depends
+on is turned into an `eupe.spec` (identity) when weights have been read and hashed.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, model_validator
+
+from eupe.spec import (
+    CentreView,
+    CodecName,
+    DatasetName,
+    Dtype,
+    EncoderSpec,
+    Name,
+    Spec,
+    ViewPolicy,
+)
+
+StageName = Literal["stage1", "stage2", "stage3"]
+PROXY = "proxy"
+"""Name under which a stage lists the proxy as its teacher."""
+
+
+class SourceConfig(Spec):
+    """Where images lie: class folders, WebDataset tars or Parquet files with image bytes."""
+
+    kind: Literal["folder", "webdataset", "parquet"]
+    path: str = Field(description="folder, file, or glob of files; relative to the working folder")
+    image_column: str = Field("image", description="parquet: struct {bytes, path} or binary")
+    key_column: str | None = Field(None, description="parquet: sample_id; else the image's path")
+    label_columns: tuple[str, ...] = Field((), description="parquet: columns kept as labels")
+    where: dict[str, str] = Field({}, description="keep samples whose labels equal these")
+
+
+class DatasetConfig(Spec):
+    """A named set of images and, in a mix, the share of heterogeneous batches it fills."""
+
+    name: DatasetName
+    source: SourceConfig
+    share: float = Field(1.0, gt=0)
+
+
+class TeacherConfig(Spec):
+    """A teacher as a recipe names it; `weights` says where the file is, which is not identity.
+
+    weights: `package:<python package>/<file>`, `file:<path>` (safetensors or a weights-only
+    checkpoint), `hub` (timm's or open_clip's own download), `random:<seed>`, or
+    `checkpoint:<directory>` for a checkpoint of ours.
+    """
+
+    name: Name
+    encoder: EncoderSpec
+    weights: str
+    dtype: Dtype = "float32"
+    resolutions: tuple[int, ...] = Field(min_length=1, description="cached at these, pixels")
+    codec: CodecName = "float16"
+
+
+class StudentConfig(Spec):
+    """A network to train. `weights` as in TeacherConfig; None starts from timm's initialisation."""
+
+    name: Name
+    encoder: EncoderSpec
+    weights: str | None = None
+
+
+class ExtractionConfig(Spec):
+    """How caches are built: execution, never identity (but for what provenance records)."""
+
+    rows_per_shard: int | None = Field(
+        None, ge=1, description="None: the largest patches array gives about 256 MB a shard"
+    )
+    moments_samples: int = Field(1024, ge=2, description="samples that moments are measured on")
+    compute_batch: int = Field(32, ge=1, description="padded batch of the teacher's forward")
+    actors: int = Field(1, ge=1)
+    cpus_per_actor: float = Field(2, gt=0)
+    gpus_per_actor: float = Field(0, ge=0)
+    decode_threads: int = Field(2, ge=1)
+    max_failure_share: float = Field(0.01, ge=0, le=1, description="of invalid rows in a build")
+
+
+class LossConfig(Spec):
+    """Eq. 4-7 of EUPE (arXiv:2603.22387)."""
+
+    alpha: float = Field(0.9, ge=0, description="weight of the patches' cosine loss (paper)")
+    beta: float = Field(0.1, ge=0, description="weight of the patches' smooth L1 (paper)")
+    smooth_l1_beta: float = Field(1.0, gt=0, description="not stated in the paper; assumed")
+    gamma: dict[str, float] = Field({}, description="teacher -> factor of its patch term (Eq. 7)")
+
+
+class OptimizerConfig(Spec):
+    """AdamW. The paper states lr and weight decay only."""
+
+    lr: float = Field(2e-5, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = Field(1.0, gt=0, description="None: no clipping")
+
+
+class StageConfig(Spec):
+    """One stage of distillation: who learns from whom, at which scales, for how long."""
+
+    stage: StageName
+    teachers: tuple[str, ...] = Field(min_length=1, description=f"expert names, or ('{PROXY}',)")
+    student: Literal["student", "proxy"] = "student"
+    teacher_scales: dict[str, tuple[int, ...]] = Field(
+        description="teacher -> resolutions drawn from; one entry means fixed"
+    )
+    student_scales: tuple[int, ...] = Field(min_length=1)
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    micro_batch: int = Field(ge=1, description="at the smallest student scale")
+    head_hidden: int = Field(3072, ge=1)
+    normaliser: Literal["zscore", "phi-s"] = "zscore"
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warmup_steps: int = Field(0, ge=0)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int | None = Field(None, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    initial: StageName | None = Field(None, description="start from that stage's checkpoint")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "StageConfig":
+        if set(self.teachers) != set(self.teacher_scales):
+            raise ValueError(
+                f"teacher_scales names {sorted(self.teacher_scales)}, teachers {self.teachers}: "
+                "every teacher needs its scales"
+            )
+        return self
+
+
+class WorkersConfig(Spec):
+    """How training is spread: one process here, or Ray Train workers."""
+
+    count: int = Field(1, ge=1)
+    use_gpu: bool = False
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    loader_threads: int = Field(2, ge=1)
+    prefetch_batches: int = Field(4, ge=1)
+
+
+class EvaluationConfig(Spec):
+    """kNN by a label over held-out queries, and cosine to the teachers on held-out images."""
+
+    label: str = "label"
+    k: int = Field(10, ge=1)
+    resolution: int = Field(ge=1, description="of the student's input, pixels")
+    batch: int = Field(64, ge=1)
+
+
+class Recipe(Spec):
+    """Everything a distillation run does, from images to report."""
+
+    name: Name
+    run_directory: str = Field(description="everything but caches is written below it")
+    cache_root: str
+    seed: int = 0
+    train: tuple[DatasetConfig, ...] = Field(min_length=1)
+    homogeneous: dict[str, float] = Field({}, description="dataset -> chance of a batch of its own")
+    held_out: DatasetConfig
+    views: ViewPolicy
+    num_views: int = Field(1, ge=1)
+    held_out_views: CentreView
+    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
+    proxy: StudentConfig | None = None
+    proxy_dtype: Dtype = "bfloat16"
+    student: StudentConfig
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    extraction: ExtractionConfig = ExtractionConfig()
+    workers: WorkersConfig = WorkersConfig()
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        cached = {teacher.name: set(teacher.resolutions) for teacher in self.teachers}
+        for stage in self.stages:
+            for name in stage.teachers:
+                if name == PROXY:
+                    continue
+                if name not in cached:
+                    raise ValueError(f"{stage.stage}: teacher {name!r} is none of {sorted(cached)}")
+                missing = set(stage.teacher_scales[name]) - cached[name]
+                if missing:
+                    raise ValueError(
+                        f"{stage.stage}: teacher {name!r} is not cached at {sorted(missing)}"
+                    )
+        if self.num_views > 1 and self.views.kind == "centre":
+            raise ValueError(f"num_views = {self.num_views}: a centre view has only view 0")
+        return self
+
+    def stage(self, name: StageName) -> StageConfig:
+        """Return the stage of that name.
+
+        Raises:
+            ValueError: this recipe has no such stage.
+        """
+        for stage in self.stages:
+            if stage.stage == name:
+                return stage
+        have = ", ".join(stage.stage for stage in self.stages)
+        raise ValueError(f"recipe {self.name} has no {name}; it has {have}")
+
+    def teacher(self, name: str) -> TeacherConfig:
+        """Return the expert teacher of that name."""
+        for teacher in self.teachers:
+            if teacher.name == name:
+                return teacher
+        raise ValueError(f"recipe {self.name} has no teacher {name!r}")
+
+    @property
+    def directory(self) -> Path:
+        """The run directory as a path."""
+        return Path(self.run_directory)
+
+
+Override = Annotated[str, Field(pattern=r"^[^=]+=.*$")]
+
+
+def override(recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
+    """Return the recipe with `path.to.field=value` overrides applied and checked.
+
+    List items are addressed by number (`stages.0.steps=10`) or, for stages, teachers and train
+    sets, by name (`stages.stage2.steps=10`). Values are YAML.
+
+    Raises:
+        ValueError: a field that does not exist (naming the nearest that does) or a value that does
+            not fit it.
+    """
+    tree = recipe.model_dump(mode="json")
+    for item in overrides:
+        path, separator, _ = item.partition("=")
+        if not separator:
+            raise ValueError(f"override {item!r}: wants path.to.field=value")
+        resolved = _resolve(tree, path.strip())
+        try:
+            update = OmegaConf.from_dotlist([f"value={item.partition('=')[2]}"])
+            value = OmegaConf.to_container(update)["value"]  # type: ignore[index, call-overload]
+        except OmegaConfBaseException as error:
+            raise ValueError(f"override {item!r}: {error}") from error
+        target: object = tree
+        for key in resolved[:-1]:
+            target = target[key]  # type: ignore[index]
+        target[resolved[-1]] = value  # type: ignore[index]
+    return validated(tree)
+
+
+def validated(tree: object) -> Recipe:
+    """Build a recipe from plain data, with every fault in one sentence.
+
+    Raises:
+        ValueError: what is wrong and where.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc']) or 'recipe'}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise ValueError(faults) from error
+
+
+def _resolve(tree: object, path: str) -> list[str | int]:
+    """Turn a dotted path into keys of the tree, refusing a field that is not there."""
+    node, keys = tree, list[str | int]()
+    free = False  # below a field that maps names to values, new names are allowed
+    for part in re.split(r"\.", path):
+        if isinstance(node, dict):
+            if part not in node and not free:
+                raise ValueError(_no_such(path, part, [str(key) for key in node]))
+            keys.append(part)
+            free = part in ("where", "gamma", "homogeneous", "model_arguments", "teacher_scales")
+            node = node.get(part)
+        elif isinstance(node, list):
+            names = [_item_name(item, index) for index, item in enumerate(node)]
+            if part.isdigit() and int(part) < len(node):
+                index = int(part)
+            elif part in names:
+                index = names.index(part)
+            else:
+                raise ValueError(_no_such(path, part, names))
+            keys.append(index)
+            node = node[index]
+        else:
+            raise ValueError(f"override {path!r}: {keys[-1]!r} is a plain value, {part!r} is not in it")
+    return keys
+
+
+def _item_name(item: object, index: int) -> str:
+    if isinstance(item, dict):
+        return str(item.get("stage") or item.get("name") or index)
+    return str(index)
+
+
+def _no_such(path: str, part: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(part, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
+    return f"override {path!r}: no field {part!r}; {hint}"
