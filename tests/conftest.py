@@ -1,0 +1,94 @@
+"""What every test runs under: nothing reaches the network, nothing outlives the test session."""
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SESSION = secrets.token_hex(8)
+PRIVATE = Path(tempfile.mkdtemp(prefix="eupe-tests-"))  # Prefect's and Ray's homes, never yours
+GRACE_SECONDS = 20.0  # Ray's and Prefect's children need a moment to follow their parent
+
+# Set before anything imports Ray or Prefect: both read their settings once, at import.
+# A variable that every child inherits also finds those that were re-parented (see `survivors`).
+os.environ.update(
+    EUPE_TEST_SESSION=SESSION,
+    PREFECT_HOME=str(PRIVATE / "prefect"),
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="90",
+    DO_NOT_TRACK="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN_PATH=str(PRIVATE / "ray_token"),
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="Agg",
+)
+for name in ("PREFECT_API_URL", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "EUPE_HOME"):
+    os.environ.pop(name, None)
+TOKEN = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+TOKEN.touch(mode=0o600)
+TOKEN.write_text(secrets.token_hex(32))
+
+
+def survivors() -> list[psutil.Process]:
+    """Every process of this test session other than this one, re-parented ones included."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            ours = process.environ().get("EUPE_TEST_SESSION") == SESSION
+            if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:  # gone meanwhile, or another user's
+            continue
+    return found
+
+
+def describe(process: psutil.Process) -> str:
+    """Name a process for a failure message."""
+    try:
+        return f"{process.pid} {' '.join(process.cmdline())[:120]}"
+    except psutil.Error:
+        return f"{process.pid} (gone)"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_session() -> Iterator[None]:
+    """Fail the session if a process that a test started is still alive at its end, and end it."""
+    yield
+    deadline = time.monotonic() + GRACE_SECONDS
+    while (left := survivors()) and time.monotonic() < deadline:
+        psutil.wait_procs(left, timeout=0.5)
+    names = [describe(process) for process in left]
+    for process in left:
+        process.kill()
+    shutil.rmtree(PRIVATE, ignore_errors=True)
+    assert not names, "processes left behind: " + "; ".join(names)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Start one local Ray for all in-process tests that need it: two CPUs, no dashboard."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def emoji() -> Path:
+    """The demo's images."""
+    return ROOT / "examples/emoji/emoji.parquet"

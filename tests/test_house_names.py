@@ -1,0 +1,97 @@
+"""The naming rule: a module says what it is for, and shadows nothing."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("eupe", "cache", "pipelines", "flows")
+EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def dependencies() -> set[str]:
+    """Import names of everything pyproject.toml asks for (extras included)."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    distributions = {distribution(item) for item in wanted}
+    modules = {
+        module.lower()
+        for module, owners in metadata.packages_distributions().items()
+        if distributions & {distribution(owner) for owner in owners}
+    }
+    return distributions | modules
+
+
+def distribution(requirement: str) -> str:
+    """Distribution name of a requirement line, in its normal form."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match, requirement
+    return re.sub(r"[-_.]+", "_", match[0]).lower()
+
+
+def faults(stem: str, taken: set[str]) -> list[str]:
+    found = []
+    if stem in EMPTY_NAMES or any(part in EMPTY_NAMES for part in stem.split("_")):
+        found.append(f"{stem}: says nothing")
+    if stem in ROOMS:
+        found.append(f"{stem}: is a room")
+    if stem in sys.stdlib_module_names:
+        found.append(f"{stem}: is in the standard library")
+    if stem in taken:
+        found.append(f"{stem}: is a dependency")
+    return found
+
+
+def modules() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("[a-z]*.py"))]
+
+
+def test_module_names_say_something_and_shadow_nothing():
+    taken = dependencies()
+    assert [fault for path in modules() for fault in faults(path.stem, taken)] == []
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["utils", "image_utils", "common", "cache", "codecs", "types", "ray", "torch", "yaml_misc"],
+)
+def test_the_naming_rule_can_be_broken(stem: str):
+    assert faults(stem, dependencies()) != []
+
+
+def test_every_file_opens_with_its_responsibility():
+    mute = [
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert mute == []
+
+
+def test_tests_are_flat_and_named_after_a_room():
+    stray = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name != "conftest.py"
+        and (
+            path.parent != ROOT / "tests"
+            or path.name.split("_")[1] not in {*ROOMS, "house", "examples", "benchmarks"}
+        )
+    ]
+    assert stray == []
+
+
+def test_no_file_is_longer_than_anyone_reads():
+    ceiling = 400  # house rule 1
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in modules()
+        if (lines := len(path.read_text().splitlines())) > ceiling
+    }
+    assert long == {}
