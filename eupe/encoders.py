@@ -1,0 +1,306 @@
+"""Encoders: a timm or open_clip network read as pixels -> (summary, patches)."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import open_clip
+import timm
+import torch
+from jaxtyping import Float, Real
+from open_clip.model import _build_vision_tower  # no public way builds a tower without its text
+from torch import Tensor, nn
+
+from eupe.spec import EncoderSpec
+
+# The timm families whose positions follow the input's size when asked (dynamic_img_size).
+_RESIZABLE_MODULES = ("timm.models.eva", "timm.models.vision_transformer")
+
+
+class Features(NamedTuple):
+    """What an encoder says of a batch of pictures.
+
+    A NamedTuple, so that DDP, FSDP2 and torch.compile see the tensors inside.
+
+    Attributes:
+        summary: the global token, [B, D].
+        patches: patch tokens on their grid, [B, H, W, D2].
+    """
+
+    summary: Float[Tensor, "b d"]
+    patches: Float[Tensor, "b h w d2"]
+
+
+class Encoder(nn.Module):
+    """A network with its preprocessing, giving the tokens that its spec names.
+
+    Summaries: `class_token` is prefix token 0; `average_pool` the network's own pooling up to
+    before the classifier (ConvNeXt: average, then LayerNorm); `attention_pool` its attention pool
+    through the projection the architecture carries (PEcore: 1280 wide; `num_classes=0` among the
+    model arguments leaves it out); `mean_patches` the mean of the final patch tokens. An open_clip
+    tower's pooled summary is its image embedding, projection included.
+
+    Patches are the final tokens or map as `forward_features` gives them, or those that leave the
+    spec's `layer`, without the network's final norm.
+
+    Deviation: the paper says ConvNeXt has no class token; its pooled summary is ours.
+
+    Args:
+        spec: architecture, preprocessing, summary and layer.
+        seed: of the initial weights; the global random state is left as it was.
+
+    Raises:
+        ValueError: an unknown architecture, model arguments it does not take, or a summary or
+            layer it does not have.
+    """
+
+    pixel_scale: Tensor
+    pixel_offset: Tensor
+
+    def __init__(self, spec: EncoderSpec, seed: int = 0):
+        super().__init__()
+        self.spec = spec
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = build_network(spec)
+        mean, std = torch.tensor(spec.pixel_mean), torch.tensor(spec.pixel_std)
+        self.register_buffer("pixel_scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_offset", (-mean / std).view(3, 1, 1), persistent=False)
+        self._trunk_name = "trunk" if hasattr(self.network, "trunk") else ""
+        self._shapes: dict[int, Features] = {}
+        self._index = _layer_index(self._trunk, spec)
+        _check_summary(self.network, self._trunk, spec)
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of a patch in pixels; None for a CNN."""
+        if hasattr(self._trunk, "patch_embed"):
+            return int(self._trunk.patch_embed.patch_size[0])
+        # open_clip's own transformer keeps it itself; a CNN has none.
+        return int(self._trunk.patch_size[0]) if hasattr(self._trunk, "transformer") else None
+
+    @property
+    def native_resolution(self) -> int:
+        """Side of the square input that the architecture was made for, pixels."""
+        if hasattr(self._trunk, "transformer"):
+            return int(self._trunk.image_size[0])
+        return int(self._trunk.pretrained_cfg["input_size"][-1])
+
+    @property
+    def summary_dim(self) -> int:
+        """Width of the summary."""
+        return self._shape(self.native_resolution).summary.shape[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Width of a patch token."""
+        return self._shape(self.native_resolution).patches.shape[3]
+
+    def grid(self, resolution: int) -> tuple[int, int]:
+        """Return the patch grid (rows, columns) of a square input, resolution in pixels.
+
+        Raises:
+            ValueError: the network does not take that resolution.
+        """
+        _, rows, columns, _ = self._shape(resolution).patches.shape
+        return rows, columns
+
+    def check_resolution(self, resolution: int) -> None:
+        """Refuse a resolution (pixels) that the network does not take.
+
+        Raises:
+            ValueError: naming the resolutions it does take.
+        """
+        name, patch = self.spec.architecture, self.patch_size
+        if patch is not None and not getattr(self._trunk, "dynamic_img_size", False):
+            if resolution != self.native_resolution:
+                raise ValueError(
+                    f"{name} at {resolution} px: it takes {self.native_resolution} px only"
+                )
+        elif patch is not None:
+            if resolution < patch or resolution % patch:
+                raise ValueError(
+                    f"{name} at {resolution} px: wants a multiple of its patch, {patch}"
+                )
+        elif resolution < (stride := int(self._trunk.feature_info[-1]["reduction"])):
+            raise ValueError(f"{name} at {resolution} px: wants at least its stride, {stride}")
+
+    def forward(self, pixels: Real[Tensor, "b 3 r r"]) -> Features:
+        """Encode square pictures.
+
+        Args:
+            pixels: uint8, or float in [0, 255], [B, 3, R, R], RGB.
+
+        Returns:
+            Features in the network's dtype.
+
+        Raises:
+            ValueError: the network does not take that resolution.
+        """
+        self.check_resolution(pixels.shape[-1])
+        dtype = next(self.network.parameters()).dtype
+        # Normalised in float32 whatever the network computes in: 8 bits of bfloat16 lose pixels.
+        x = (pixels.float() * self.pixel_scale.float() + self.pixel_offset.float()).to(dtype)
+        if hasattr(self._trunk, "forward_features"):
+            return self._timm_features(x)
+        return self._open_clip_features(x)
+
+    @property
+    def _trunk(self) -> Any:
+        return self.network.get_submodule(self._trunk_name)
+
+    def _timm_features(self, x: Tensor) -> Features:
+        trunk, resolution = self._trunk, x.shape[-1]
+        if self._index is None:
+            final, layer = trunk.forward_features(x), None
+        else:
+            final, (layer,) = trunk.forward_intermediates(x, indices=[self._index])
+        if final.ndim == 3:  # tokens; a CNN gives a map
+            side = resolution // (self.patch_size or 1)
+            last = final[:, trunk.num_prefix_tokens :].unflatten(1, (side, side))
+        else:
+            last = final.permute(0, 2, 3, 1)
+        patches = last if layer is None else layer.permute(0, 2, 3, 1)
+        kind = self.spec.summary
+        if kind == "mean_patches":
+            summary = last.flatten(1, 2).mean(1)
+        elif self.spec.library == "open_clip":
+            summary = self.network.get_submodule("head")(trunk.forward_head(final))
+        elif kind == "class_token":
+            summary = final[:, 0]
+        else:
+            summary = trunk.forward_head(final, pre_logits=kind == "average_pool")
+        return Features(summary, patches)
+
+    def _open_clip_features(self, x: Tensor) -> Features:
+        output = self._trunk.forward_intermediates(
+            x,
+            indices=1 if self._index is None else [self._index],
+            normalize_intermediates=self._index is None,
+        )
+        patches = output["image_intermediates"][0].permute(0, 2, 3, 1)
+        if self.spec.summary == "mean_patches":
+            return Features(patches.flatten(1, 2).mean(1), patches)
+        return Features(output["image_features"], patches)
+
+    def _shape(self, resolution: int) -> Features:
+        """Features of one picture on the meta device: the architecture's own word on its shapes."""
+        if resolution not in self._shapes:
+            self.check_resolution(resolution)
+            state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+            empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+            pixels = torch.empty(1, 3, resolution, resolution, device="meta")
+            mode = self.training
+            with torch.no_grad():
+                self.eval()  # batch norm refuses one 1x1 map in training
+                shapes = torch.func.functional_call(self, empty, (pixels,))
+                self.train(mode)
+            self._shapes[resolution] = shapes
+        return self._shapes[resolution]
+
+
+def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
+    """Build the network of a spec with fresh weights, drawn from the global random state.
+
+    Args:
+        spec: the encoder.
+        classifier: keep the classifier that the released file of a timm architecture has, which
+            an encoder drops; for matching names of a file.
+
+    Raises:
+        ValueError: an unknown architecture, or model arguments it does not take.
+    """
+    if spec.library == "timm":
+        arguments = dict(spec.model_arguments)
+        if spec.summary != "attention_pool" and not classifier:
+            arguments.setdefault("num_classes", 0)
+        return _timm_network(spec.architecture, arguments)
+    if spec.library == "open_clip":
+        return _open_clip_tower(spec.architecture, spec.model_arguments)
+    raise ValueError(
+        f"library {spec.library!r} of {spec.architecture}: wants timm or open_clip; a checkpoint "
+        "of ours is a timm encoder with weights checkpoint:<directory>"
+    )
+
+
+def _timm_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    if not timm.is_model(architecture):
+        raise ValueError(_unknown("timm", architecture, timm.list_models()))
+    if timm.model_entrypoint(architecture).__module__ in _RESIZABLE_MODULES:
+        arguments = {"dynamic_img_size": True, **arguments}
+    try:
+        network: nn.Module = timm.create_model(architecture, pretrained=False, **arguments)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"timm's {architecture} refuses {dict(arguments)}: {error}") from error
+    return network
+
+
+def _open_clip_tower(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        raise ValueError(_unknown("open_clip", architecture, open_clip.list_models()))
+    vision, width = dict(config["vision_cfg"]), config["embed_dim"]
+    bare = vision.get("timm_proj") in (None, "none") and "timm_model_name" in vision
+    if not bare:
+        try:
+            return _tower(width, {**vision, **arguments}, config)
+        except TypeError as error:
+            raise ValueError(
+                f"open_clip's {architecture} refuses {dict(arguments)}: {error}"
+            ) from error
+    # open_clip hands a timm trunk no arguments of ours: its shell is built empty around our trunk.
+    with torch.device("meta"):
+        shell = _tower(width, vision, config)
+    num_classes = 0 if vision["timm_proj"] == "none" else width
+    chosen = {"num_classes": num_classes, "global_pool": vision.get("timm_pool", "avg")}
+    shell.trunk = _timm_network(vision["timm_model_name"], {**chosen, **arguments})
+    return shell
+
+
+def _tower(width: int, vision: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
+    tower: nn.Module = _build_vision_tower(width, dict(vision), config.get("quick_gelu", False))
+    return tower
+
+
+def _layer_index(trunk: Any, spec: EncoderSpec) -> int | None:
+    """Which of the network's intermediates is the spec's layer."""
+    if spec.layer is None:
+        return None
+    blocks = getattr(trunk, "blocks", None)
+    if hasattr(trunk, "transformer"):
+        blocks = trunk.transformer.resblocks
+    elif not hasattr(trunk, "patch_embed"):
+        strides = [int(stage["reduction"]) for stage in trunk.feature_info]
+        if spec.layer not in strides:
+            raise ValueError(f"{spec.architecture} has no layer of stride {spec.layer}: {strides}")
+        return len(strides) - 1 - strides[::-1].index(spec.layer)
+    depth = len(blocks) if blocks is not None else 0
+    if not 0 <= spec.layer < depth:
+        raise ValueError(f"{spec.architecture} has no block {spec.layer}: 0 to {depth - 1}")
+    return spec.layer
+
+
+def _check_summary(network: nn.Module, trunk: Any, spec: EncoderSpec) -> None:
+    """Refuse a summary that the network does not have."""
+    if hasattr(trunk, "transformer"):  # open_clip's own transformer
+        pools = {"tok": "class_token", "avg": "average_pool"}
+        own = "attention_pool" if trunk.attn_pool is not None else pools.get(trunk.pool_type, "")
+        have = {own}
+    elif hasattr(trunk, "patch_embed"):
+        own = {"map": "attention_pool", "avg": "average_pool", "token": "class_token"}.get(
+            trunk.global_pool, ""
+        )
+        have = {own}
+        if spec.library == "timm" and getattr(trunk, "cls_token", None) is not None:
+            have.add("class_token")
+    else:
+        have = {"average_pool"}
+    have = {*have, "mean_patches"} - {""}
+    if spec.summary not in have:
+        raise ValueError(f"{spec.architecture} has no {spec.summary}; it has {sorted(have)}")
+
+
+def _unknown(library: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{library} has no architecture {name!r}{hint}"
