@@ -1,0 +1,46 @@
+# One command each: `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check up down bench clean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+install: $(INSTALLED)  ## create .venv and install everything into it (about 5.5 GB with torch)
+
+demo: $(INSTALLED)  ## the whole idea on real images in six minutes: cache two teachers, train a student
+	$(BIN)/eupe demo
+
+test: $(INSTALLED)  ## every test; leaves no process behind
+	$(BIN)/pytest
+
+check: $(INSTALLED)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+up: $(INSTALLED)  ## start Prefect, a worker and a Ray head here; then: . runs/local/env
+	@$(BIN)/python -m flows.local_stack up
+
+down:  ## stop what `make up` started
+	@test ! -x $(BIN)/python || $(BIN)/python -m flows.local_stack down
+
+bench: $(INSTALLED)  ## the store's reading speed beside numpy.memmap, tensorstore and zarr-python
+	$(BIN)/python -m benchmarks.read
+
+clean: down  ## remove .venv and what the tools cached; runs/ (your caches and results) stays
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info build
+
+# Installed again when pyproject.toml has changed since.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "eupe needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install python3-venv (apt-get install python3-venv)" >&2; exit 2; }
+	$(BIN)/pip install -e '.[demo,dev,bench]'
+	@touch $@

@@ -1,0 +1,311 @@
+"""The local stack: Prefect server, work pool, deployments, worker and a Ray head on this machine.
+
+    make up          # python -m flows.local_stack up
+    . runs/local/env # the plain `prefect` and `ray` commands now reach this stack
+    make down        # python -m flows.local_stack down
+
+The Prefect and job APIs listen on loopback only; Ray's own gRPC ports do not know that choice, so
+every Ray connection needs the token (runs/local/ray_token, mode 0600). Processes are found again by a variable that all of them
+inherit (`EUPE_LOCAL_STACK`, the stack's folder), so those that Ray re-parents are stopped too,
+and another stack or another Ray on the machine is left alone.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+POOL = "local"
+DEPLOYMENTS = {"teacher-cache/default", "distill/default"}
+MARK = "EUPE_LOCAL_STACK"
+PORTS = ("PREFECT", "RAY", "RAY_CLIENT", "RAY_DASHBOARD", "RAY_AGENT")
+UP_SECONDS = 180  # a busy two-core machine takes 40
+STOP_SECONDS = 20  # honcho itself waits five before it kills
+POLL_SECONDS = 0.5
+PUBLIC = (
+    "PREFECT_API_URL",
+    "PREFECT_HOME",
+    "PREFECT_SERVER_ANALYTICS_ENABLED",
+    "DO_NOT_TRACK",
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_USAGE_STATS_ENABLED",
+    "EUPE_HOME",
+)
+"""What runs/local/env exports, besides PATH."""
+
+
+class StackError(Exception):
+    """The stack did not come up, or is in the way; the message is one sentence for the user."""
+
+
+def up(home: Path) -> None:
+    """Start the stack and return when every part of it answers.
+
+    Args:
+        home: EUPE_HOME: relative paths of recipes are below it, and so is runs/local.
+
+    Raises:
+        StackError: it is up already, or a part failed or took too long (naming the log).
+    """
+    folder = home / "runs" / "local"
+    if running(folder):
+        raise StackError(f"the local stack of {home} is up already; `make down` stops it")
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **settings(home, free_ports(len(PORTS)))}
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"])
+    token.unlink(missing_ok=True)
+    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    log = folder / "stack.log"
+    honcho = [command("honcho"), "start", "--no-colour", "-d", str(CHECKOUT)]
+    with log.open("wb") as output:
+        manager = subprocess.Popen(
+            honcho,
+            cwd=CHECKOUT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    (folder / "pid").write_text(f"{manager.pid}\n")
+    try:
+        wait_until_healthy(manager, environment, log)
+    except BaseException:
+        stop(folder)
+        raise
+    lines = [f"export {name}={shlex.quote(environment[name])}" for name in PUBLIC]
+    lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    (folder / "env").write_text("# written by `make up`; read it with: . runs/local/env\n")
+    with (folder / "env").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def down(home: Path) -> int:
+    """Stop the stack and return how many processes were stopped; none running is no error."""
+    folder = home / "runs" / "local"
+    stopped = stop(folder)
+    (folder / "env").unlink(missing_ok=True)
+    return stopped
+
+
+def settings(home: Path, ports: Sequence[int]) -> dict[str, str]:
+    """Return the environment of every process of the stack, and of the commands that reach it."""
+    folder = home / "runs" / "local"
+    port = dict(zip(PORTS, map(str, ports), strict=True))
+    return {
+        **{f"EUPE_{name}_PORT": value for name, value in port.items()},
+        MARK: str(folder),
+        "EUPE_HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+        "PREFECT_API_URL": f"http://127.0.0.1:{port['PREFECT']}/api",
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # The defaults of ten seconds are for thousands of workers.
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+        "RAY_ADDRESS": f"127.0.0.1:{port['RAY']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port['RAY_DASHBOARD']}",
+        "RAY_AUTH_MODE": "token",  # a job API without it runs anybody's code
+        "RAY_AUTH_TOKEN_PATH": str(folder / "ray_token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def deploy() -> None:
+    """Wait for the server, then create the work pool and the deployments (run by the Procfile).
+
+    Raises:
+        StackError: the server did not answer in time, or Prefect refused.
+    """
+    deadline = time.monotonic() + UP_SECONDS
+    while not server_answers(os.environ):
+        if time.monotonic() > deadline:
+            raise StackError("the Prefect server did not answer")
+        time.sleep(POLL_SECONDS)
+    for words in (
+        ["work-pool", "create", POOL, "--type", "process", "--overwrite"],
+        ["--no-prompt", "deploy", "--all"],
+    ):
+        if subprocess.run([command("prefect"), *words], cwd=CHECKOUT, check=False).returncode:
+            raise StackError(f"`prefect {' '.join(words)}` failed")
+
+
+def wait_until_healthy(
+    manager: subprocess.Popen, environment: dict[str, str], log: Path
+) -> None:
+    """Wait for every part in the order in which they become healthy.
+
+    Raises:
+        StackError: naming the part and the log.
+    """
+    parts: dict[str, Callable[[dict[str, str]], bool]] = {
+        "Prefect server": server_answers,
+        "deployments": deployments_are_there,
+        "Prefect worker": worker_is_online,
+        "Ray head": ray_answers,
+    }
+    console = Console(stderr=True)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        status = stack.enter_context(console.status("starting")) if console.is_terminal else None
+        for part, healthy in parts.items():
+            if status:
+                status.update(f"waiting for the {part}")
+            while not healthy(environment):
+                if manager.poll() is not None:
+                    raise StackError(f"the {part} did not start; {last_words(log)}")
+                if time.monotonic() - started > UP_SECONDS:
+                    raise StackError(
+                        f"the {part} was not healthy after {UP_SECONDS} s; {last_words(log)}"
+                    )
+                time.sleep(POLL_SECONDS)
+            console.print(f"{part}: up after {time.monotonic() - started:.0f} s")
+
+
+def server_answers(environment: dict[str, str]) -> bool:
+    """Say whether the Prefect API is healthy."""
+    return ask(f"{environment['PREFECT_API_URL']}/health") is True
+
+
+def deployments_are_there(environment: dict[str, str]) -> bool:
+    """Say whether both flows are deployed."""
+    url = f"{environment['PREFECT_API_URL']}/deployments/filter"
+    flows = ask(f"{environment['PREFECT_API_URL']}/flows/filter", {}) or []
+    names = {flow["id"]: flow["name"] for flow in flows}
+    found = {f"{names.get(item['flow_id'])}/{item['name']}" for item in ask(url, {}) or []}
+    return found >= DEPLOYMENTS
+
+
+def worker_is_online(environment: dict[str, str]) -> bool:
+    """Say whether a worker of the pool sends heartbeats."""
+    url = f"{environment['PREFECT_API_URL']}/work_pools/{POOL}/workers/filter"
+    return any(worker["status"] == "ONLINE" for worker in ask(url, {}) or [])
+
+
+def ray_answers(environment: dict[str, str]) -> bool:
+    """Say whether the Ray head takes jobs: its job API lists them and a node can run them."""
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    headers = {"Authorization": f"Bearer {token}"}
+    url = environment["RAY_API_SERVER_ADDRESS"]
+    return ask(f"{url}/api/jobs/", headers=headers) is not None
+
+
+def ask(url: str, body: object = None, headers: dict[str, str] | None = None) -> object:
+    """Return the JSON that a local service answers, None while it does not answer."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+        url, data=data, headers={"Content-Type": "application/json", **(headers or {})}
+    )
+    try:
+        # Loopback: never through a proxy that the environment names.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=5) as answer:
+            return json.load(answer)
+    except (urllib.error.URLError, OSError, ValueError):
+        return None
+
+
+def running(folder: Path) -> list[psutil.Process]:
+    """Every live process of the stack in that folder, whoever its parent is now."""
+    return [process for process in marked(str(folder)) if process.pid != os.getpid()]
+
+
+def marked(value: str) -> Iterator[psutil.Process]:
+    """Yield this user's processes whose environment says they belong to the stack."""
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == value:
+                yield process
+        except psutil.Error:  # gone meanwhile, or another user's
+            continue
+
+
+def stop(folder: Path) -> int:
+    """End every process of the stack: first as honcho does it, then what is left, by pid."""
+    found = running(folder)
+    pid_file = folder / "pid"
+    if pid_file.exists():
+        manager = [process for process in found if process.pid == int(pid_file.read_text())]
+        terminate(manager)
+        psutil.wait_procs(manager, timeout=STOP_SECONDS)
+        pid_file.unlink()
+    while left := running(folder):  # a parent may have spawned while we looked: look again
+        terminate(left)
+        _, stubborn = psutil.wait_procs(left, timeout=STOP_SECONDS)
+        for process in stubborn:
+            process.kill()
+        psutil.wait_procs(stubborn, timeout=STOP_SECONDS)
+    return len(found)
+
+
+def terminate(processes: Sequence[psutil.Process]) -> None:
+    """Send SIGTERM to those that are still there."""
+    for process in processes:
+        try:
+            process.terminate()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on now, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def command(name: str) -> str:
+    """Path of a console script of this installation."""
+    return str(Path(sys.executable).parent / name)
+
+
+def last_words(log: Path) -> str:
+    """Point at the log and quote its end."""
+    lines = log.read_text(errors="replace").splitlines()[-15:]
+    return f"see {log}, which ends:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `up`, `down` or `deploy`; exit code 2 with a sentence when it cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m flows.local_stack", description=__doc__)
+    parser.add_argument("action", choices=("up", "down", "deploy"))
+    action = parser.parse_args(argv).action
+    home = Path(os.environ.get("EUPE_HOME") or CHECKOUT).resolve()
+    try:
+        if action == "deploy":
+            deploy()
+        elif action == "up":
+            up(home)
+            print(f"up; now: . {home / 'runs/local/env'}")
+        else:
+            print(f"down; {down(home)} processes stopped")
+    except StackError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
