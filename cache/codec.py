@@ -1,0 +1,162 @@
+"""Codecs: how a store keeps patches, and how it gives them back. numpy, the oracle (law 10).
+
+A codec undoes itself: decoding returns the teacher's features. What the loss wants of them (a
+normaliser) is another matter (law 9).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from eupe.spec import CodecSpec
+
+Floats = npt.NDArray[np.float32]
+Moments = tuple[int, npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""count, mean [D], scatter [D, D] (sum of outer products of deviations)."""
+
+BFLOAT16_NAN = 0x7FC0
+
+
+class Encoded(NamedTuple):
+    """Patches as stored.
+
+    data: [n, *storage_shape] in storage dtype.
+    valid: bool [n].
+    reasons: n entries, None where valid, else why the row cannot be stored.
+    """
+
+    data: npt.NDArray[np.generic]
+    valid: npt.NDArray[np.bool_]
+    reasons: list[str | None]
+
+
+class Codec(Protocol):
+    """What store, writer and reader need of a codec."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def storage_dtype(self) -> np.dtype[np.generic]:
+        """Element type of the Zarr array."""
+        ...
+
+    @property
+    def fill_value(self) -> int | str:
+        """What absent rows read as, in Zarr's JSON form."""
+        ...
+
+    def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
+        """Shape of one row of the Zarr array."""
+        ...
+
+    def encode(self, patches: Floats) -> Encoded:
+        """Encode float32 [n, N, D]."""
+        ...
+
+    def decode(self, data: npt.NDArray[np.generic]) -> Floats:
+        """Decode [n, *storage_shape] to float32 [n, N, D]."""
+        ...
+
+    def to_json_dict(self) -> dict[str, object]:
+        """Everything a decoder needs, as plain data; goes into the array's attributes."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainCodec:
+    """Features rounded to a float type: float32, float16, or bfloat16 as its 16 bits in uint16."""
+
+    name: str
+
+    @property
+    def storage_dtype(self) -> np.dtype[np.generic]:
+        """Element type of the Zarr array."""
+        return np.dtype("uint16" if self.name == "bfloat16" else self.name)
+
+    @property
+    def fill_value(self) -> int | str:
+        """NaN, for bfloat16 its bits."""
+        return BFLOAT16_NAN if self.name == "bfloat16" else "NaN"
+
+    def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
+        """Return (N, D): a row is stored as it is."""
+        return num_tokens, dim
+
+    def encode(self, patches: Floats) -> Encoded:
+        """Round float32 [n, N, D] to nearest even.
+
+        A row that is not finite, or becomes infinite by rounding, is invalid, with the reason.
+        """
+        patches = np.asarray(patches, np.float32)
+        if self.name == "bfloat16":
+            data: npt.NDArray[np.generic] = _to_bfloat16(patches)
+        else:
+            with np.errstate(over="ignore"):
+                data = patches.astype(self.storage_dtype)
+        valid, reasons = _judge(patches, self.decode(data), self.name)
+        return Encoded(data, valid, reasons)
+
+    def decode(self, data: npt.NDArray[np.generic]) -> Floats:
+        """Widen [n, N, D] to float32; absent rows become NaN."""
+        if self.name == "bfloat16":
+            return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return data.astype(np.float32)
+
+    def to_json_dict(self) -> dict[str, object]:
+        """Name and true dtype."""
+        return {"name": self.name, "dtype": self.name}
+
+
+def default_codec(name: str) -> CodecSpec:
+    """Return the spec of a codec by name, with the rule that fits its scaling.
+
+    Raises:
+        ValueError: no codec has that name, or it is not built yet.
+    """
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"codec = {name!r}: wants float32, float16 or bfloat16")
+    return CodecSpec(name=name, fit=None)  # type: ignore[arg-type]
+
+
+def make_codec(spec: CodecSpec, moments: Moments | None = None) -> Codec:
+    """Build the codec of a spec, fitted to the moments of the patches where it is fitted.
+
+    Args:
+        spec: name and fit rule.
+        moments: of the patches: count, mean [D], scatter [D, D]; plain dtypes need none.
+
+    Raises:
+        ValueError: the fit rule is not the codec's, or moments are needed and not given.
+    """
+    if spec != default_codec(spec.name):
+        rule = default_codec(spec.name).fit
+        raise ValueError(f"codec {spec.name}: fit = {spec.fit!r}, this version knows {rule!r}")
+    return PlainCodec(spec.name)
+
+
+def _to_bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
+    """Round float32 to bfloat16 bits, nearest even, NaN kept."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(BFLOAT16_NAN), rounded)
+
+
+def _judge(
+    patches: Floats, decoded: Floats, name: str
+) -> tuple[npt.NDArray[np.bool_], list[str | None]]:
+    """Say per row whether it was finite and stayed so."""
+    num_rows = len(patches)
+    finite: npt.NDArray[np.bool_] = np.isfinite(patches.reshape(num_rows, -1)).all(axis=-1)
+    kept: npt.NDArray[np.bool_] = np.isfinite(decoded.reshape(num_rows, -1)).all(axis=-1)
+    reasons: list[str | None] = [None] * num_rows
+    for row in np.flatnonzero(~(finite & kept)).tolist():
+        if finite[row]:
+            worst = float(np.abs(patches[row]).max())
+            reasons[row] = f"patches overflow {name}: largest magnitude {worst:.6g}"
+        else:
+            reasons[row] = "patches are not finite"
+    return finite & kept, reasons

@@ -1,0 +1,69 @@
+"""Where everything lies inside a cache root (docs/store_format.md)."""
+
+from pathlib import Path
+
+from eupe.spec import StoreSpec
+
+HEAD = "HEAD"
+SCRATCH = ".tmp"
+
+
+def local_root(root: str | Path) -> Path:
+    """Return the cache root as an absolute local path.
+
+    Raises:
+        ValueError: a remote URI, which this build cannot read or write yet.
+    """
+    if "://" in str(root):
+        raise ValueError(f"root = {str(root)!r}: remote roots are not built yet; give a local path")
+    return Path(root).expanduser().absolute()
+
+
+def samples_directory(root: Path, dataset: str) -> Path:
+    """Folder of a dataset's sample table."""
+    return root / dataset / "samples"
+
+
+def store_directory(root: Path, spec: StoreSpec) -> Path:
+    """Folder of one feature store."""
+    return root / spec.directory()
+
+
+def spec_file(store: Path) -> Path:
+    """The store's spec with its fitted values, JSON."""
+    return store / "spec.json"
+
+
+def moments_file(store: Path) -> Path:
+    """Moments of summaries and patches, Arrow."""
+    return store / "moments.arrow"
+
+
+def manifest_directory(store: Path) -> Path:
+    """Folder of the manifest: segments and HEAD."""
+    return store / "manifest"
+
+
+def view_directory(store: Path, view: int) -> Path:
+    """Folder of one view: a Zarr v3 array of patches, with the tables of its rows beside it."""
+    return store / f"view-{view:04d}"
+
+
+def zarr_file(store: Path, view: int) -> Path:
+    """Metadata of the patches array of one view."""
+    return view_directory(store, view) / "zarr.json"
+
+
+def patches_file(store: Path, view: int, shard: int) -> Path:
+    """One shard of patches, named as Zarr's default chunk keys have it."""
+    return view_directory(store, view) / "c" / str(shard) / "0" / "0"
+
+
+def rows_file(store: Path, view: int, shard: int) -> Path:
+    """The table of one shard's rows."""
+    return view_directory(store, view) / f"rows-{shard:08d}.arrow"
+
+
+def scratch_directory(directory: Path) -> Path:
+    """Folder of temporary files of a store or of a sample table."""
+    return directory / SCRATCH

@@ -1,0 +1,218 @@
+"""The manifest of a store: which shards exist. A shard that is not in it does not exist (law 5).
+
+Records are kept for ever in Arrow segments; HEAD, replaced last, names the segments of the newest
+version. Every record carries the version that committed it, so any earlier version can still be
+read after segments have been merged: a run pins the version it trains on.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from cache import arrow_tables, atomic, layout
+from cache.errors import Busy, Corrupt, NotBuilt
+
+LOCK_SECONDS = 60.0
+MERGE_AT = 8
+"""So many segments of about one size become one: n commits make O(log n) files."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a committed shard is.
+
+    Attributes:
+        view: view number.
+        shard: shard number.
+        start: first row.
+        stop: one past the last row.
+        num_valid: rows whose features are there.
+        num_escapes: tokens stored at higher precision.
+        samples_digest: of the sample ids and image digests the features were made of.
+        patches_bytes: size of the Zarr shard file.
+        patches_sha256: its checksum.
+        rows_bytes: size of the table of rows.
+        rows_sha256: its checksum.
+        provenance: library versions, device, compute batch; canonical JSON. Never identity.
+    """
+
+    view: int
+    shard: int
+    start: int
+    stop: int
+    num_valid: int
+    num_escapes: int
+    samples_digest: str
+    patches_bytes: int
+    patches_sha256: str
+    rows_bytes: int
+    rows_sha256: str
+    provenance: str
+
+    @property
+    def num_invalid(self) -> int:
+        """Rows recorded as invalid, with their reason in the table of rows."""
+        return self.stop - self.start - self.num_valid
+
+
+SCHEMA = pa.schema(
+    [("version", pa.int64())]
+    + [(f.name, pa.int64() if f.type in (int, "int") else pa.string()) for f in fields(ShardRecord)]
+)
+"""Columns of a segment."""
+
+
+class Manifest:
+    """The manifest as of one reading of HEAD; `commit` moves it on.
+
+    Attributes:
+        directory: where segments and HEAD lie.
+        head: the parsed HEAD.
+    """
+
+    def __init__(self, directory: Path, head: dict[str, object]):
+        """Use `Manifest.open` or `Manifest.create`."""
+        self.directory = directory
+        self.head = head
+
+    @classmethod
+    def open(cls, store: Path) -> "Manifest":
+        """Open the manifest of a store's directory.
+
+        Raises:
+            NotBuilt: the store has none.
+            Corrupt: HEAD cannot be read.
+        """
+        directory = layout.manifest_directory(store)
+        path = directory / layout.HEAD
+        try:
+            head = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotBuilt(f"{store}: no store here (it has no manifest/HEAD)") from error
+        except ValueError as error:
+            raise Corrupt(f"{path}: no JSON ({error})") from error
+        if not isinstance(head, dict) or head.get("format") != 1:
+            raise Corrupt(f"{path}: wants a JSON object of format 1")
+        return cls(directory, head)
+
+    @classmethod
+    def create(cls, store: Path, pinned: Mapping[str, object]) -> "Manifest":
+        """Write the first HEAD, version 0 without shards; `pinned` fields stay in every HEAD."""
+        head = {"format": 1, **pinned, "version": 0, "segments": []}
+        manifest = cls(layout.manifest_directory(store), head)
+        manifest._write_head(head)
+        return manifest
+
+    @property
+    def version(self) -> int:
+        """Number of commits so far."""
+        return int(self.head["version"])  # type: ignore[call-overload,no-any-return]
+
+    def table(self, version: int | None = None) -> pa.Table:
+        """Return the records at a version (None: the newest), one a (view, shard), sorted so.
+
+        A shard that was committed again is there once, with its latest record.
+
+        Raises:
+            ValueError: that version does not exist.
+            Corrupt: a segment is missing or not what HEAD says.
+        """
+        if version is not None and not 0 <= version <= self.version:
+            raise ValueError(f"version = {version}: {self.directory} has 0 to {self.version}")
+        parts = [self._segment(entry) for entry in self._segments()]
+        table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+        committed = table["version"].to_numpy()
+        keep = np.arange(len(committed))
+        if version is not None:
+            keep = keep[committed <= version]
+        view, shard = table["view"].to_numpy()[keep], table["shard"].to_numpy()[keep]
+        order = np.lexsort((committed[keep], shard, view))
+        view, shard = view[order], shard[order]
+        last = np.ones(len(order), bool)
+        last[:-1] = (view[1:] != view[:-1]) | (shard[1:] != shard[:-1])
+        chosen = keep[order[last]]
+        if len(chosen) == len(committed) and (np.diff(chosen) == 1).all():
+            return table  # already in order: stay mapped
+        return table.take(pa.array(chosen))
+
+    def records(self, version: int | None = None) -> list[ShardRecord]:
+        """Return the records at a version as objects, sorted by view and shard (see `table`)."""
+        rows = self.table(version).drop_columns(["version"]).to_pylist()
+        return [ShardRecord(**row) for row in rows]
+
+    def commit(self, records: Sequence[ShardRecord]) -> int:
+        """Make shards exist: append their records, HEAD last; return the new version.
+
+        The files of the shards must be on disk. `Store.commit` also grows the array's shape;
+        callers want that one.
+
+        Raises:
+            Busy: another process has been committing for a minute.
+        """
+        if not records:
+            return self.version
+        scratch = layout.scratch_directory(self.directory.parent)
+        atomic.make_directories(scratch)
+        try:
+            with FileLock(scratch / "LOCK", timeout=LOCK_SECONDS):
+                self.head = Manifest.open(self.directory.parent).head
+                version = self.version + 1
+                columns = {"version": [version] * len(records)}
+                rows = [asdict(record) for record in records]
+                columns |= {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
+                self._append(pa.table(columns, schema=SCHEMA), version, scratch)
+        except Timeout as error:
+            raise Busy(f"{self.directory}: another process has been committing for a minute") from (
+                error
+            )
+        return version
+
+    def _append(self, table: pa.Table, version: int, scratch: Path) -> None:
+        """Write one segment, merging smaller ones of the tail into it, then HEAD."""
+        segments = self._segments()
+        first = version
+        # Merge when the last MERGE_AT - 1 segments are no larger than this one would become, so
+        # each record is rewritten at most log_MERGE_AT(n) times.
+        while True:
+            tail = segments[-(MERGE_AT - 1) :]
+            if len(tail) < MERGE_AT - 1 or max(_rows(s) for s in tail) > table.num_rows:
+                break
+            table = pa.concat_tables([*(self._segment(entry) for entry in tail), table])
+            first = int(str(tail[0]["name"]).partition("-")[0])
+            segments = segments[: -len(tail)]
+        name = f"{first:08d}-{version:08d}.arrow"
+        content = arrow_tables.to_bytes(table)
+        written = atomic.write(self.directory / name, [content], scratch)
+        entry = {"name": name, "rows": table.num_rows, "sha256": written.sha256}
+        self._write_head({**self.head, "version": version, "segments": [*segments, entry]})
+        named = {str(entry["name"]) for entry in self._segments()}
+        for path in self.directory.glob("*.arrow"):
+            if path.name not in named:  # merged just now, or left by a killed commit
+                path.unlink(missing_ok=True)
+
+    def _write_head(self, head: dict[str, object]) -> None:
+        content = json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
+        scratch = layout.scratch_directory(self.directory.parent)
+        atomic.write(self.directory / layout.HEAD, [content], scratch)
+        self.head = head
+
+    def _segments(self) -> list[dict[str, object]]:
+        segments = self.head["segments"]
+        assert isinstance(segments, list)
+        return segments
+
+    def _segment(self, entry: Mapping[str, object]) -> pa.Table:
+        path = self.directory / str(entry["name"])
+        table = arrow_tables.map_table(path)
+        if table.num_rows != entry["rows"] or table.schema != SCHEMA:
+            raise Corrupt(f"{path}: not the segment its HEAD describes")
+        return table
+
+
+def _rows(entry: Mapping[str, object]) -> int:
+    return int(entry["rows"])  # type: ignore[call-overload,no-any-return]

@@ -1,0 +1,364 @@
+"""The sample table of a dataset: which rows exist, shared by all stores of the dataset.
+
+A sample keeps its row for ever. Samples are added in segments; a segment starts at a shard
+boundary, so the rows between the end of one segment and the start of the next belong to no sample:
+gaps, the same in every store (DESIGN.md, laws 4 and 12).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from cache import arrow_tables, atomic, layout
+from cache.errors import Busy, Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
+from eupe import fingerprint as fp
+from eupe.spec import DatasetSpec
+
+Rows = npt.NDArray[np.int64]
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("sample_id", pa.string()),
+        ("uri", pa.string()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+        ("digest", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("labels", pa.string()),
+    ]
+)
+"""Columns of a segment. `labels` is a JSON object; `digest` the sha256 of the image's bytes."""
+
+LOCK_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class ShardRange:
+    """A shard and the rows [start, stop) it holds."""
+
+    shard: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Samples:
+    """The sample table of one dataset, mapped from disk.
+
+    Attributes:
+        directory: where its segments lie.
+        dataset: name and key rule.
+        rows_per_shard: rows in a full shard, fixed when the dataset got its first samples.
+        num_rows: one past the last row (gaps included); the length of every patches array.
+    """
+
+    def __init__(self, directory: Path, head: dict[str, object], segments: Sequence[pa.Table]):
+        """Use `Samples.open`."""
+        self.directory = directory
+        self.dataset = DatasetSpec.model_validate(head["dataset"])
+        self.rows_per_shard = int(head["rows_per_shard"])  # type: ignore[call-overload]
+        self._segments = list(segments)
+        self._starts = np.array([s["row"][0].as_py() for s in segments], np.int64)
+        self._lengths = np.array([s.num_rows for s in segments], np.int64)
+        self._offsets = np.concatenate(([0], np.cumsum(self._lengths)))
+        self.num_rows = int(self._starts[-1] + self._lengths[-1])
+
+    @classmethod
+    def open(cls, root: str | Path, dataset: str) -> "Samples":
+        """Open a dataset's samples.
+
+        Raises:
+            NotBuilt: the dataset has no samples in this root.
+            Corrupt: a segment is missing or is no Arrow file.
+        """
+        directory = layout.samples_directory(layout.local_root(root), dataset)
+        head = _read_head(directory)
+        if head is None:
+            raise NotBuilt(f"{directory}: dataset {dataset!r} has no samples here; index it first")
+        return cls(directory, head, [_map_segment(directory, s) for s in _segments_of(head)])
+
+    @classmethod
+    def append(
+        cls,
+        root: str | Path,
+        dataset: DatasetSpec,
+        table: pl.DataFrame | pa.Table,
+        rows_per_shard: int | None = None,
+    ) -> "Samples":
+        """Add the samples that are not there yet, as one segment; return the grown table.
+
+        Args:
+            root: cache root.
+            dataset: name and key rule.
+            table: columns sample_id, uri, offset, bytes, digest, width, height, labels (a JSON
+                object as text, or a struct); other columns are refused. Order is kept.
+            rows_per_shard: needed for a dataset's first samples; later it must be the same or None.
+
+        Raises:
+            ValueError: the table has other columns, no rows at all, or a sample_id twice.
+            FingerprintMismatch: the dataset there has another key rule or rows_per_shard.
+            StoreError: a sample_id is there with another image digest.
+            Busy: another process is appending.
+        """
+        directory = layout.samples_directory(layout.local_root(root), dataset.name)
+        given = _conform(table)
+        atomic.make_directories(layout.scratch_directory(directory))
+        try:
+            with FileLock(layout.scratch_directory(directory) / "LOCK", timeout=LOCK_SECONDS):
+                atomic.sweep(layout.scratch_directory(directory))
+                return cls._append(root, directory, dataset, given, rows_per_shard)
+        except Timeout as error:
+            raise Busy(
+                f"{directory}: another process has been appending samples for a minute"
+            ) from (error)
+
+    @classmethod
+    def _append(
+        cls,
+        root: str | Path,
+        directory: Path,
+        dataset: DatasetSpec,
+        given: pl.DataFrame,
+        rows_per_shard: int | None,
+    ) -> "Samples":
+        head = _read_head(directory)
+        start = 0
+        if head is None:
+            if rows_per_shard is None:
+                raise ValueError(
+                    f"rows_per_shard = None: the first samples of {dataset.name!r} fix it"
+                )
+            if rows_per_shard < 1:
+                raise ValueError(f"rows_per_shard = {rows_per_shard}: wants at least 1")
+            if given.is_empty():
+                raise ValueError(f"no samples: dataset {dataset.name!r} needs at least one image")
+            head = {
+                "format": 1,
+                "dataset": dataset.model_dump(mode="json"),
+                "rows_per_shard": rows_per_shard,
+                "segments": [],
+            }
+        else:
+            asked = {"dataset": dataset.model_dump(mode="json")}
+            if rows_per_shard is not None:
+                asked["rows_per_shard"] = rows_per_shard  # type: ignore[assignment]
+            lines = fp.difference(asked, {key: head[key] for key in asked})
+            if lines:
+                raise FingerprintMismatch(f"{directory}: asked != there", lines)
+            there = cls.open(root, dataset.name)
+            given = _new_samples(given, there, str(directory))
+            per_shard = there.rows_per_shard
+            start = -(-there.num_rows // per_shard) * per_shard
+        if given.is_empty():
+            return cls.open(root, dataset.name)
+        rows = pl.Series("row", np.arange(start, start + given.height, dtype=np.int64))
+        segment = given.with_columns(rows).select(SCHEMA.names).to_arrow().cast(SCHEMA)
+        segments = _segments_of(head)
+        name = f"{len(segments):08d}.arrow"
+        scratch = layout.scratch_directory(directory)
+        written = atomic.write(directory / name, [arrow_tables.to_bytes(segment)], scratch)
+        entry = {"name": name, "start": start, "rows": given.height, "sha256": written.sha256}
+        head = {**head, "segments": [*segments, entry]}
+        content = json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
+        atomic.write(directory / layout.HEAD, [content], scratch)
+        return cls.open(root, dataset.name)
+
+    def __len__(self) -> int:
+        """Number of samples (gaps left out)."""
+        return int(self._offsets[-1])
+
+    @property
+    def segment_files(self) -> list[tuple[Path, str]]:
+        """Path and sha256 of every segment."""
+        head = _read_head(self.directory) or {}
+        return [(self.directory / str(s["name"]), str(s["sha256"])) for s in _segments_of(head)]
+
+    @cached_property
+    def arrow(self) -> pa.Table:
+        """The whole table, columns mapped from disk (SCHEMA)."""
+        return pa.concat_tables(self._segments)
+
+    @cached_property
+    def table(self) -> pl.DataFrame:
+        """The whole table in polars, `row` first; made on first use (it copies string headers)."""
+        return _frame(self.arrow)
+
+    def shards(self) -> list[ShardRange]:
+        """Every shard with its rows; a segment's last shard may be short."""
+        per_shard = self.rows_per_shard
+        return [
+            ShardRange(row // per_shard, row, min(row + per_shard, start + length))
+            for start, length in zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
+            for row in range(start, start + length, per_shard)
+        ]
+
+    def shard_range(self, shard: int) -> ShardRange:
+        """Return the rows of one shard.
+
+        Raises:
+            MissingSamples: no sample is in that shard.
+        """
+        start = shard * self.rows_per_shard
+        segment = int(np.searchsorted(self._starts, start, side="right")) - 1
+        end = int(self._starts[segment] + self._lengths[segment]) if segment >= 0 else 0
+        if shard < 0 or start >= end:
+            raise MissingSamples(f"{self.directory}: shard {shard} is beyond the last sample")
+        return ShardRange(shard, start, min(start + self.rows_per_shard, end))
+
+    def shard(self, shard: int) -> pl.DataFrame:
+        """Return the samples of one shard (columns of SCHEMA), in row order."""
+        return _frame(self._slice(self.shard_range(shard)))
+
+    def shard_digest(self, shard: int) -> str:
+        """Digest of a shard's sample ids and image digests: what its features were made of."""
+        part = self._slice(self.shard_range(shard))
+        ids, digests = part["sample_id"].to_pylist(), part["digest"].to_pylist()
+        text = json.dumps([ids, digests], separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
+        """Return the sample ids of rows, in the given order.
+
+        Raises:
+            MissingSamples: a row holds no sample.
+        """
+        return self.take(rows)["sample_id"].to_list()
+
+    def take(self, rows: Sequence[int] | Rows) -> pl.DataFrame:
+        """Return the samples of rows (columns of SCHEMA), in the given order.
+
+        Raises:
+            MissingSamples: a row holds no sample.
+        """
+        asked = np.asarray(rows, np.int64)
+        segment = np.searchsorted(self._starts, asked, side="right") - 1
+        inside = asked - self._starts[segment]
+        wrong = (segment < 0) | (inside >= self._lengths[segment])
+        if wrong.any():
+            raise MissingSamples(f"{self.directory}: row {asked[wrong][0]} holds no sample")
+        return _frame(self.arrow.take(pa.array(self._offsets[segment] + inside)))
+
+    def rows_of(self, sample_ids: Sequence[str]) -> Rows:
+        """Return the row of each sample id, int64 [n], in the given order.
+
+        Raises:
+            MissingSamples: naming the ids that are not in the dataset.
+        """
+        asked = pl.Series("sample_id", sample_ids, dtype=pl.String)
+        hashes, positions = self._index
+        wanted = asked.hash().to_numpy()
+        place = np.searchsorted(hashes, wanted)
+        rows = np.full(len(asked), -1, np.int64)
+        ids = self.arrow["sample_id"]
+        pending = np.arange(len(asked))
+        while len(pending):  # a second round only where two ids share a 64-bit hash
+            alive = place[pending] < len(hashes)
+            alive[alive] = hashes[place[pending[alive]]] == wanted[pending[alive]]
+            pending = pending[alive]
+            at = positions[place[pending]]
+            found = pl.Series(ids.take(pa.array(at)), dtype=pl.String)
+            same = (found == asked.gather(pending)).to_numpy()
+            rows[pending[same]] = at[same]
+            pending = pending[~same]
+            place[pending] += 1
+        if (rows < 0).any():
+            missing = asked.filter(pl.Series(rows < 0)).to_list()
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            named = ", ".join(repr(name) for name in missing[:5])
+            raise MissingSamples(
+                f"{self.directory}: no sample {named}{more}; the dataset has {len(self)} samples"
+            )
+        segment = np.searchsorted(self._offsets, rows, side="right") - 1
+        return np.asarray(self._starts[segment] + rows - self._offsets[segment], np.int64)
+
+    @cached_property
+    def _index(self) -> tuple[npt.NDArray[np.uint64], Rows]:
+        """Sorted hashes of all sample ids and the table position of each: 16 bytes a sample."""
+        hashes = pl.Series(self.arrow["sample_id"]).hash().to_numpy()
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+    def _slice(self, shard: ShardRange) -> pa.Table:
+        segment = int(np.searchsorted(self._starts, shard.start, side="right")) - 1
+        return self._segments[segment].slice(shard.start - int(self._starts[segment]), len(shard))
+
+
+def _conform(table: pl.DataFrame | pa.Table) -> pl.DataFrame:
+    """Check columns and ids of new samples and bring them to SCHEMA's types, without `row`."""
+    frame = _frame(table) if isinstance(table, pa.Table) else table
+    names = [name for name in SCHEMA.names if name != "row"]
+    if set(frame.columns) != set(names):
+        lines = sorted(set(frame.columns) ^ set(names))
+        raise ValueError(f"sample table: columns {lines} differ; it wants exactly {names}")
+    if isinstance(frame.schema["labels"], pl.Struct):
+        frame = frame.with_columns(pl.col("labels").struct.json_encode())
+    frame = frame.select(
+        pl.col(name).cast(pl.String if field.type == pa.string() else pl.Int64).alias(name)
+        for name, field in zip(names, [SCHEMA.field(name) for name in names], strict=True)
+    )
+    empty = frame.select("sample_id", "digest").null_count().row(0)
+    if any(empty):
+        raise ValueError("sample table: sample_id and digest must be given for every sample")
+    twice = frame.filter(pl.col("sample_id").is_duplicated())["sample_id"]
+    if len(twice):
+        raise ValueError(f"sample table: sample_id {twice[0]!r} is there twice; ids must be unique")
+    return frame
+
+
+def _new_samples(given: pl.DataFrame, there: Samples, where: str) -> pl.DataFrame:
+    """Leave out samples that are there; refuse those that changed."""
+    known = there.table.select("sample_id", pl.col("digest").alias("digest_there"))
+    joined = given.join(known, on="sample_id", how="left", maintain_order="left")
+    changed = joined.filter(pl.col("digest_there") != pl.col("digest"))
+    if changed.height:
+        raise StoreError(
+            f"{where}: sample {changed['sample_id'][0]!r} is there with another image digest; "
+            f"a changed image needs a new sample_id or a new dataset name"
+        )
+    return joined.filter(pl.col("digest_there").is_null()).drop("digest_there")
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _read_head(directory: Path) -> dict[str, object] | None:
+    try:
+        content = (directory / layout.HEAD).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        head = json.loads(content)
+    except ValueError as error:
+        raise Corrupt(f"{directory / layout.HEAD}: no JSON ({error})") from error
+    if not isinstance(head, dict) or head.get("format") != 1:
+        raise Corrupt(f"{directory / layout.HEAD}: wants a JSON object of format 1")
+    return head
+
+
+def _segments_of(head: dict[str, object]) -> list[dict[str, object]]:
+    segments = head.get("segments", [])
+    assert isinstance(segments, list)
+    return segments
+
+
+def _map_segment(directory: Path, entry: dict[str, object]) -> pa.Table:
+    table = arrow_tables.map_table(directory / str(entry["name"]))
+    if table.num_rows != entry["rows"] or table.schema.names != SCHEMA.names:
+        raise Corrupt(f"{directory / str(entry['name'])}: not the segment its HEAD describes")
+    return table

@@ -1,0 +1,339 @@
+"""A store: every (sample, view) of a dataset through one teacher at one resolution."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cache import arrow_tables, atomic, layout, zarr_shard
+from cache.codec import Codec, Moments, make_codec
+from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
+from cache.manifest import Manifest, ShardRecord
+from cache.samples import Samples, ShardRange
+from eupe import fingerprint as fp
+from eupe.spec import StoreSpec
+
+KINDS = ("summary", "patches")
+MOMENTS_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("count", pa.int64()),
+        ("mean", pa.list_(pa.float64())),
+        ("scatter", pa.list_(pa.float64())),
+    ]
+)
+"""moments.arrow: one record a token kind; `scatter` is D x D, row-major."""
+
+
+class Store:
+    """An open store; made by `create_store` or `open_store`.
+
+    Attributes:
+        root: the cache root.
+        spec: what the store holds.
+        directory: where it lies.
+        provenance: what the first build recorded for later builds to obey (compute batch, ...).
+    """
+
+    def __init__(self, root: Path, spec: StoreSpec, manifest: Manifest):
+        """Use `create_store` or `open_store`."""
+        self.root = root
+        self.spec = spec
+        self.directory = layout.store_directory(root, spec)
+        provenance = manifest.head.get("provenance", {})
+        assert isinstance(provenance, dict)
+        self.provenance: dict[str, object] = provenance
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel to other processes as root and spec, and be opened there."""
+        return open_store, (self.root, self.spec)
+
+    def __repr__(self) -> str:
+        return f"Store({self.directory})"
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The dataset's samples as they were when first asked for."""
+        return Samples.open(self.root, self.spec.dataset.name)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The codec, fitted to this store's moments."""
+        fitted = self.spec.codec.fit is not None
+        return make_codec(self.spec.codec, self.moments()["patches"] if fitted else None)
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """Shape of one row of the patches array, in storage dtype."""
+        num_tokens = self.spec.grid[0] * self.spec.grid[1]
+        return self.codec.storage_shape(num_tokens, self.spec.patch_dim)
+
+    def manifest(self) -> Manifest:
+        """Read the manifest as it is now."""
+        return Manifest.open(self.directory)
+
+    def moments(self) -> dict[str, Moments]:
+        """Return count, mean [D] and scatter [D, D] (float64) of "summary" and "patches".
+
+        Raises:
+            Corrupt: the file is not one of moments.
+        """
+        path = layout.moments_file(self.directory)
+        table = arrow_tables.map_table(path)
+        if table.schema != MOMENTS_SCHEMA or table["kind"].to_pylist() != list(KINDS):
+            raise Corrupt(f"{path}: wants the moments of {' and '.join(KINDS)}")
+        out: dict[str, Moments] = {}
+        for position, kind in enumerate(KINDS):
+            mean = np.array(table["mean"][position].values.to_numpy())
+            scatter = np.array(table["scatter"][position].values.to_numpy())
+            dim = len(mean)
+            out[kind] = table["count"][position].as_py(), mean, scatter.reshape(dim, dim)
+        return out
+
+    def todo(self, num_views: int) -> list[tuple[int, ShardRange]]:
+        """Return what is wanted and not there: (view, shard), in view order.
+
+        A shard is there when the manifest has it for these very samples and both files have the
+        recorded size; a deleted or cut file is to do again (law 11).
+        """
+        there: set[tuple[int, int, int]] = set()
+        table = self.manifest().table()
+        for view, shard, stop, patches_bytes, rows_bytes in zip(
+            *(
+                table[name].to_numpy().tolist()
+                for name in ("view", "shard", "stop", "patches_bytes", "rows_bytes")
+            ),
+            strict=True,
+        ):
+            patches = layout.patches_file(self.directory, view, shard)
+            rows = layout.rows_file(self.directory, view, shard)
+            if _size(patches) == patches_bytes and _size(rows) == rows_bytes:
+                there.add((view, shard, stop))
+        shards = self.samples.shards()
+        return [
+            (view, shard)
+            for view in range(num_views)
+            for shard in shards
+            if (view, shard.shard, shard.stop) not in there
+        ]
+
+    def commit(self, records: Sequence[ShardRecord]) -> int:
+        """Make written shards exist; return the manifest's new version.
+
+        Each touched view's zarr.json gets the shape of the dataset as it is, then the manifest's
+        HEAD is replaced: readers see the shards from then on.
+
+        Raises:
+            Busy: another process has been committing for a minute.
+        """
+        for view in sorted({record.view for record in records}):
+            self._write_array_metadata(view)
+        return self.manifest().commit(records)
+
+    def attributes(self) -> dict[str, object]:
+        """What the patches array says about itself: plain data, no provenance."""
+        return {
+            "eupe": {
+                "format": self.spec.format,
+                "store": self.spec.fingerprint(),
+                "codec": self.codec.to_json_dict(),
+                "grid": list(self.spec.grid),
+                "patch_dim": self.spec.patch_dim,
+            }
+        }
+
+    def _write_array_metadata(self, view: int) -> None:
+        content = zarr_shard.array_metadata(
+            self.samples.num_rows,
+            self.samples.rows_per_shard,
+            self.row_shape,
+            self.codec.storage_dtype,
+            self.codec.fill_value,
+            self.attributes(),
+        )
+        path = layout.zarr_file(self.directory, view)
+        if not path.is_file() or path.read_bytes() != content:
+            atomic.write(path, [content], layout.scratch_directory(self.directory))
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """A line of `eupe cache ls`.
+
+    Attributes:
+        directory: where the store lies.
+        spec: what it holds.
+        version: of its manifest.
+        num_views: views with at least one shard.
+        num_shards: committed shards, over all views.
+        num_rows: committed rows, over all views.
+        num_valid: those that are valid.
+        num_bytes: size of all committed files.
+    """
+
+    directory: Path
+    spec: StoreSpec
+    version: int
+    num_views: int
+    num_shards: int
+    num_rows: int
+    num_valid: int
+    num_bytes: int
+
+
+def create_store(
+    root: str | Path,
+    spec: StoreSpec,
+    moments: Mapping[str, Moments],
+    provenance: Mapping[str, object],
+) -> Store:
+    """Create a store, or open it if it is there: moments and provenance never change afterwards.
+
+    Args:
+        root: cache root; the dataset's samples must be in it.
+        spec: what the store will hold.
+        moments: "summary" and "patches": count, mean [D], scatter [D, D], measured on a fixed
+            sample of features as the teacher gives them.
+        provenance: what later builds must obey and what made the first one; plain data.
+
+    Raises:
+        ValueError: moments of another width than the spec's.
+        NotBuilt: the dataset has no samples.
+        FingerprintMismatch: the directory holds a store of another spec.
+    """
+    base = layout.local_root(root)
+    directory = layout.store_directory(base, spec)
+    if layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
+        atomic.sweep(layout.scratch_directory(directory))
+        return open_store(base, spec)
+    Samples.open(base, spec.dataset.name)
+    dims = {"summary": spec.summary_dim, "patches": spec.patch_dim}
+    for kind, dim in dims.items():
+        if kind not in moments:
+            raise ValueError(f"moments: {kind!r} is missing; a store wants summary and patches")
+        _, mean, scatter = moments[kind]
+        if np.shape(mean) != (dim,) or np.shape(scatter) != (dim, dim):
+            raise ValueError(
+                f"moments of {kind}: mean {np.shape(mean)}, scatter {np.shape(scatter)}; "
+                f"the spec wants ({dim},) and ({dim}, {dim})"
+            )
+    codec = make_codec(spec.codec, moments["patches"])
+    scratch = layout.scratch_directory(directory)
+    table = pa.table(
+        {
+            "kind": list(KINDS),
+            "count": [int(moments[kind][0]) for kind in KINDS],
+            "mean": [np.asarray(moments[kind][1], np.float64) for kind in KINDS],
+            "scatter": [np.asarray(moments[kind][2], np.float64).reshape(-1) for kind in KINDS],
+        },
+        schema=MOMENTS_SCHEMA,
+    )
+    moments_file = atomic.write(
+        layout.moments_file(directory), [arrow_tables.to_bytes(table)], scratch
+    )
+    description = {
+        "format": spec.format,
+        "fingerprint": spec.fingerprint(),
+        "spec": spec.model_dump(mode="json"),
+        "codec": codec.to_json_dict(),
+    }
+    content = json.dumps(description, indent=2, sort_keys=True).encode() + b"\n"
+    spec_file = atomic.write(layout.spec_file(directory), [content], scratch)
+    pinned = {
+        "spec_sha256": spec_file.sha256,
+        "moments_sha256": moments_file.sha256,
+        "provenance": json.loads(fp.canonical_json(dict(provenance))),
+    }
+    return Store(base, spec, Manifest.create(directory, pinned))
+
+
+def open_store(root: str | Path, spec: StoreSpec) -> Store:
+    """Open the store of a spec.
+
+    Raises:
+        NotBuilt: no such store, nor one that resembles it.
+        FingerprintMismatch: the directory holds another spec, or the root only has stores of the
+            same teacher name and resolution with another fingerprint; with the fields that differ.
+    """
+    base = layout.local_root(root)
+    directory = layout.store_directory(base, spec)
+    try:
+        manifest = Manifest.open(directory)
+    except NotBuilt as error:
+        raise _not_built(base, directory, spec) from error
+    lines = fp.difference(spec.model_dump(mode="json"), _read_spec(directory))
+    if lines:
+        raise FingerprintMismatch(f"{directory}: holds another store, asked != there", lines)
+    return Store(base, spec, manifest)
+
+
+def find_stores(root: str | Path) -> list[StoreInfo]:
+    """List the stores of a cache root, sorted by directory.
+
+    Raises:
+        NotBuilt: there is no such folder.
+        Corrupt: a store's spec or manifest cannot be read.
+    """
+    base = layout.local_root(root)
+    if not base.is_dir():
+        raise NotBuilt(f"{base}: no such folder, so no cache root")
+    return [_info(head.parent.parent) for head in sorted(base.glob("*/*/*/*/manifest/HEAD"))]
+
+
+def _info(directory: Path) -> StoreInfo:
+    spec = StoreSpec.model_validate(_read_spec(directory))
+    manifest = Manifest.open(directory)
+    table = manifest.table()
+    columns: dict[str, npt.NDArray[np.int64]] = {
+        name: table[name].to_numpy()
+        for name in ("view", "start", "stop", "num_valid", "patches_bytes", "rows_bytes")
+    }
+    return StoreInfo(
+        directory=directory,
+        spec=spec,
+        version=manifest.version,
+        num_views=len(np.unique(columns["view"])),
+        num_shards=table.num_rows,
+        num_rows=int((columns["stop"] - columns["start"]).sum()),
+        num_valid=int(columns["num_valid"].sum()),
+        num_bytes=int(columns["patches_bytes"].sum() + columns["rows_bytes"].sum()),
+    )
+
+
+def _read_spec(directory: Path) -> object:
+    path = layout.spec_file(directory)
+    try:
+        return json.loads(path.read_bytes())["spec"]
+    except FileNotFoundError as error:
+        raise Corrupt(f"{path}: missing, though the store has a manifest") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Corrupt(f"{path}: no store spec in it ({error})") from error
+
+
+def _not_built(base: Path, directory: Path, spec: StoreSpec) -> NotBuilt | FingerprintMismatch:
+    """Say that a store is not there, and what is there instead if something resembles it."""
+    pattern = f"{spec.dataset.name}/*/{spec.teacher.name}-*/{spec.resolution}/manifest/HEAD"
+    asked = spec.model_dump(mode="json")
+    near = [
+        (fp.difference(asked, _read_spec(head.parent.parent)), head.parent.parent)
+        for head in sorted(base.glob(pattern))
+    ]
+    if not near:
+        return NotBuilt(
+            f"{directory}: no such store; build it with `prefect deployment run "
+            f"teacher-cache/default` or `eupe cache build`"
+        )
+    lines, other = min(near, key=lambda item: (len(item[0]), item[1]))
+    return FingerprintMismatch(f"{directory}: not built; nearest is {other}, asked != there", lines)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
