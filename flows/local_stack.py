@@ -5,17 +5,17 @@
     make down        # python -m flows.local_stack down
 
 The Prefect and job APIs listen on loopback only; Ray's own gRPC ports do not know that choice, so
-every Ray connection needs the token (runs/local/ray_token, mode 0600). Processes are found again by a variable that all of them
-inherit (`EUPE_LOCAL_STACK`, the stack's folder), so those that Ray re-parents are stopped too,
-and another stack or another Ray on the machine is left alone.
+every Ray connection needs the token (runs/local/ray_token, mode 0600).
+
+Processes are found again by a variable that all of them inherit (`EUPE_LOCAL_STACK`, the stack's
+folder), so those that Ray re-parents are stopped too, and another stack or another Ray on the
+machine is left alone.
 """
 
 import argparse
 import json
 import os
-import secrets
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +27,8 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+
+from flows.loopback import free_ports, write_token
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POOL = "local"
@@ -69,10 +71,7 @@ def up(home: Path) -> None:
         raise StackError(f"the local stack of {home} is up already; `make down` stops it")
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **settings(home, free_ports(len(PORTS)))}
-    token = Path(environment["RAY_AUTH_TOKEN_PATH"])
-    token.unlink(missing_ok=True)
-    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    write_token(Path(environment["RAY_AUTH_TOKEN_PATH"]))
     log = folder / "stack.log"
     honcho = [command("honcho"), "start", "--no-colour", "-d", str(CHECKOUT)]
     with log.open("wb") as output:
@@ -150,9 +149,7 @@ def deploy() -> None:
             raise StackError(f"`prefect {' '.join(words)}` failed")
 
 
-def wait_until_healthy(
-    manager: subprocess.Popen, environment: dict[str, str], log: Path
-) -> None:
+def wait_until_healthy(manager: subprocess.Popen, environment: dict[str, str], log: Path) -> None:
     """Wait for every part in the order in which they become healthy.
 
     Raises:
@@ -203,7 +200,7 @@ def worker_is_online(environment: dict[str, str]) -> bool:
 
 
 def ray_answers(environment: dict[str, str]) -> bool:
-    """Say whether the Ray head takes jobs: its job API lists them and a node can run them."""
+    """Say whether the Ray head's job API answers, with the token."""
     token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     headers = {"Authorization": f"Bearer {token}"}
     url = environment["RAY_API_SERVER_ADDRESS"]
@@ -265,15 +262,6 @@ def terminate(processes: Sequence[psutil.Process]) -> None:
             process.terminate()
         except psutil.NoSuchProcess:
             continue
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on now, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def command(name: str) -> str:
