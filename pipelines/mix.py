@@ -1,0 +1,117 @@
+"""The mix: which dataset each slot of a global batch comes from, as a pure function of the step.
+
+A global batch is homogeneous from a named dataset with that dataset's probability, else
+heterogeneous across the rest in proportion to their shares (EUPE, arXiv:2603.22387, Sec. 4: ten
+per cent of batches are ImageNet-1k alone). Slots are dealt as positions in a dataset's own endless
+sequence of epochs, so that every dataset is walked through completely, epoch after epoch, whatever
+the mix; `Mix` says which positions, `cache.order` which rows those are.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+STEPS_PER_BLOCK = 1024
+"""Steps drawn from one generator: making one a step would cost more than the draws."""
+
+
+class Slots(NamedTuple):
+    """A global batch's slots.
+
+    Attributes:
+        datasets: int64 [B], index into `Mix.names`.
+        positions: int64 [B], place in that dataset's endless sequence of epochs.
+    """
+
+    datasets: np.ndarray
+    positions: np.ndarray
+
+
+class Mix:
+    """Draws of a run's global batches; every method is a pure function of the step.
+
+    Args:
+        shares: dataset -> its share of heterogeneous batches, any positive scale.
+        homogeneous: dataset -> probability that a batch is drawn from it alone.
+        global_batch: slots a step.
+        seed: of the run.
+
+    Raises:
+        ValueError: a homogeneous dataset that is not there, probabilities that do not fit, or no
+            dataset left for heterogeneous batches.
+    """
+
+    def __init__(
+        self,
+        shares: Mapping[str, float],
+        homogeneous: Mapping[str, float],
+        global_batch: int,
+        seed: int,
+    ) -> None:
+        unknown = set(homogeneous) - set(shares)
+        if unknown:
+            raise ValueError(
+                f"homogeneous names {sorted(unknown)}; the train sets are {sorted(shares)}"
+            )
+        alone = np.array([homogeneous.get(name, 0.0) for name in shares])
+        if alone.min() < 0 or alone.sum() > 1 + 1e-9:
+            raise ValueError(
+                f"homogeneous = {dict(homogeneous)}: wants probabilities that sum to at most 1"
+            )
+        rest = np.array([0.0 if name in homogeneous else shares[name] for name in shares])
+        if len(shares) == 1:  # nothing to mix: every batch is that dataset's either way
+            alone, rest = np.zeros(1), np.ones(1)
+        elif alone.sum() < 1 - 1e-9 and rest.sum() == 0:
+            raise ValueError(
+                f"homogeneous = {dict(homogeneous)} leaves no dataset for the other batches"
+            )
+        self.names = tuple(shares)
+        self.global_batch = global_batch
+        self._kinds = np.append(alone, max(0.0, 1 - alone.sum()))
+        self._rest = rest / rest.sum() if rest.sum() else rest
+        self._key = hashlib.sha256(f"mix/{seed}".encode()).digest()
+        self._totals = [np.zeros(len(self.names), dtype=np.int64)]
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def counts(self, step: int) -> np.ndarray:
+        """Return how many slots each dataset fills at a step: int64 [number of datasets]."""
+        block, place = divmod(step, STEPS_PER_BLOCK)
+        counts: np.ndarray = self._block(block)[place]
+        return counts
+
+    def consumed(self, step: int) -> np.ndarray:
+        """Return how many positions of each dataset lie before a step: int64 [datasets]."""
+        block, place = divmod(step, STEPS_PER_BLOCK)
+        while len(self._totals) <= block:
+            self._totals.append(self._totals[-1] + self._block(len(self._totals) - 1).sum(axis=0))
+        total: np.ndarray = self._totals[block] + self._block(block)[:place].sum(axis=0)
+        return total
+
+    def slots(self, step: int) -> Slots:
+        """Return the slots of a step, in an order that deals every rank the same mixture."""
+        counts, consumed = self.counts(step), self.consumed(step)
+        datasets = np.repeat(np.arange(len(self.names)), counts)
+        positions = np.concatenate(
+            [np.arange(start, start + n) for start, n in zip(consumed, counts, strict=True)]
+        )
+        order = self._generator("deal", step).permutation(self.global_batch)
+        return Slots(datasets[order], positions[order])
+
+    def _block(self, block: int) -> np.ndarray:
+        """Draw the counts of a block of steps: int64 [STEPS_PER_BLOCK, datasets]."""
+        if block not in self._blocks:
+            generator = self._generator("block", block)
+            kinds = generator.choice(len(self._kinds), size=STEPS_PER_BLOCK, p=self._kinds)
+            mixed = generator.multinomial(self.global_batch, self._rest, size=STEPS_PER_BLOCK)
+            alone = np.eye(len(self.names) + 1, len(self.names), dtype=np.int64)[kinds]
+            mixed[kinds < len(self.names)] = 0
+            if len(self._blocks) > 8:  # a run walks forward: old blocks are not asked for again
+                self._blocks.pop(min(self._blocks))
+            self._blocks[block] = mixed + alone * self.global_batch
+        return self._blocks[block]
+
+    def _generator(self, purpose: str, number: int) -> np.random.Generator:
+        digest = hashlib.sha256(self._key + f"/{purpose}/{number}".encode()).digest()
+        return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
