@@ -63,7 +63,7 @@ def make(
     for name, length in lengths.items():
         if length != num_rows:
             raise ValueError(f"{name}: {length} entries for {num_rows} rows")
-    finite: npt.NDArray[np.bool_] = np.isfinite(summary).all(axis=-1)
+    finite = np.asarray(np.isfinite(summary).all(axis=1))
     told = [
         reason or (None if fine else "summary is not finite")
         for reason, fine in zip(reasons, finite.tolist(), strict=True)

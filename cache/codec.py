@@ -150,8 +150,9 @@ def _judge(
 ) -> tuple[npt.NDArray[np.bool_], list[str | None]]:
     """Say per row whether it was finite and stayed so."""
     num_rows = len(patches)
-    finite: npt.NDArray[np.bool_] = np.isfinite(patches.reshape(num_rows, -1)).all(axis=-1)
-    kept: npt.NDArray[np.bool_] = np.isfinite(decoded.reshape(num_rows, -1)).all(axis=-1)
+    axes = tuple(range(1, patches.ndim))
+    finite = np.asarray(np.isfinite(patches).all(axis=axes))
+    kept = np.asarray(np.isfinite(decoded).all(axis=axes))
     reasons: list[str | None] = [None] * num_rows
     for row in np.flatnonzero(~(finite & kept)).tolist():
         if finite[row]:

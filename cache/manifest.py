@@ -113,6 +113,11 @@ class Manifest:
         """Number of commits so far."""
         return int(self.head["version"])  # type: ignore[call-overload,no-any-return]
 
+    @property
+    def segment_files(self) -> list[tuple[Path, str]]:
+        """Path and sha256 of every segment."""
+        return [(self.directory / str(s["name"]), str(s["sha256"])) for s in self._segments()]
+
     def table(self, version: int | None = None) -> pa.Table:
         """Return the records at a version (None: the newest), one a (view, shard), sorted so.
 

@@ -161,7 +161,7 @@ class Reader:
             raise ValueError(
                 f"out: {out.dtype}{list(out.shape)}, wants C-contiguous {self.dtype}{list(shape)}"
             )
-        into = out.reshape(len(asked), -1).view(np.uint8)
+        into = out.reshape(len(asked), int(np.prod(self.row_shape))).view(np.uint8)
         for view, shard, places, inside in self._groups(asked, of_view):
             patches = self._patches.get(view, shard)
             slots = inside if patches.dense else patches.slots[inside]
@@ -236,6 +236,12 @@ class Reader:
         of_view = np.broadcast_to(np.asarray(views, np.int64), asked.shape)
         if asked.ndim != 1:
             raise ValueError(f"rows: shape {asked.shape}, wants one dimension")
+        outside = (asked < 0) | (asked >= self.store.samples.num_rows)
+        if outside.any():
+            raise MissingSamples(
+                f"{self.store.directory}: row {asked[outside][0]} is none of the dataset's "
+                f"{self.store.samples.num_rows} rows"
+            )
         return asked, of_view
 
     def _groups(self, rows: Rows, views: Rows) -> Iterator[tuple[int, int, Rows, Rows]]:
@@ -257,7 +263,7 @@ class Reader:
             raise MissingSamples(
                 f"{self.store.directory}: view {view} was not opened, only {self.views}"
             )
-        if not 0 <= shard < self._num_shards or record[shard] < 0:
+        if record[shard] < 0:
             raise MissingSamples(
                 f"{self.store.directory}: row {rows[0]} of view {view} is not built at manifest "
                 f"version {self.version}; build the missing shards"

@@ -1,0 +1,156 @@
+"""Check a store against its manifest: sizes, checksums, indexes, ids and counts."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cache import arrow_shard, arrow_tables, layout, zarr_shard
+from cache.errors import StoreError
+from cache.manifest import Manifest, ShardRecord
+from cache.store import Store
+
+READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and with which file."""
+
+    path: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
+
+
+@dataclass
+class Report:
+    """What was checked and what is wrong.
+
+    Attributes:
+        num_shards: shards in the manifest.
+        num_rows: their rows.
+        num_invalid: rows recorded as invalid (no problem, but counted).
+        num_bytes: bytes read and compared with their checksums (0 for a shallow check).
+        problems: empty if the store is sound.
+    """
+
+    num_shards: int = 0
+    num_rows: int = 0
+    num_invalid: int = 0
+    num_bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+
+def verify(
+    store: Store, deep: bool = True, progress: Callable[[int, int], None] | None = None
+) -> Report:
+    """Check every committed shard.
+
+    Args:
+        store: the store.
+        deep: also read every byte and compare checksums; else sizes, indexes and tables only.
+        progress: called with (shards done, shards in all) after each shard.
+
+    Returns:
+        The report; a damaged store is a finding, not an exception.
+    """
+    report = Report()
+    manifest = store.manifest()
+    _check_pinned(store, manifest, report)
+    records = manifest.records()
+    for done, record in enumerate(records, 1):
+        report.num_shards += 1
+        report.num_rows += record.stop - record.start
+        report.num_invalid += record.num_invalid
+        for problem in _check_shard(store, record, deep, report):
+            report.problems.append(problem)
+        if progress is not None:
+            progress(done, len(records))
+    return report
+
+
+def _check_pinned(store: Store, manifest: Manifest, report: Report) -> None:
+    """Check the files that HEADs pin by checksum: spec, moments, segments of samples."""
+    pinned = [
+        (layout.spec_file(store.directory), str(manifest.head["spec_sha256"])),
+        (layout.moments_file(store.directory), str(manifest.head["moments_sha256"])),
+        *manifest.segment_files,
+        *store.samples.segment_files,
+    ]
+    for path, sha256 in pinned:
+        problem = _compare(path, sha256, report)
+        if problem is not None:
+            report.problems.append(problem)
+
+
+def _check_shard(
+    store: Store, record: ShardRecord, deep: bool, report: Report
+) -> Iterator[Problem]:
+    patches = layout.patches_file(store.directory, record.view, record.shard)
+    rows = layout.rows_file(store.directory, record.view, record.shard)
+    whole = True
+    for path, size, sha256 in (
+        (patches, record.patches_bytes, record.patches_sha256),
+        (rows, record.rows_bytes, record.rows_sha256),
+    ):
+        if not path.is_file():
+            yield Problem(path, "missing")
+            whole = False
+        elif path.stat().st_size != size:
+            yield Problem(path, f"{path.stat().st_size} bytes, its record says {size}")
+            whole = False
+        elif deep:
+            problem = _compare(path, sha256, report)
+            if problem is not None:
+                yield problem
+                whole = False
+    if not whole:
+        return
+    try:
+        yield from _check_contents(store, record, patches, rows)
+    except StoreError as error:
+        yield Problem(patches, str(error).removeprefix(f"{patches}: "))
+
+
+def _check_contents(
+    store: Store, record: ShardRecord, patches: Path, rows: Path
+) -> Iterator[Problem]:
+    """Check that index, table of rows, sample table and record tell the same story."""
+    samples = store.samples
+    if record.samples_digest != samples.shard_digest(record.shard):
+        yield Problem(patches, "made of other samples or images than the dataset's table names")
+    with open(patches, "rb") as file:
+        file.seek(-zarr_shard.index_bytes(samples.rows_per_shard), 2)
+        tail = file.read()
+    row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
+    slots = zarr_shard.parse_index(tail, row_bytes, record.patches_bytes, str(patches))
+    table = arrow_tables.map_table(rows)
+    if table.schema != arrow_shard.schema(store.spec.summary_dim):
+        yield Problem(rows, f"columns {table.schema.names} are not those of a table of rows")
+        return
+    if table["sample_id"].to_pylist() != samples.shard(record.shard)["sample_id"].to_list():
+        yield Problem(rows, "sample ids are not those of the dataset's rows")
+    valid = arrow_shard.valid(table)
+    if int(valid.sum()) != record.num_valid:
+        yield Problem(rows, f"{int(valid.sum())} valid rows, its record says {record.num_valid}")
+    present = slots >= 0
+    if present[len(valid) :].any() or not np.array_equal(present[: len(valid)], valid):
+        yield Problem(patches, "the rows in its index are not the valid rows of its table")
+
+
+def _compare(path: Path, sha256: str, report: Report) -> Problem | None:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(READ_BYTES):
+                digest.update(part)
+                report.num_bytes += len(part)
+    except OSError as error:
+        return Problem(path, f"cannot be read: {error.strerror}")
+    if digest.hexdigest() != sha256:
+        return Problem(path, "contents do not match the recorded sha256")
+    return None
