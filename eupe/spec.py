@@ -50,7 +50,7 @@ class CentreView(Spec):
 
 
 class AugmentedView(Spec):
-    """The paper's five augmentations (EUPE, Sec. 4), drawn once per view on the canvas.
+    """The paper's five augmentations (EUPE, arXiv:2603.22387), drawn once per view on the canvas.
 
     Deviation: the paper names the augmentations and not their ranges; the defaults are the usual
     ones of self-distillation (DINO's first global view), marked assumed in docs/paper_map.md.
@@ -101,7 +101,7 @@ class EncoderSpec(Spec):
     pixel_std: Triple = IMAGENET_STD
     summary: SummaryKind = "class_token"
     layer: int | None = None
-    model_arguments: dict[str, int | float | bool | str | None] = {}
+    model_arguments: dict[str, int | float | bool | str | tuple[int, ...] | None] = {}
 
 
 class TeacherSpec(Spec):

@@ -127,6 +127,7 @@ class StageConfig(Spec):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False
     activation_checkpointing: bool = False
+    strategy: Literal["ddp", "fsdp2"] = Field("ddp", description="with several workers")
     log_every: int = Field(10, ge=1)
     evaluate_every: int | None = Field(None, ge=1)
     checkpoint_every: int = Field(100, ge=1)
@@ -148,7 +149,6 @@ class WorkersConfig(Spec):
 
     count: int = Field(1, ge=1)
     use_gpu: bool = False
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
     loader_threads: int = Field(2, ge=1)
     prefetch_batches: int = Field(4, ge=1)
 

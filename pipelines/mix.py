@@ -1,7 +1,7 @@
 """The mix: which dataset each slot of a global batch comes from, as a pure function of the step.
 
 A global batch is homogeneous from a named dataset with that dataset's probability, else
-heterogeneous across the rest in proportion to their shares (EUPE, arXiv:2603.22387, Sec. 4: ten
+heterogeneous across the rest in proportion to their shares (EUPE, arXiv:2603.22387: ten
 per cent of batches are ImageNet-1k alone). Slots are dealt as positions in a dataset's own endless
 sequence of epochs, so that every dataset is walked through completely, epoch after epoch, whatever
 the mix; `Mix` says which positions, `cache.order` which rows those are.

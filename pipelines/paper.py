@@ -1,0 +1,124 @@
+"""What the paper states of a recipe and what is assumed: the marks of `eupe recipes show`."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pipelines.config import Recipe
+
+EXECUTION = (
+    "activation_checkpointing",
+    "run_directory",
+    "cache_root",
+    "extraction",
+    "workers",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "micro_batch",
+    "strategy",
+    "compile",
+    "path",
+)
+"""Fields that change where and how fast a run works, never what it learns."""
+
+STATED: dict[str, object] = {
+    "homogeneous.imagenet1k": 0.1,
+    "teachers.pe_core_g.resolutions": [448],
+    "teachers.pe_core_g.encoder.architecture": "vit_pe_core_gigantic_patch14_448",
+    "teachers.pe_lang_g.resolutions": [448],
+    "teachers.pe_lang_g.encoder.architecture": "vit_pe_lang_gigantic_patch14_448",
+    "teachers.dinov3_hplus.resolutions": [256],
+    "teachers.dinov3_hplus.encoder.architecture": "vit_huge_plus_patch16_dinov3",
+    "proxy.encoder.model_arguments.embed_dim": 1536,
+    "proxy.encoder.model_arguments.depth": 50,
+    "proxy.encoder.model_arguments.num_heads": 16,
+    "proxy.encoder.model_arguments.mlp_ratio": 8960 / 1536,
+    "stages.stage1.student_scales": [256],
+    "stages.stage1.teacher_scales.pe_core_g": [448],
+    "stages.stage1.teacher_scales.pe_lang_g": [448],
+    "stages.stage1.teacher_scales.dinov3_hplus": [256],
+    "stages.stage1.head_hidden": 1536,
+    "stages.stage2.student_scales": [256],
+    "stages.stage2.teacher_scales.proxy": [256],
+    "stages.stage2.steps": 390_000,
+    "stages.stage2.global_batch": 8192,
+    "stages.stage2.optimizer.lr": 2e-5,
+    "stages.stage2.optimizer.weight_decay": 1e-4,
+    "stages.stage2.head_hidden": 3072,
+    "stages.stage3.student_scales": [256, 384, 512],
+    "stages.stage3.teacher_scales.proxy": [256, 384, 512],
+    "stages.stage3.steps": 100_000,
+    "stages.stage3.global_batch": 4096,
+    "stages.stage3.optimizer.lr": 1e-5,
+    "stages.stage3.head_hidden": 3072,
+    **{
+        f"stages.{stage}.{field}": value
+        for stage in ("stage1", "stage2", "stage3")
+        for field, value in (("normaliser", "zscore"), ("loss.alpha", 0.9), ("loss.beta", 0.1))
+    },
+    "evaluation.k": 10,
+    "evaluation.resolution": 224,
+}
+"""Field -> value as EUPE (arXiv:2603.22387) prints it: the stages, Eq. 5, data and evaluation."""
+
+
+class Setting(NamedTuple):
+    """One field of a recipe, its value and where the value comes from."""
+
+    path: str
+    value: object
+    origin: str
+
+
+class Published(NamedTuple):
+    """A printed figure beside ours: millions of parameters and multiply-adds or FLOPs at 256."""
+
+    parameters_millions: float
+    gflops_256: float | None
+    counts_multiply_adds: bool
+
+
+PUBLISHED = {
+    "eupe_vitt16": Published(6, 4, False),
+    "eupe_vits16": Published(21, 12, False),
+    "eupe_vitb16": Published(86, 47, False),
+    "eupe_convnext_tiny": Published(29, 5, True),
+    "eupe_convnext_small": Published(50, 11, True),
+    "eupe_convnext_base": Published(89, 20, True),
+    "proxy_vitg": Published(1900, None, False),
+}
+"""The family table; ConvNeXt's printed GFLOPs match multiply-adds, the ViTs' twice that."""
+
+
+def settings(recipe: Recipe) -> list[Setting]:
+    """List every field of a recipe with its origin.
+
+    Origins: `paper` (stated, and equal), `paper: X` (stated as X, changed here), `execution`
+    (never changes what is learnt), `assumed` (ours: the paper does not say).
+    """
+    return [Setting(path, value, _origin(path, value)) for path, value in _leaves(recipe)]
+
+
+def _origin(path: str, value: object) -> str:
+    if path in STATED:
+        return "paper" if value == STATED[path] else f"paper: {STATED[path]}"
+    return "execution" if set(path.split(".")) & set(EXECUTION) else "assumed"
+
+
+def _leaves(recipe: Recipe) -> Iterator[tuple[str, object]]:
+    yield from _walk(recipe.model_dump(mode="json"), "")
+
+
+def _walk(node: object, path: str) -> Iterator[tuple[str, object]]:
+    prefix = f"{path}." if path else ""
+    if isinstance(node, dict) and node:
+        for key, item in node.items():
+            yield from _walk(item, f"{prefix}{key}")
+    elif isinstance(node, list) and node and isinstance(node[0], dict):
+        for item in node:
+            yield from _walk(item, f"{prefix}{item.get('stage') or item.get('name')}")
+    else:
+        yield path, node
+
+
