@@ -115,6 +115,8 @@ def settings(home: Path, ports: Sequence[int]) -> dict[str, str]:
         "EUPE_HOME": str(home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
+        # Ray gives a job's driver one thread, since the actor above it has no CPUs of its own.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "PREFECT_API_URL": f"http://127.0.0.1:{port['PREFECT']}/api",
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
