@@ -1,0 +1,46 @@
+"""Connecting to Ray, in one place: the cluster RAY_ADDRESS names, or a local one for the moment."""
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TOKEN_BYTES = 32
+
+
+@contextmanager
+def connect() -> Iterator[None]:
+    """Be connected to Ray inside the block, and disconnected after it whatever happens.
+
+    With RAY_ADDRESS set this joins that cluster; else it starts a local Ray without dashboard that
+    ends with the block. A process that is already connected is left as it is.
+    """
+    _authenticate()
+    import ray  # after its settings: it reads them once, when imported
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, logging_level="warning")
+        else:
+            ray.init(address="local", include_dashboard=False, logging_level="warning")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _authenticate() -> None:
+    """Settle token authentication: the user's own token, else one for this process and its Ray.
+
+    Ray keeps the first token it reads, so a process has one for its life.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(TOKEN_BYTES)
+    if "ray" not in sys.modules:
+        # Set later it would contradict what Ray has read; ray.init turns tokens on by itself then.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -1,0 +1,227 @@
+"""Image sources: folders, WebDataset tars and Parquet files, indexed to samples and read again.
+
+The three forms of the same images give the same sample ids. A sample is addressed by
+(`uri`, `offset`, `bytes`): for files and tars the span of bytes in the file `uri`; for Parquet
+`uri` is `parquet:<column>:<file>` and `offset` the row's number in that file.
+"""
+
+import hashlib
+import io
+import json
+import struct
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from eupe.views import ImageError
+from pipelines.config import SourceConfig
+from pipelines.image_walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
+from pipelines.progress import track
+
+WINDOW = 256  # candidates in memory at once while indexing
+_EXIF_ORIENTATION = 0x0112
+_EXIF_TURNED = (5, 6, 7, 8)
+_HEADER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+ROW_GROUPS_KEPT = 8  # per reader; datasets writes about 100 images a row group
+
+RECORD_SCHEMA: dict[str, type[pl.DataType]] = {
+    "sample_id": pl.String,
+    "uri": pl.String,
+    "offset": pl.Int64,
+    "bytes": pl.Int64,
+    "digest": pl.String,
+    "width": pl.Int32,
+    "height": pl.Int32,
+    "labels": pl.String,
+}
+FAILURE_SCHEMA: dict[str, type[pl.DataType]] = {
+    "sample_id": pl.String,
+    "uri": pl.String,
+    "offset": pl.Int64,
+    "reason": pl.String,
+}
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a source holds.
+
+    Attributes:
+        records: samples whose header reads as an image (RECORD_SCHEMA), in the source's order;
+            `digest` is the sha256 of the bytes, width and height are of the upright picture.
+        failures: what was left out, each with its reason (FAILURE_SCHEMA).
+        known: samples left out because the caller has them already.
+    """
+
+    records: pl.DataFrame
+    failures: pl.DataFrame
+    known: int
+
+
+def index(config: SourceConfig, known: Collection[str] = frozenset(), threads: int = 4) -> Index:
+    """List the samples of a source, reading every image's bytes once for digest and header.
+
+    Args:
+        config: where the images lie, and which of them are wanted (`where`).
+        known: sample ids to leave out, unread.
+        threads: of reading and hashing.
+
+    Raises:
+        ValueError: nothing is there, nothing in it is an image or is wanted, a file is not of its
+            kind, a column is missing, or two images share a sample_id.
+    """
+    total, candidates = WALKS[config.kind](config, known)
+    records: list[tuple[object, ...]] = []
+    failures: list[tuple[object, ...]] = []
+    seen: dict[str, str] = {}
+    num_known = 0
+    wanted = (c for c in candidates if config.where.items() <= c.labels.items())
+    with (
+        track(total, f"Indexing {config.path}") as progress,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        while window := list(islice(wanted, WINDOW)):
+            for candidate in window:
+                where = f"{candidate.uri} at {candidate.offset}"
+                if candidate.sample_id in seen:
+                    raise ValueError(
+                        f"{config.path}: sample_id {candidate.sample_id!r} is both "
+                        f"{seen[candidate.sample_id]} and {where}; the path without its extension "
+                        "must be unique"
+                    )
+                seen[candidate.sample_id] = where
+            fresh = [c for c in window if c.sample_id not in known]
+            num_known += len(window) - len(fresh)
+            for candidate, found in zip(fresh, pool.map(_inspect, fresh), strict=True):
+                address = candidate.sample_id, candidate.uri, candidate.offset
+                if isinstance(found, str):
+                    failures.append((*address, found))
+                else:
+                    labels = json.dumps(candidate.labels, ensure_ascii=False, sort_keys=True)
+                    records.append((*address, candidate.num_bytes, *found, labels))
+            progress.advance(len(window))
+    if not seen:
+        kept = f" with {dict(config.where)}" if config.where else ""
+        raise ValueError(f"{config.path}: no image{kept} in this {config.kind} source")
+    return Index(
+        pl.DataFrame(records, RECORD_SCHEMA, orient="row"),
+        pl.DataFrame(failures, FAILURE_SCHEMA, orient="row"),
+        num_known,
+    )
+
+
+class ImageReader:
+    """Reads the bytes of samples; safe to share between threads.
+
+    Parquet row groups are kept, the most recently used few, since a row cannot be read alone.
+    """
+
+    def __init__(self, row_groups_kept: int = ROW_GROUPS_KEPT):
+        self._kept = row_groups_kept
+        self._groups: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+        self._starts: dict[str, list[int]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, sample: Mapping[str, Any], verify: bool = False) -> bytes:
+        """Return the bytes of one sample.
+
+        Args:
+            sample: a row of the sample table: sample_id, uri, offset, bytes, digest.
+            verify: compare the sha256 with the sample's digest.
+
+        Raises:
+            ValueError: the file is gone or no longer holds this image there.
+        """
+        uri, offset, size = str(sample["uri"]), int(sample["offset"]), int(sample["bytes"])
+        try:
+            if uri.startswith(f"{PARQUET_SCHEME}:"):
+                data = self._read_row(uri, offset)
+            else:
+                with open(uri, "rb") as file:
+                    file.seek(offset)
+                    data = file.read(size)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(
+                f"sample {sample['sample_id']!r}: its image cannot be read again: {error}"
+            ) from error
+        if len(data) != size or (verify and _sha256(data) != sample["digest"]):
+            raise ValueError(
+                f"sample {sample['sample_id']!r}: {uri} at {offset} no longer holds the image that "
+                "was indexed; a changed image needs a new sample_id or a new dataset name"
+            )
+        return data
+
+    def _read_row(self, uri: str, row: int) -> bytes:
+        _, column, path = uri.split(":", 2)
+        starts = self._starts.get(uri)
+        if starts is None:
+            metadata = pq.read_metadata(path)
+            lengths = (metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
+            starts = self._starts[uri] = list(accumulate(lengths, initial=0))
+        if row >= starts[-1]:
+            return b""
+        group = bisect_right(starts, row) - 1
+        key = (uri, group)
+        with self._lock:
+            array = self._groups.get(key)
+            if array is not None:
+                self._groups.move_to_end(key)
+        if array is None:  # read outside the lock: two threads may read one group, to no harm
+            with pq.ParquetFile(path) as file:
+                array = image_bytes(file.read_row_group(group, [unquote(column)]).column(0))
+            with self._lock:
+                self._groups[key] = array
+                while len(self._groups) > self._kept:
+                    self._groups.popitem(last=False)
+        return array[row - starts[group]].as_py() or b""
+
+
+def _inspect(candidate: Candidate) -> tuple[str, int, int] | str:
+    """Return (digest, width, height) of a candidate, or why it is no usable image."""
+    if candidate.fault:
+        return candidate.fault
+    try:
+        data = candidate.data
+        if data is None:
+            data = Path(candidate.uri).read_bytes()
+        return (_sha256(data), *_upright_size(data))
+    except (ImageError, OSError) as error:
+        return str(error)
+
+
+def _upright_size(data: bytes) -> tuple[int, int]:
+    """Read width and height, as displayed, from an image's header."""
+    if not data:
+        raise ImageError("the image has no bytes")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _EXIF_TURNED
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{len(data)} bytes are in no image format known here") from error
+    except _HEADER_ERRORS as error:
+        raise ImageError(f"the image's header cannot be read: {error}") from error
+    return (height, width) if turned else (width, height)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

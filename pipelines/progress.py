@@ -1,0 +1,170 @@
+"""Progress of long steps: a rich bar on a terminal, plain lines elsewhere, and one listener."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+LINE_EVERY_SECONDS = 10.0
+LISTEN_EVERY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How far a step has come.
+
+    Attributes:
+        description: what is being done.
+        unit: what is counted, plural ("images").
+        done: units finished.
+        total: units wanted; None when not known beforehand.
+        seconds: wall time since the start.
+        finished: the step has ended, well or not.
+    """
+
+    description: str
+    unit: str
+    done: int
+    total: int | None
+    seconds: float
+    finished: bool = False
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return self.done / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until the end at the present rate; None when it cannot be told."""
+        if self.total is None or self.rate == 0:
+            return None
+        return max(self.total - self.done, 0) / self.rate
+
+    def __str__(self) -> str:
+        total = "" if self.total is None else f"/{self.total}"
+        text = f"{self.description}: {self.done}{total} {self.unit}, {self.rate:.1f} {self.unit}/s"
+        if self.finished:
+            return f"{text}, {self.seconds:.1f} s"
+        return text if self.eta_seconds is None else f"{text}, {self.eta_seconds:.0f} s left"
+
+
+Listener = Callable[[Reading], None]
+_listener: ContextVar[Listener | None] = ContextVar("progress_listener", default=None)
+
+
+def set_listener(listener: Listener | None) -> None:
+    """Tell `listener` of every step tracked in this context, at most once a second.
+
+    The setting belongs to the calling context (thread, task), not to the process.
+    """
+    _listener.set(listener)
+
+
+class Progress:
+    """Counts units; made by `track`."""
+
+    def __init__(self, description: str, unit: str, total: int | None, shown: Listener) -> None:
+        self._description, self._unit, self._total = description, unit, total
+        self._done, self._started = 0, time.monotonic()
+        self._shown, self._listener, self._told = shown, _listener.get(), -LISTEN_EVERY_SECONDS
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more units as done."""
+        self._done += count
+        self._tell(self.reading())
+
+    def reading(self, finished: bool = False) -> Reading:
+        """Return how far the step has come."""
+        seconds = time.monotonic() - self._started
+        return Reading(self._description, self._unit, self._done, self._total, seconds, finished)
+
+    def finish(self) -> None:
+        """Tell everyone of the last reading."""
+        self._tell(self.reading(finished=True))
+
+    def _tell(self, reading: Reading) -> None:
+        self._shown(reading)
+        due = reading.seconds - self._told >= LISTEN_EVERY_SECONDS
+        if self._listener is not None and (due or reading.finished):
+            self._told = reading.seconds
+            self._listener(reading)
+
+
+@contextmanager
+def track(total: int | None, description: str, unit: str = "images") -> Iterator[Progress]:
+    """Show the progress of one long step on stderr: a bar, or a line every ten seconds.
+
+    Args:
+        total: units the step will take; None when not known.
+        description: what is being done.
+        unit: what is counted, plural.
+
+    Yields:
+        a `Progress` whose `advance(n)` counts; call it from one thread.
+    """
+    console = Console(stderr=True)
+    show = _bar if console.is_terminal else _lines
+    with show(console, total, description, unit) as shown:
+        progress = Progress(description, unit, total, shown)
+        try:
+            yield progress
+        finally:
+            progress.finish()
+
+
+@contextmanager
+def _lines(console: Console, total: int | None, description: str, unit: str) -> Iterator[Listener]:
+    printed = 0.0
+
+    def shown(reading: Reading) -> None:
+        nonlocal printed
+        if reading.finished or reading.seconds - printed >= LINE_EVERY_SECONDS:
+            printed = reading.seconds
+            print(reading, file=sys.stderr, flush=True)
+
+    yield shown
+
+
+@contextmanager
+def _bar(console: Console, total: int | None, description: str, unit: str) -> Iterator[Listener]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda reading: bar.update(task, completed=reading.done)
+
+
+class _RateColumn(ProgressColumn):
+    """Units a second, as rich measures it over its last samples."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")
