@@ -1,0 +1,234 @@
+"""Checkpoints: weights in safetensors, training state loaded weights-only, written atomically.
+
+    <stage directory>/checkpoints/step-00000100/
+        encoder.safetensors       the encoder under timm's own names; `checkpoint:<this folder>`
+        heads.safetensors         adapter heads, named <teacher>.<summary|patches>...
+        normalisers.safetensors   what a teacher's tokens went through before the loss
+        state.pt                  optimizer and figures, for resuming
+        config.json               what the run is, where it stands, the manifest versions it reads
+
+A folder has its name only once all of it is on disk: whatever is called step-* is whole. Only one
+process writes below a stage directory (pipelines.train holds its lock).
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eupe import fingerprint as fp
+from eupe.weights import CHECKPOINT_FILE
+
+FORMAT = 1
+FOLDER = "checkpoints"
+CONFIG, STATE = "config.json", "state.pt"
+HEADS, NORMALISERS = "heads.safetensors", "normalisers.safetensors"
+_PREFIX, _TEMPORARY = "step-", ".tmp-"
+MAX_LINES = 12
+"""Differing fields that a refusal names; the rest it counts."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: steps done.
+        identity: what the run learns from and how, plain data; another one is refused.
+        pins: store directory -> manifest version that the run reads.
+        encoder: the encoder network's tensors by name.
+        heads: the adapter heads' tensors by name.
+        normalisers: the normalisers' buffers by name.
+        state: plain data and tensors, what else is needed to go on exactly.
+        score: held-out figure by which checkpoints are compared, higher is better; None if the
+            step was not evaluated.
+        recipe: the whole configuration, for readers; never compared.
+    """
+
+    step: int
+    identity: Mapping[str, object]
+    pins: Mapping[str, int]
+    encoder: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor]
+    normalisers: Mapping[str, Tensor]
+    state: Mapping[str, Any] = field(default_factory=dict)
+    score: float | None = None
+    recipe: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk; tensors are read when asked for."""
+
+    directory: Path
+    step: int
+    identity: dict[str, object]
+    pins: dict[str, int]
+    score: float | None
+    recipe: dict[str, object]
+
+    def encoder(self) -> dict[str, Tensor]:
+        """Read the encoder's tensors."""
+        return _tensors(self.directory / CHECKPOINT_FILE)
+
+    def heads(self) -> dict[str, Tensor]:
+        """Read the heads' tensors."""
+        return _tensors(self.directory / HEADS)
+
+    def normalisers(self) -> dict[str, Tensor]:
+        """Read the normalisers' buffers."""
+        return _tensors(self.directory / NORMALISERS)
+
+    def state(self) -> dict[str, Any]:
+        """Read the training state, on the CPU; never unpickles anything but plain data."""
+        path = self.directory / STATE
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path}: is no training state: {error}") from error
+        return state
+
+    def check(self, identity: Mapping[str, object]) -> None:
+        """Refuse to go on with another run's checkpoint.
+
+        Raises:
+            ValueError: naming the fields in which the runs differ.
+        """
+        lines = fp.difference(json.loads(fp.canonical_json(identity)), self.identity)
+        if lines:
+            more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+            raise ValueError(
+                f"{self.directory} is of another run (asked != there): "
+                + "; ".join(lines[:MAX_LINES] + more)
+                + "; give another run directory, or remove this one to start anew"
+            )
+
+
+def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
+    """Write a checkpoint whole, then drop all but the newest `keep` and the best.
+
+    Args:
+        stage_directory: of the run's stage.
+        contents: what to write.
+        keep: how many of the newest to keep, at least 1.
+
+    Returns:
+        the checkpoint as it is on disk.
+    """
+    folder = stage_directory / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_PREFIX}{contents.step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, tensors in (
+        (CHECKPOINT_FILE, contents.encoder),
+        (HEADS, contents.heads),
+        (NORMALISERS, contents.normalisers),
+    ):
+        # Cloned: safetensors refuses tensors that share memory, and views of larger ones.
+        owned = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+        save_file(owned, temporary / name)
+    torch.save(dict(contents.state), temporary / STATE)
+    description = {
+        "format": FORMAT,
+        "step": contents.step,
+        "score": contents.score,
+        "identity": contents.identity,
+        "pins": contents.pins,
+        "recipe": contents.recipe,
+    }
+    fp.canonical_json(description)  # refuses what would not be read back as it was written
+    (temporary / CONFIG).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    if final.exists():  # the same step once more: a run that was resumed and is as far again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(folder)
+    _prune(stage_directory, keep)
+    return _open(final)
+
+
+def find(stage_directory: Path) -> list[Checkpoint]:
+    """Return a stage's checkpoints, oldest first; none if there are none.
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
+    folders = (stage_directory / FOLDER).glob(f"{_PREFIX}*")
+    return [_open(directory) for directory in sorted(folders)]
+
+
+def latest(stage_directory: Path) -> Checkpoint | None:
+    """Return a stage's newest checkpoint."""
+    return next(iter(find(stage_directory)[::-1]), None)
+
+
+def best(stage_directory: Path) -> Checkpoint | None:
+    """Return the checkpoint with the highest score, the newest of equals; None if none has one."""
+    scored = [found for found in find(stage_directory) if found.score is not None]
+    return max(scored, key=lambda found: (found.score, found.step), default=None)
+
+
+def require(stage_directory: Path) -> Checkpoint:
+    """Return a stage's newest checkpoint, which a later step cannot do without.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = latest(stage_directory)
+    if found is None:
+        raise ValueError(f"{stage_directory}: no checkpoint; train this stage first")
+    return found
+
+
+def _open(directory: Path) -> Checkpoint:
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; remove the checkpoint") from error
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: checkpoint format {config.get('format')!r}; this version reads {FORMAT}"
+        )
+    return Checkpoint(
+        directory,
+        config["step"],
+        config["identity"],
+        config["pins"],
+        config["score"],
+        config["recipe"],
+    )
+
+
+def _prune(stage_directory: Path, keep: int) -> None:
+    found, champion = find(stage_directory), best(stage_directory)
+    for old in found[:-keep]:
+        if champion is None or old.step != champion.step:
+            shutil.rmtree(old.directory)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

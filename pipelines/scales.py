@@ -1,0 +1,50 @@
+"""Scales: at which resolution teachers and student see a global step's views (EUPE, Stage 3)."""
+
+import hashlib
+from typing import NamedTuple
+
+from pipelines.config import StageConfig
+
+
+class Scales(NamedTuple):
+    """Resolutions of one global step, sides in pixels.
+
+    Attributes:
+        student: of the student's input.
+        teachers: teacher -> of its features.
+    """
+
+    student: int
+    teachers: dict[str, int]
+
+
+def draw(stage: StageConfig, seed: int, step: int) -> Scales:
+    """Draw a step's scales, teacher and student each independently: a pure function, for all ranks.
+
+    EUPE (arXiv:2603.22387), Sec. 3 (Stage 3): per iteration teacher and student each draw a scale
+    of the pyramid. A stage with one scale each draws that one.
+
+    Args:
+        stage: whose `teacher_scales` and `student_scales` are drawn from, uniformly.
+        seed: of the run.
+        step: global step.
+    """
+
+    def choose(who: str, scales: tuple[int, ...]) -> int:
+        key = f"scales/{seed}/{stage.stage}/{step}/{who}".encode()
+        return scales[int.from_bytes(hashlib.sha256(key).digest()[:8], "little") % len(scales)]
+
+    return Scales(
+        choose("student", stage.student_scales),
+        {name: choose(f"teacher/{name}", stage.teacher_scales[name]) for name in stage.teachers},
+    )
+
+
+def micro_batch(stage: StageConfig, scale: int, rows: int) -> int:
+    """Return how many of a worker's `rows` go through the student at once at a scale (pixels).
+
+    `stage.micro_batch` holds at the smallest student scale; a larger input has more pixels, so
+    fewer rows, at the same global batch.
+    """
+    smallest = min(stage.student_scales)
+    return max(1, min(rows, stage.micro_batch * smallest**2 // scale**2))
