@@ -212,7 +212,9 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
     """
     if spec.library == "timm":
         arguments = dict(spec.model_arguments)
-        if spec.summary != "attention_pool" and not classifier:
+        if classifier:
+            arguments.pop("num_classes", None)
+        elif spec.summary != "attention_pool":
             arguments.setdefault("num_classes", 0)
         return _timm_network(spec.architecture, arguments)
     if spec.library == "open_clip":

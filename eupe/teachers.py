@@ -1,0 +1,70 @@
+"""Teachers: a frozen encoder with its weights and compute dtype, as its features' spec says."""
+
+import torch
+from jaxtyping import Real
+from torch import Tensor, nn
+
+from eupe.encoders import Encoder, Features
+from eupe.spec import Dtype, EncoderSpec, TeacherSpec
+from eupe.weights import load_state_dict, state_digest
+
+
+class Teacher(nn.Module):
+    """A frozen encoder in evaluation mode: uint8 pixels in, float32 features out.
+
+    Weights and activations are in `spec.dtype`.
+
+    Args:
+        spec: who the teacher is, weights digest included.
+        encoder: its encoder, already holding those weights; taken over and frozen.
+    """
+
+    def __init__(self, spec: TeacherSpec, encoder: Encoder):
+        super().__init__()
+        self.spec = spec
+        self.encoder = encoder.requires_grad_(False)
+        encoder.network.to(getattr(torch, spec.dtype))  # the pixel constants stay float32
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in evaluation mode, whatever the model around this teacher does."""
+        return super().train(False)
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass
+    def forward(self, pixels: Real[Tensor, "b 3 r r"]) -> Features:
+        """Return the teacher's features, not normalised.
+
+        Args:
+            pixels: uint8, or float in [0, 255], [B, 3, R, R], RGB.
+
+        Returns:
+            summary [B, D] and patches [B, H, W, D2], float32.
+        """
+        summary, patches = self.encoder(pixels)
+        return Features(summary.float(), patches.float())
+
+
+def load_teacher(
+    name: str,
+    encoder: EncoderSpec,
+    weights: str,
+    dtype: Dtype = "float32",
+    device: str | torch.device = "cpu",
+) -> Teacher:
+    """Load a teacher and work out its spec, with the digest of the weights as they were stored.
+
+    Args:
+        name: of the teacher, part of its identity.
+        encoder: network, preprocessing, summary and layer.
+        weights: URI, see eupe.weights.
+        dtype: of its computation.
+        device: to compute on.
+
+    Raises:
+        ValueError: weights that are absent, unreadable or of another architecture.
+    """
+    state = load_state_dict(weights, encoder)
+    network = Encoder(encoder)
+    network.network.load_state_dict(state)
+    spec = TeacherSpec(name=name, encoder=encoder, weights=state_digest(state), dtype=dtype)
+    return Teacher(spec, network).to(device)
