@@ -1,0 +1,68 @@
+"""Moments: count, mean and scatter of tokens, mergeable in any order (numpy, float64)."""
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float
+
+Vector = Float[npt.NDArray[np.float64], " d"]
+Matrix = Float[npt.NDArray[np.float64], "d d"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What a normaliser is made of: measured once on a sample, EUPE (arXiv:2603.22387), Sec. 3.
+
+    Attributes:
+        count: tokens seen.
+        mean: [D], float64.
+        scatter: sum of (x - mean)(x - mean)^T, [D, D], float64.
+    """
+
+    count: int
+    mean: Vector
+    scatter: Matrix
+
+    @classmethod
+    def of(cls, tokens: npt.ArrayLike) -> "Moments":
+        """Measure tokens [n, D] of any float dtype, in float64.
+
+        Raises:
+            ValueError: no tokens, another shape, or a value that is not finite.
+        """
+        x = np.asarray(tokens, dtype=np.float64)
+        if x.ndim != 2 or not len(x):
+            raise ValueError(f"moments of an array {x.shape}: wants tokens [n, D] with n > 0")
+        mean = x.mean(0)
+        centred = x - mean
+        scatter = centred.T @ centred
+        if not np.isfinite(scatter).all():
+            bad = np.flatnonzero(~np.isfinite(x).all(1))
+            raise ValueError(
+                f"moments: {len(bad)} of {len(x)} tokens are not finite, first {bad[:1]}"
+            )
+        return cls(len(x), mean, scatter)
+
+    def covariance(self) -> Matrix:
+        """Return the population covariance [D, D]."""
+        return self.scatter / self.count
+
+    def std(self) -> Vector:
+        """Return the population standard deviation of each coordinate [D]."""
+        return np.sqrt(np.diag(self.scatter) / self.count)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Return the moments of both sets of tokens together (Chan, Golub and LeVeque, 1979).
+
+    Raises:
+        ValueError: moments of different widths.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"moments of widths {len(a.mean)} and {len(b.mean)} do not merge")
+    count = a.count + b.count
+    shift = b.mean - a.mean
+    mean = a.mean + shift * (b.count / count)
+    scatter = a.scatter + b.scatter + np.outer(shift, shift) * (a.count * b.count / count)
+    return Moments(count, mean, scatter)

@@ -1,0 +1,80 @@
+"""Normalisers: what the loss applies to a teacher's tokens, chosen by the run (z-score, PHI-S)."""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from eupe.hadamard import hadamard
+from eupe.moments import Moments
+
+STD_FLOOR = 1e-6
+"""Of the widest coordinate's std: below it a coordinate counts as constant and is not blown up."""
+
+
+class Normaliser(nn.Module):
+    """The affine map y = scale * rotation (x - mean) of tokens [..., D], and back.
+
+    Args:
+        mean: [D].
+        scale: [D], positive.
+        rotation: orthogonal [D, D], or None for none.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    rotation: Tensor | None
+
+    def __init__(
+        self,
+        mean: Float[Tensor, " d"],
+        scale: Float[Tensor, " d"],
+        rotation: Float[Tensor, "d d"] | None = None,
+    ):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+        self.register_buffer("rotation", rotation)
+
+    def forward(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Normalise a teacher's tokens, float32."""
+        centred = tokens.float() - self.mean
+        return (centred if self.rotation is None else centred @ self.rotation.T) * self.scale
+
+    def inverse(self, normalised: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Undo `forward`: normalised tokens back to the teacher's features, float32."""
+        centred = normalised.float() / self.scale
+        return (centred if self.rotation is None else centred @ self.rotation) + self.mean
+
+
+def zscore(moments: Moments) -> Normaliser:
+    """Minus mean, divided by std, per coordinate: EUPE (arXiv:2603.22387), Sec. 3.
+
+    A constant coordinate stays finite: its std is taken as a millionth of the widest.
+    """
+    std = moments.std()
+    widest = std.max()
+    std = np.maximum(std, STD_FLOOR * widest) if widest > 0 else np.ones_like(std)
+    return Normaliser(_tensor(moments.mean), _tensor(1 / std))
+
+
+def phi_s(moments: Moments) -> Normaliser:
+    """PHI-S (arXiv:2410.01680): the PCA basis rotated by a Hadamard matrix, one scale for all.
+
+    Every coordinate then has variance 1 and the features' shape is kept, where the z-score
+    stretches each coordinate by itself.
+
+    Deviation: EUPE normalises by z-score; this is AM-RADIO's later alternative, for ablations.
+
+    Raises:
+        ValueError: a width for which no Hadamard matrix is constructed.
+    """
+    variances, basis = np.linalg.eigh(moments.covariance())
+    rotation = hadamard(len(variances)) @ basis.T
+    spread = np.sqrt(variances.clip(min=0).mean())
+    scale = np.full(len(variances), 1 / spread if spread > 0 else 1.0)
+    return Normaliser(_tensor(moments.mean), _tensor(scale), _tensor(rotation))
+
+
+def _tensor(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))
