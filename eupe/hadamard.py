@@ -1,5 +1,7 @@
 """Hadamard matrices of every order that Sylvester's and Paley's constructions reach (numpy)."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,14 +16,14 @@ def hadamard(order: int) -> npt.NDArray[np.float64]:
     Raises:
         ValueError: an order out of reach.
     """
-    core = int(order)
+    core = order
     while core >= 1:
         paley = _paley(core)
         if paley is not None:
             matrix = paley
             while len(matrix) < order:
                 matrix = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), matrix)
-            return matrix * order**-0.5
+            return matrix / math.sqrt(order)
         if core % 2:
             break
         core //= 2
