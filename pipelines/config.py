@@ -296,7 +296,9 @@ def _resolve(tree: object, path: str) -> list[str | int]:
             keys.append(index)
             node = node[index]
         else:
-            raise ValueError(f"override {path!r}: {keys[-1]!r} is a plain value, {part!r} is not in it")
+            raise ValueError(
+                f"override {path!r}: {keys[-1]!r} is a plain value, {part!r} is not in it"
+            )
     return keys
 
 

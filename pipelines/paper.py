@@ -120,5 +120,3 @@ def _walk(node: object, path: str) -> Iterator[tuple[str, object]]:
             yield from _walk(item, f"{prefix}{item.get('stage') or item.get('name')}")
     else:
         yield path, node
-
-
