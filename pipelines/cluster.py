@@ -10,25 +10,37 @@ TOKEN_BYTES = 32
 
 
 @contextmanager
-def connect() -> Iterator[None]:
+def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
     """Be connected to Ray inside the block, and disconnected after it whatever happens.
 
-    With RAY_ADDRESS set this joins that cluster; else it starts a local Ray without dashboard that
-    ends with the block. A process that is already connected is left as it is.
+    With RAY_ADDRESS set this joins that cluster; else it starts a local Ray that ends with the
+    block. A process that is already connected is left as it is.
+
+    Args:
+        dashboard_port: of a local Ray's dashboard and job API, on loopback; None: it has none.
+
+    Yields:
+        the address of the job API of a Ray started here with one, else None.
     """
     _authenticate()
     import ray  # after its settings: it reads them once, when imported
 
     if ray.is_initialized():
-        yield
+        yield None
         return
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
             ray.init(address=address, logging_level="warning")
         else:
-            ray.init(address="local", include_dashboard=False, logging_level="warning")
-        yield
+            ray.init(
+                address="local",
+                include_dashboard=dashboard_port is not None,
+                dashboard_host="127.0.0.1",
+                dashboard_port=dashboard_port,
+                logging_level="warning",
+            )
+        yield None if dashboard_port is None else f"http://127.0.0.1:{dashboard_port}"
     finally:
         ray.shutdown()
 

@@ -1,0 +1,270 @@
+"""Batches: the student's pixels joined with teacher tokens by (sample, view), made ahead of need.
+
+A batch is addressed by (step, micro-batch, rank) and made by a pure function of that address, in
+any thread. A row whose image cannot be decoded, or that any joined store holds as invalid, keeps
+its place and is masked (`valid`): shapes stay fixed, every rank and every resumed run draws the
+same rows, and the loss is a mean over valid rows.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+
+from cache.errors import StoreError
+from eupe import views
+from eupe.spec import AugmentedView, CentreView
+from pipelines.draws import Draw, Drawn
+from pipelines.images import ImageReader
+from pipelines.scales import Scales
+from pipelines.sources import CachedSource, LiveSource, Raw, Targets
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One dataset as batches read it.
+
+    Attributes:
+        source: of its teacher tokens; its `samples` say where the images lie.
+        images: reads their bytes.
+        policy: of the views, the one the features were made of.
+    """
+
+    source: CachedSource | LiveSource
+    images: ImageReader
+    policy: CentreView | AugmentedView
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a batch that one feed serves.
+
+    Attributes:
+        feed: who serves them.
+        places: int64 [n], their places in the batch.
+        raw: what was fetched.
+    """
+
+    feed: Feed
+    places: np.ndarray
+    raw: Raw
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        step: global step.
+        micro: number of this micro-batch in the step, from 0.
+        num_micro: micro-batches of this rank in the step.
+        scales: resolutions of student and teachers at this step.
+        sample_ids: [B].
+        view_numbers: int64 [B].
+        pixels: uint8 [B, 3, R, R], the student's input.
+        valid: bool [B], on the host.
+        parts: who serves which rows.
+        wait_seconds: how long the loop waited for this batch.
+    """
+
+    step: int
+    micro: int
+    num_micro: int
+    scales: Scales
+    sample_ids: list[str]
+    view_numbers: np.ndarray
+    pixels: Tensor
+    valid: np.ndarray
+    parts: list[Part]
+    wait_seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def last(self) -> bool:
+        """Whether the optimizer steps after this micro-batch."""
+        return self.micro == self.num_micro - 1
+
+    def targets(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Decode and normalise the teachers' tokens on the device, rows in the batch's order.
+
+        For each teacher `valid` is the batch's: a row counts for all teachers or for none.
+        """
+        decoded = [part.feed.source.decode(part.raw, device) for part in self.parts]
+        if len(decoded) == 1:
+            return decoded[0]
+        order = torch.from_numpy(np.argsort(np.concatenate([p.places for p in self.parts])))
+        order = order.to(device)
+        joined = {}
+        for teacher in decoded[0]:
+            columns = zip(*(targets[teacher] for targets in decoded), strict=True)
+            joined[teacher] = Targets(*(torch.cat(column)[order] for column in columns))
+        return joined
+
+
+class Batches:
+    """Iterates over a rank's micro-batches, made by threads some batches ahead.
+
+    Args:
+        feeds: dataset -> how it is read; at least those that `draw` names.
+        draw: step -> global batch.
+        scales: step -> resolutions.
+        micro_batch: (student scale, rows of this rank) -> rows of a micro-batch.
+        steps: which steps, in order.
+        rank: of this worker.
+        world: workers; worker r has the r-th stretch of every global batch.
+        threads: that decode, draw and fetch.
+        prefetch: batches made ahead.
+
+    Raises:
+        ValueError: `draw` names a dataset without a feed, or a rank outside the world.
+    """
+
+    def __init__(
+        self,
+        feeds: Mapping[str, Feed],
+        draw: Draw,
+        scales: Callable[[int], Scales],
+        micro_batch: Callable[[int, int], int],
+        steps: range,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 2,
+        prefetch: int = 4,
+    ) -> None:
+        missing = set(draw.names) - set(feeds)
+        if missing:
+            raise ValueError(f"no feed of dataset {', '.join(sorted(missing))}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank}: a world of {world} has ranks 0 to {world - 1}")
+        self._feeds = [feeds[name] for name in draw.names]
+        self._draw, self._scales, self._micro_batch = draw, scales, micro_batch
+        self._steps, self._rank, self._world = steps, rank, world
+        self._threads, self._prefetch = threads, max(prefetch, 1)
+        self.wait_seconds = 0.0
+        self.num_rows = 0
+        self.num_invalid = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the micro-batches in order; the threads end with the iteration."""
+        addresses = self._addresses()
+        with _Pool(self._threads) as pool:
+            ahead: deque[Future[Batch]] = deque()
+            for step, micro, num_micro, drawn in addresses:
+                ahead.append(pool.submit(self._make, step, micro, num_micro, drawn))
+                if len(ahead) > self._prefetch:
+                    yield self._counted(ahead.popleft())
+            while ahead:
+                yield self._counted(ahead.popleft())
+
+    def _addresses(self) -> Iterator[tuple[int, int, int, Drawn]]:
+        """Walk over (step, micro, num_micro, rows): cheap, done by the consuming thread."""
+        for step in self._steps:
+            drawn = self._draw(step)
+            start = len(drawn) * self._rank // self._world
+            stop = len(drawn) * (self._rank + 1) // self._world
+            if start == stop:
+                raise ValueError(
+                    f"step {step}: {len(drawn)} rows for {self._world} workers; "
+                    "global_batch wants at least one row a worker"
+                )
+            size = self._micro_batch(self._scales(step).student, stop - start)
+            starts = range(start, stop, size)
+            for micro, first in enumerate(starts):
+                rows = slice(first, min(first + size, stop))
+                yield step, micro, len(starts), Drawn(*(column[rows] for column in drawn))
+
+    def _counted(self, future: "Future[Batch]") -> Batch:
+        started = time.perf_counter()
+        batch = future.result()
+        waited = time.perf_counter() - started
+        self.wait_seconds += waited
+        self.num_rows += len(batch)
+        self.num_invalid += int((~batch.valid).sum())
+        return replace(batch, wait_seconds=waited)
+
+    def _make(self, step: int, micro: int, num_micro: int, drawn: Drawn) -> Batch:
+        """Make one batch; called in a thread."""
+        scales = self._scales(step)
+        pixels = np.zeros((len(drawn), scales.student, scales.student, 3), np.uint8)
+        valid = np.ones(len(drawn), bool)
+        sample_ids = [""] * len(drawn)
+        parts = []
+        for number, feed in enumerate(self._feeds):
+            places = np.flatnonzero(drawn.datasets == number)
+            if not len(places):
+                continue
+            part, ids, own, resized = _serve(
+                feed, places, drawn.rows[places], drawn.views[places], scales
+            )
+            parts.append(part)
+            pixels[places], valid[places] = resized, own
+            for place, name in zip(places.tolist(), ids, strict=True):
+                sample_ids[place] = name
+        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return Batch(step, micro, num_micro, scales, sample_ids, drawn.views, tensor, valid, parts)
+
+
+def _serve(
+    feed: Feed, places: np.ndarray, rows: np.ndarray, view_numbers: np.ndarray, scales: Scales
+) -> tuple[Part, list[str], np.ndarray, np.ndarray]:
+    """Draw the views of one dataset's rows and fetch their tokens.
+
+    Returns:
+        the part, sample ids, valid bool [n], and the student's pixels uint8 [n, R, R, 3].
+    """
+    table = feed.source.samples.take(rows)
+    ids = table["sample_id"].to_list()
+    side = feed.policy.canvas
+    canvases = np.zeros((len(ids), side, side, 3), np.uint8)
+    digests: list[str | None] = [None] * len(ids)
+    for place, sample in enumerate(table.iter_rows(named=True)):
+        data = feed.images.read(sample)
+        try:
+            view = views.make_view(data, feed.policy, ids[place], int(view_numbers[place]))
+        except views.ImageError:
+            continue  # recorded with its reason when the store was built; counted as invalid here
+        canvases[place], digests[place] = view.canvas, view.digest
+    raw = feed.source.fetch(ids, view_numbers, scales.teachers, canvases)
+    if raw.view_digests is not None:
+        _check_digests(ids, view_numbers, digests, raw.view_digests)
+    valid = raw.valid & np.array([digest is not None for digest in digests])
+    pixels = np.stack([views.resize(canvas, scales.student) for canvas in canvases])
+    return Part(feed, places, replace(raw, valid=valid)), ids, valid, pixels
+
+
+def _check_digests(
+    ids: list[str],
+    view_numbers: np.ndarray,
+    here: list[str | None],
+    cached: "list[str | None] | tuple[str | None, ...]",
+) -> None:
+    """Refuse to pair a teacher's tokens with pixels that the teacher did not see (law 3)."""
+    for sample_id, view, ours, theirs in zip(ids, view_numbers, here, cached, strict=True):
+        if ours != theirs:
+            raise StoreError(
+                f"view {view} of sample {sample_id!r} renders as {ours} here and was "
+                f"{theirs} when cached: the image changed, or the image libraries differ (Pillow "
+                f"{PIL.__version__} here; `eupe cache inspect` shows the store's); use the same "
+                "libraries, or rebuild the cache"
+            )
+
+
+class _Pool(ThreadPoolExecutor):
+    """A thread pool that drops work not yet begun when it is left."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.shutdown(wait=True, cancel_futures=True)

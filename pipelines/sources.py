@@ -1,0 +1,346 @@
+"""Feature sources: normalised teacher tokens for (samples, views), from a cache or live (law 8)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cache.errors import StoreError
+from cache.reader import Reader
+from cache.samples import Samples, ShardRange
+from eupe import views
+from eupe.spec import AugmentedView, CentreView, CodecSpec
+from eupe.teachers import Teacher
+from pipelines import codec_torch
+from pipelines.forward import padded_forward
+from pipelines.images import ImageReader
+
+Resolutions = Mapping[str, int]
+"""teacher -> resolution of its input, pixels."""
+
+
+class Normalisers(NamedTuple):
+    """What is done to one teacher's tokens before the loss (EUPE, arXiv:2603.22387, Fig. 3)."""
+
+    summary: nn.Module
+    patches: nn.Module
+
+
+class Targets(NamedTuple):
+    """Normalised tokens of one teacher for a batch.
+
+    Attributes:
+        summary: float32 [B, D].
+        patches: float32 [B, H, W, D2].
+        valid: bool [B]; rows that are not hold zeros.
+    """
+
+    summary: Tensor
+    patches: Tensor
+    valid: Tensor
+
+
+class StoredTokens(NamedTuple):
+    """One teacher's tokens of a batch as a store has them: summary float32, patches encoded."""
+
+    summary: np.ndarray
+    patches: np.ndarray
+    codec: CodecSpec
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What `fetch` brought for a batch, on the host.
+
+    Attributes:
+        valid: bool [B], rows that every teacher has.
+        view_digests: of each row's canvas when it was cached; None where nothing was cached.
+        tokens: teacher -> tokens as stored (cached source).
+        pixels: teacher -> uint8 [B, R, R, 3], its input (live source).
+    """
+
+    valid: np.ndarray
+    view_digests: Sequence[str | None] | None
+    tokens: Mapping[str, StoredTokens]
+    pixels: Mapping[str, np.ndarray]
+
+
+class FeatureSource(Protocol):
+    """Gives normalised teacher tokens for samples of one dataset.
+
+    `fetch` does what the host does (read, copy, resize) and may be called from any thread;
+    `decode` does what the device does. Both sources share everything after the tokens are float32.
+    """
+
+    def dims(self) -> dict[str, tuple[int, int]]:
+        """Return teacher -> (summary width, patch width)."""
+        ...
+
+    def fetch(
+        self,
+        sample_ids: Sequence[str],
+        view_numbers: np.ndarray,
+        resolutions: Resolutions,
+        canvases: np.ndarray | None = None,
+    ) -> Raw:
+        """Bring what is needed to the host.
+
+        Args:
+            sample_ids: [B].
+            view_numbers: int64 [B].
+            resolutions: the teachers wanted, each with its resolution.
+            canvases: uint8 [B, C, C, 3], the views' pixels where the caller has drawn them; the
+                caller then says which of them are valid.
+        """
+        ...
+
+    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Turn what `fetch` brought into normalised tokens on the device."""
+        ...
+
+    def targets(
+        self,
+        sample_ids: Sequence[str],
+        view_numbers: np.ndarray,
+        resolutions: Resolutions,
+        device: str | torch.device = "cpu",
+    ) -> dict[str, Targets]:
+        """Fetch and decode."""
+        ...
+
+
+class CachedSource:
+    """Tokens from the stores of one dataset and view policy.
+
+    Args:
+        readers: (teacher, resolution) -> reader of that store.
+        normalisers: teacher -> what is done to its tokens.
+
+    Raises:
+        ValueError: no readers, or a teacher without normalisers.
+    """
+
+    def __init__(
+        self, readers: Mapping[tuple[str, int], Reader], normalisers: Mapping[str, Normalisers]
+    ) -> None:
+        if not readers:
+            raise ValueError("a cached source wants at least one store")
+        _check_normalisers({teacher for teacher, _ in readers}, normalisers)
+        self._readers, self._normalisers = dict(readers), dict(normalisers)
+        self.samples: Samples = next(iter(readers.values())).store.samples
+
+    def dims(self) -> dict[str, tuple[int, int]]:
+        """Return teacher -> (summary width, patch width)."""
+        specs = {teacher: reader.store.spec for (teacher, _), reader in self._readers.items()}
+        return {name: (spec.summary_dim, spec.patch_dim) for name, spec in specs.items()}
+
+    def shards(self) -> list[ShardRange]:
+        """Return the shards that every store has, with their rows."""
+        held = [reader.shards() for reader in self._readers.values()]
+        everywhere = set(held[0]).intersection(*held[1:])
+        return [shard for shard in held[0] if shard in everywhere]
+
+    def versions(self) -> dict[str, int]:
+        """Return store directory (below the cache root) -> manifest version that is read."""
+        return {
+            str(reader.store.spec.directory()): reader.version for reader in self._readers.values()
+        }
+
+    def fetch(
+        self,
+        sample_ids: Sequence[str],
+        view_numbers: np.ndarray,
+        resolutions: Resolutions,
+        canvases: np.ndarray | None = None,
+    ) -> Raw:
+        """Copy the rows out of the mapped stores (see `FeatureSource`).
+
+        Raises:
+            StoreError: a store, sample or view that is not there, or stores of different views.
+        """
+        rows = self.samples.rows_of(sample_ids)
+        valid = np.ones(len(rows), bool)
+        digests: list[str | None] | None = None
+        tokens = {}
+        for teacher, resolution in resolutions.items():
+            reader = self._reader(teacher, resolution)
+            spec = reader.store.spec
+            valid &= reader.valid(rows, view_numbers)
+            of_store = reader.view_digests(rows, view_numbers)
+            digests = of_store if digests is None else _agreeing(digests, of_store, reader)
+            tokens[teacher] = StoredTokens(
+                reader.summaries(rows, view_numbers),
+                reader.take(rows, view_numbers),
+                spec.codec,
+                spec.grid,
+            )
+        return Raw(valid, digests, tokens, {})
+
+    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Decode and normalise on the device (see `FeatureSource`)."""
+        out = {}
+        for teacher, stored in raw.tokens.items():
+            patches = codec_torch.decode(stored.codec, stored.patches, device)
+            patches = patches.reshape(len(patches), *stored.grid, -1)
+            summary = torch.from_numpy(stored.summary).to(device)
+            out[teacher] = _normalised(summary, patches, raw.valid, self._normalisers[teacher])
+        return out
+
+    def targets(
+        self,
+        sample_ids: Sequence[str],
+        view_numbers: np.ndarray,
+        resolutions: Resolutions,
+        device: str | torch.device = "cpu",
+    ) -> dict[str, Targets]:
+        """Fetch and decode."""
+        return self.decode(self.fetch(sample_ids, view_numbers, resolutions), device)
+
+    def _reader(self, teacher: str, resolution: int) -> Reader:
+        reader = self._readers.get((teacher, resolution))
+        if reader is None:
+            have = ", ".join(f"{name} at {side}" for name, side in sorted(self._readers))
+            raise StoreError(f"{teacher} at {resolution} px was not opened; there are: {have}")
+        return reader
+
+
+class LiveSource:
+    """Tokens from the teachers themselves, computed as the extraction computes them.
+
+    Args:
+        teachers: by name, each on `device`.
+        samples: the dataset's sample table.
+        images: reads the samples' bytes.
+        policy: of the views.
+        normalisers: teacher -> what is done to its tokens.
+        compute_batch: pictures a forward pass, padded; that of the cache for equal tokens.
+        device: where the teachers are.
+
+    Raises:
+        ValueError: a teacher without normalisers.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher],
+        samples: Samples,
+        images: ImageReader,
+        policy: CentreView | AugmentedView,
+        normalisers: Mapping[str, Normalisers],
+        compute_batch: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        _check_normalisers(set(teachers), normalisers)
+        self._teachers, self._normalisers = dict(teachers), dict(normalisers)
+        self.samples, self._images, self._policy = samples, images, policy
+        self._compute_batch, self._device = compute_batch, device
+
+    def dims(self) -> dict[str, tuple[int, int]]:
+        """Return teacher -> (summary width, patch width)."""
+        return {
+            name: (teacher.encoder.summary_dim, teacher.encoder.patch_dim)
+            for name, teacher in self._teachers.items()
+        }
+
+    def shards(self) -> list[ShardRange]:
+        """Return all shards of the dataset: a live teacher has every row."""
+        return self.samples.shards()
+
+    def versions(self) -> dict[str, int]:
+        """Return no store: nothing is read from a cache."""
+        return {}
+
+    def fetch(
+        self,
+        sample_ids: Sequence[str],
+        view_numbers: np.ndarray,
+        resolutions: Resolutions,
+        canvases: np.ndarray | None = None,
+    ) -> Raw:
+        """Draw the canvases, if need be, and resize them for each teacher (see `FeatureSource`)."""
+        valid = np.ones(len(sample_ids), bool)
+        if canvases is None:
+            canvases, valid = self._draw(sample_ids, view_numbers)
+        pixels = {
+            teacher: np.stack([views.resize(canvas, resolution) for canvas in canvases])
+            for teacher, resolution in resolutions.items()
+        }
+        return Raw(valid, None, {}, pixels)
+
+    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Run the teachers and normalise (see `FeatureSource`)."""
+        out = {}
+        for name, pixels in raw.pixels.items():
+            summary, patches = padded_forward(
+                self._teachers[name], pixels, self._compute_batch, self._device
+            )
+            out[name] = _normalised(
+                summary.to(device), patches.to(device), raw.valid, self._normalisers[name]
+            )
+        return out
+
+    def targets(
+        self,
+        sample_ids: Sequence[str],
+        view_numbers: np.ndarray,
+        resolutions: Resolutions,
+        device: str | torch.device = "cpu",
+    ) -> dict[str, Targets]:
+        """Fetch and decode."""
+        return self.decode(self.fetch(sample_ids, view_numbers, resolutions), device)
+
+    def _draw(
+        self, sample_ids: Sequence[str], view_numbers: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        table = self.samples.take(self.samples.rows_of(sample_ids))
+        side = self._policy.canvas
+        canvases = np.zeros((len(sample_ids), side, side, 3), np.uint8)
+        valid = np.ones(len(sample_ids), bool)
+        for place, sample in enumerate(table.iter_rows(named=True)):
+            try:
+                canvases[place] = views.make_view(
+                    self._images.read(sample),
+                    self._policy,
+                    sample["sample_id"],
+                    int(view_numbers[place]),
+                ).canvas
+            except views.ImageError:
+                valid[place] = False  # as the extraction would have recorded it
+        return canvases, valid
+
+
+def _normalised(
+    summary: Tensor, patches: Tensor, valid: np.ndarray, normalisers: Normalisers
+) -> Targets:
+    """Normalise tokens; rows that are not valid become zeros, since NaN times zero is NaN."""
+    keep = torch.from_numpy(valid).to(summary.device)
+    with torch.no_grad():
+        summary = normalisers.summary(summary)
+        patches = normalisers.patches(patches)
+    if not valid.all():
+        summary = torch.where(keep[:, None], summary, 0)
+        patches = torch.where(keep[:, None, None, None], patches, 0)
+    return Targets(summary, patches, keep)
+
+
+def _check_normalisers(teachers: set[str], normalisers: Mapping[str, Normalisers]) -> None:
+    missing = teachers - set(normalisers)
+    if missing:
+        raise ValueError(f"no normalisers of teacher {', '.join(sorted(missing))}")
+
+
+def _agreeing(
+    ours: list[str | None], theirs: Sequence[str | None], reader: Reader
+) -> list[str | None]:
+    """Join the digests of two stores; where both know a canvas it must be the same one."""
+    for a, b in zip(ours, theirs, strict=True):
+        if a is not None and b is not None and a != b:
+            raise StoreError(
+                f"{reader.store.directory}: a view there was rendered otherwise than in the other "
+                "teachers' stores (another version of the image libraries); rebuild one of them"
+            )
+    return [a if a is not None else b for a, b in zip(ours, theirs, strict=True)]
