@@ -277,7 +277,7 @@ def _random_crop(
         crop_width, crop_height = min(width, height * aspect), min(height, width / aspect)
         left, top = (width - crop_width) / 2, (height - crop_height) / 2
     # Rounding may leave the far edge a hair outside, which Pillow refuses.
-    return left, top, min(left + crop_width, width), min(top + crop_height, height)
+    return left, top, min(left + crop_width, float(width)), min(top + crop_height, float(height))
 
 
 def _colour_matrix(

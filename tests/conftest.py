@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 SESSION = secrets.token_hex(8)
@@ -35,6 +36,8 @@ for name in ("PREFECT_API_URL", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "EUPE_H
 TOKEN = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
 TOKEN.touch(mode=0o600)
 TOKEN.write_text(secrets.token_hex(32))
+
+install_import_hook("eupe", "beartype.beartype")  # shapes are checked here; users pay nothing
 
 
 def survivors() -> list[psutil.Process]:
