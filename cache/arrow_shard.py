@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cache import arrow_tables
+
 Floats = npt.NDArray[np.float32]
 
 
@@ -73,11 +75,11 @@ def make(
             raise ValueError(f"row of {sample_ids[row]!r}: valid, but without a view digest")
     valid = np.array([reason is None for reason in told], bool)
     summary[~valid] = np.nan
-    values = pa.array(summary.reshape(-1))
+    values = arrow_tables.from_numpy(summary.reshape(-1))
     return pa.table(
         [
             pa.array(sample_ids, pa.string()),
-            pa.array(valid),
+            pa.array(valid.tolist(), pa.bool_()),
             pa.array(told, pa.string()),
             pa.array(view_digests, pa.string()),
             pa.array(parameters, pa.string()),

@@ -3,9 +3,22 @@
 import mmap
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from cache.errors import Corrupt, NotBuilt
+
+
+def from_numpy(values: npt.NDArray[np.generic]) -> pa.Array:
+    """Return a numeric array [n] as an Arrow array over the same memory.
+
+    pa.array would do, but where pandas is installed it imports it, to ask whether it was given a
+    Series: 0.7 s and 60 MB that a reader need not pay.
+    """
+    values = np.ascontiguousarray(values)
+    arrow_type = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(arrow_type, len(values), [None, pa.py_buffer(values)])
 
 
 def to_bytes(table: pa.Table) -> memoryview:
@@ -24,6 +37,16 @@ def map_table(path: Path) -> pa.Table:
         NotBuilt: there is no such file.
         Corrupt: it is no whole Arrow file.
     """
+    return parse_table(map_file(path), str(path))
+
+
+def map_file(path: Path) -> pa.Buffer:
+    """Map a whole file for reading.
+
+    Raises:
+        NotBuilt: there is no such file.
+        Corrupt: it is empty.
+    """
     try:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -31,7 +54,7 @@ def map_table(path: Path) -> pa.Table:
         raise NotBuilt(f"{path}: no such file") from error
     except ValueError as error:  # an empty file cannot be mapped
         raise Corrupt(f"{path}: empty, wants an Arrow IPC file") from error
-    return parse_table(pa.py_buffer(mapped), str(path))
+    return pa.py_buffer(mapped)
 
 
 def parse_table(buffer: pa.Buffer, where: str) -> pa.Table:

@@ -5,6 +5,7 @@ version. Every record carries the version that committed it, so any earlier vers
 read after segments have been merged: a run pins the version it trains on.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -143,7 +144,7 @@ class Manifest:
         chosen = keep[order[last]]
         if len(chosen) == len(committed) and (np.diff(chosen) == 1).all():
             return table  # already in order: stay mapped
-        return table.take(pa.array(chosen))
+        return table.take(arrow_tables.from_numpy(chosen))
 
     def records(self, version: int | None = None) -> list[ShardRecord]:
         """Return the records at a version as objects, sorted by view and shard (see `table`)."""
@@ -213,8 +214,11 @@ class Manifest:
 
     def _segment(self, entry: Mapping[str, object]) -> pa.Table:
         path = self.directory / str(entry["name"])
-        table = arrow_tables.map_table(path)
-        if table.num_rows != entry["rows"] or table.schema != SCHEMA:
+        buffer = arrow_tables.map_file(path)
+        if hashlib.sha256(buffer).hexdigest() != entry["sha256"]:  # 0.2 s for a million shards
+            raise Corrupt(f"{path}: contents do not match the sha256 in HEAD; restore the file")
+        table = arrow_tables.parse_table(buffer, str(path))
+        if table.schema != SCHEMA:
             raise Corrupt(f"{path}: not the segment its HEAD describes")
         return table
 

@@ -32,11 +32,17 @@ class EpochOrder:
         num_rows: rows in an epoch.
     """
 
-    def __init__(self, shards: Sequence[ShardRange], seed: int, window_rows: int = WINDOW_ROWS):
+    def __init__(
+        self,
+        shards: Sequence[ShardRange] | tuple[Rows, Rows],
+        seed: int,
+        window_rows: int = WINDOW_ROWS,
+    ):
         """Prepare the order.
 
         Args:
-            shards: as `Reader.shards` gives them; their lengths may differ.
+            shards: as `Reader.shards` or `Samples.shards` gives them; or, for millions of them,
+                first rows and lengths, both int64 [shards]. Lengths may differ.
             seed: of the run.
             window_rows: rows shuffled together; a window holds at least one shard.
 
@@ -45,8 +51,11 @@ class EpochOrder:
         """
         if window_rows < 1:
             raise ValueError(f"window_rows = {window_rows}: wants at least 1")
-        self._starts = np.array([shard.start for shard in shards], np.int64)
-        self._lengths = np.array([len(shard) for shard in shards], np.int64)
+        if isinstance(shards, tuple):
+            self._starts, self._lengths = shards
+        else:
+            self._starts = np.array([shard.start for shard in shards], np.int64)
+            self._lengths = np.array([len(shard) for shard in shards], np.int64)
         self.num_rows = int(self._lengths.sum())
         if not self.num_rows:
             raise ValueError("no rows to order: the shards are empty")

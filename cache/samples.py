@@ -180,12 +180,6 @@ class Samples:
         """Number of samples (gaps left out)."""
         return int(self._offsets[-1])
 
-    @property
-    def segment_files(self) -> list[tuple[Path, str]]:
-        """Path and sha256 of every segment."""
-        head = _read_head(self.directory) or {}
-        return [(self.directory / str(s["name"]), str(s["sha256"])) for s in _segments_of(head)]
-
     @cached_property
     def arrow(self) -> pa.Table:
         """The whole table, columns mapped from disk (SCHEMA)."""
@@ -249,7 +243,7 @@ class Samples:
         wrong = (segment < 0) | (inside >= self._lengths[segment])
         if wrong.any():
             raise MissingSamples(f"{self.directory}: row {asked[wrong][0]} holds no sample")
-        return _frame(self.arrow.take(pa.array(self._offsets[segment] + inside)))
+        return _frame(self.arrow.take(arrow_tables.from_numpy(self._offsets[segment] + inside)))
 
     def rows_of(self, sample_ids: Sequence[str]) -> Rows:
         """Return the row of each sample id, int64 [n], in the given order.
@@ -269,7 +263,7 @@ class Samples:
             alive[alive] = hashes[place[pending[alive]]] == wanted[pending[alive]]
             pending = pending[alive]
             at = positions[place[pending]]
-            found = pl.Series(ids.take(pa.array(at)), dtype=pl.String)
+            found = pl.Series(ids.take(arrow_tables.from_numpy(at)), dtype=pl.String)
             same = (found == asked.gather(pending)).to_numpy()
             rows[pending[same]] = at[same]
             pending = pending[~same]
@@ -294,6 +288,13 @@ class Samples:
     def _slice(self, shard: ShardRange) -> pa.Table:
         segment = int(np.searchsorted(self._starts, shard.start, side="right")) - 1
         return self._segments[segment].slice(shard.start - int(self._starts[segment]), len(shard))
+
+
+def segment_files(root: str | Path, dataset: str) -> list[tuple[Path, str]]:
+    """Return path and sha256 of every segment of a dataset, from its HEAD alone."""
+    directory = layout.samples_directory(layout.local_root(root), dataset)
+    head = _read_head(directory) or {}
+    return [(directory / str(s["name"]), str(s["sha256"])) for s in _segments_of(head)]
 
 
 def _conform(table: pl.DataFrame | pa.Table) -> pl.DataFrame:

@@ -208,8 +208,8 @@ def create_store(
     """
     base = layout.local_root(root)
     directory = layout.store_directory(base, spec)
+    atomic.sweep(layout.scratch_directory(directory))
     if layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
-        atomic.sweep(layout.scratch_directory(directory))
         return open_store(base, spec)
     Samples.open(base, spec.dataset.name)
     dims = {"summary": spec.summary_dim, "patches": spec.patch_dim}
@@ -228,8 +228,8 @@ def create_store(
         {
             "kind": list(KINDS),
             "count": [int(moments[kind][0]) for kind in KINDS],
-            "mean": [np.asarray(moments[kind][1], np.float64) for kind in KINDS],
-            "scatter": [np.asarray(moments[kind][2], np.float64).reshape(-1) for kind in KINDS],
+            "mean": _lists([moments[kind][1] for kind in KINDS]),
+            "scatter": _lists([moments[kind][2] for kind in KINDS]),
         },
         schema=MOMENTS_SCHEMA,
     )
@@ -330,6 +330,15 @@ def _not_built(base: Path, directory: Path, spec: StoreSpec) -> NotBuilt | Finge
         )
     lines, other = min(near, key=lambda item: (len(item[0]), item[1]))
     return FingerprintMismatch(f"{directory}: not built; nearest is {other}, asked != there", lines)
+
+
+def _lists(arrays: Sequence[npt.NDArray[np.float64]]) -> pa.Array:
+    """Return one Arrow list of float64 an array, flattened."""
+    flat = [np.asarray(array, np.float64).reshape(-1) for array in arrays]
+    offsets = np.cumsum([0, *(len(part) for part in flat)]).astype(np.int32)
+    return pa.ListArray.from_arrays(
+        arrow_tables.from_numpy(offsets), arrow_tables.from_numpy(np.concatenate(flat))
+    )
 
 
 def _size(path: Path) -> int:

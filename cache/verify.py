@@ -10,6 +10,7 @@ import numpy as np
 from cache import arrow_shard, arrow_tables, layout, zarr_shard
 from cache.errors import StoreError
 from cache.manifest import Manifest, ShardRecord
+from cache.samples import segment_files
 from cache.store import Store
 
 READ_BYTES = 1 << 22
@@ -61,6 +62,8 @@ def verify(
     report = Report()
     manifest = store.manifest()
     _check_pinned(store, manifest, report)
+    if report.problems:
+        return report  # shards cannot be judged by tables that are damaged themselves
     records = manifest.records()
     for done, record in enumerate(records, 1):
         report.num_shards += 1
@@ -79,7 +82,7 @@ def _check_pinned(store: Store, manifest: Manifest, report: Report) -> None:
         (layout.spec_file(store.directory), str(manifest.head["spec_sha256"])),
         (layout.moments_file(store.directory), str(manifest.head["moments_sha256"])),
         *manifest.segment_files,
-        *store.samples.segment_files,
+        *segment_files(store.root, store.spec.dataset.name),
     ]
     for path, sha256 in pinned:
         problem = _compare(path, sha256, report)

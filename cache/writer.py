@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache import arrow_shard, arrow_tables, atomic, layout, zarr_shard
 from cache.errors import StoreError
@@ -99,11 +100,11 @@ def _conform(rows: pa.Table | pl.DataFrame, summary_dim: int, where: str) -> pa.
     summary = np.full((table.num_rows, summary_dim), np.nan, np.float32)
     given = table["summary"].is_valid().to_numpy()
     lists = table["summary"].drop_null()
-    lengths = set(pa.compute.list_value_length(lists).unique().to_pylist())
+    lengths = set(pc.list_value_length(lists).unique().to_pylist())
     if lengths - {summary_dim}:
         raise ValueError(f"{where}: summaries are {lengths} wide, the spec wants {summary_dim}")
     if len(lists):
-        values = pa.compute.list_flatten(lists).to_numpy()
+        values = pc.list_flatten(lists).to_numpy()
         summary[given] = values.reshape(-1, summary_dim)
     reasons = [
         None if fine else (reason or "marked invalid without a reason")

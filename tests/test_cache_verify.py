@@ -1,0 +1,93 @@
+"""Verify finds any flipped bit, any missing or cut file, and names it."""
+
+import numpy as np
+import pytest
+from cache_stores import Toy, ids
+
+from cache import layout
+from cache.errors import Corrupt
+from cache.reader import Reader
+from cache.samples import segment_files
+from cache.store import Store
+from cache.verify import verify
+
+
+@pytest.fixture
+def store(tmp_path):
+    toy = Toy(tmp_path, bad={"a/001": "no image"})
+    toy.add_samples(ids(6))
+    return toy.build(num_views=2)
+
+
+def test_a_sound_store_has_no_problems(store):
+    seen = []
+    report = verify(store, progress=lambda done, total: seen.append((done, total)))
+    assert report.problems == []
+    assert (report.num_shards, report.num_rows, report.num_invalid) == (4, 12, 2)
+    assert seen == [(n, 4) for n in range(1, 5)]
+    committed = [path for path in store.directory.rglob("*") if path.is_file()]
+    unpinned = sum(p.stat().st_size for p in committed if p.name in ("HEAD", "zarr.json", "LOCK"))
+    samples = sum(p.stat().st_size for p in store.samples.directory.glob("*.arrow"))
+    total = sum(p.stat().st_size for p in committed)
+    assert report.num_bytes == total - unpinned + samples
+
+
+def test_a_flipped_bit_anywhere_is_found(store):
+    rng = np.random.default_rng(0)
+    files = [
+        layout.patches_file(store.directory, 1, 0),
+        layout.rows_file(store.directory, 0, 1),
+        layout.moments_file(store.directory),
+        layout.spec_file(store.directory),
+        *(path for path, _ in store.manifest().segment_files[:1]),
+        *(path for path, _ in segment_files(store.root, "toy")),
+    ]
+    for path in files:
+        good = path.read_bytes()
+        for place in rng.integers(0, len(good), 3).tolist():
+            bad = bytearray(good)
+            bad[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(bad)
+            problems = verify(Store(store.root, store.spec, store.manifest())).problems
+            assert [problem.path for problem in problems] == [path], place
+        path.write_bytes(good)
+    assert verify(store).problems == []
+
+
+def test_missing_and_cut_files_are_named(store):
+    patches = layout.patches_file(store.directory, 0, 0)
+    rows = layout.rows_file(store.directory, 1, 1)
+    patches.unlink()
+    rows.write_bytes(rows.read_bytes()[:-8])
+    found = {str(problem.path): problem.what for problem in verify(store, deep=False).problems}
+    assert found[str(patches)] == "missing"
+    assert "its record says" in found[str(rows)]
+    assert len(found) == 2
+
+
+def test_a_swapped_shard_is_found_even_without_checksums(store):
+    """Two shards exchanged: every file is whole, the ids are not those of the rows."""
+    one, two = (layout.rows_file(store.directory, view, 0) for view in (0, 1))
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    assert {problem.path for problem in verify(store).problems} == {one, two}
+
+
+def test_a_damaged_manifest_is_refused_by_readers(store):
+    path, _ = store.manifest().segment_files[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Corrupt, match="do not match the sha256 in HEAD"):
+        Reader(store)
+
+
+def test_a_flipped_bit_in_the_index_is_found_without_reading_the_data(store):
+    path = layout.patches_file(store.directory, 0, 0)
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    problems = verify(store, deep=False).problems
+    assert [problem.path for problem in problems] == [path]
+    assert "crc32c" in problems[0].what
