@@ -5,18 +5,19 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.loopback import free_ports, write_token
+from flows.loopback import free_ports
+from pipelines import cluster
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 10.0
 NEVER_RAN = 1
 """Exit code reported for a job whose entry point never started."""
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
 
 
 def run_job(
@@ -47,7 +48,10 @@ def run_job(
         while not client.get_job_status(job).is_terminal():
             time.sleep(POLL_SECONDS)
     except BaseException:
-        client.stop_job(job)
+        # Ctrl-C reaches a local Ray as well: a job API that is dying must not hold us.
+        stop = threading.Thread(target=client.stop_job, args=(job,), daemon=True)
+        stop.start()
+        stop.join(STOP_SECONDS)
         raise
     info = client.get_job_info(job)
     if info.driver_exit_code is not None:
@@ -64,65 +68,25 @@ async def _stream(client: object, job: str, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def job_cluster(home: Path) -> Iterator[str]:
+def job_cluster() -> Iterator[str]:
     """Be connected to a Ray cluster that takes jobs; yield the address of its job API.
 
     With RAY_ADDRESS set that is the cluster it names (its job API named by
-    RAY_API_SERVER_ADDRESS); else a local Ray with token authentication, on loopback, which ends
-    with the block.
-
-    Args:
-        home: EUPE_HOME; a local Ray's token is written below it.
+    RAY_API_SERVER_ADDRESS); else a local Ray, its job API on loopback, which ends with the block.
+    Token authentication is on in both cases.
 
     Raises:
         ValueError: RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not.
     """
-    if "RAY_ADDRESS" in os.environ:
-        if not os.environ.get("RAY_API_SERVER_ADDRESS"):
-            raise ValueError(
-                "RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not: training is submitted to "
-                "the cluster's job API, http://HEAD:8265 unless configured otherwise"
-            )
-        from pipelines.cluster import connect
-
-        with connect():
-            yield os.environ["RAY_API_SERVER_ADDRESS"]
-        return
-    with _environment(_local_settings(home)):
-        import ray
-
-        try:
-            context = ray.init(
-                address="local",
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=free_ports(1)[0],
-                logging_level="warning",
-            )
-            yield f"http://{context.dashboard_url}"
-        finally:
-            ray.shutdown()
-
-
-def _local_settings(home: Path) -> dict[str, str]:
-    """Environment of a local Ray: a token, and this installation's scripts on the PATH."""
-    settings = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        token = home / "runs" / "ray_token"
-        write_token(token)
-        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    return settings
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    local = "RAY_ADDRESS" not in os.environ
+    if not local and not os.environ.get("RAY_API_SERVER_ADDRESS"):
+        raise ValueError(
+            "RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not: training is submitted to the "
+            "cluster's job API, http://HEAD:8265 unless configured otherwise"
+        )
+    if local:
+        # Jobs are named by console script; a local Ray inherits this PATH.
+        scripts = str(Path(sys.executable).parent)
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
+    with cluster.connect(dashboard_port=free_ports(1)[0] if local else None) as address:
+        yield address or os.environ["RAY_API_SERVER_ADDRESS"]

@@ -1,0 +1,88 @@
+"""What one store holds, as plain data: the body of `eupe cache inspect`."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from cache.errors import NotBuilt
+from cache.reader import Reader
+from cache.store import Store, StoreInfo, find_stores, open_store
+
+LEVELS_BELOW_ROOT = 4  # dataset / views / teacher / resolution
+
+
+def describe(directory: Path) -> dict[str, object]:
+    """Describe the store in a folder.
+
+    Args:
+        directory: of the store, as `eupe cache ls` names it; absolute or from the working folder.
+
+    Returns:
+        spec, codec, moments (counts and spread), manifest version, views with their shards and
+        rows, reasons of invalid rows with their numbers, provenance.
+
+    Raises:
+        NotBuilt: there is no store.
+        Corrupt: it cannot be read.
+    """
+    here = directory.resolve()
+    root = here.parents[LEVELS_BELOW_ROOT - 1]
+    info = next((info for info in find_stores(root) if info.directory == here), None)
+    if info is None:
+        raise NotBuilt(f"{directory}: no store here; `eupe cache ls` names those of a cache root")
+    store = open_store(root, info.spec)
+    return {
+        "directory": str(here),
+        "fingerprint": info.spec.fingerprint(),
+        "spec": info.spec.model_dump(mode="json"),
+        "codec": store.codec.to_json_dict(),
+        "row_shape": list(store.row_shape),
+        "dtype": str(store.codec.storage_dtype),
+        "moments": moments_of(store),
+        "manifest_version": info.version,
+        "rows": info.num_rows,
+        "bytes": info.num_bytes,
+        "views": views_of(store),
+        "invalid": invalid_of(store, info),
+        "provenance": store.provenance,
+    }
+
+
+def moments_of(store: Store) -> dict[str, dict[str, float | int]]:
+    """Return, per token kind, the number of tokens measured and the spread of the channels."""
+    found = {}
+    for kind, (count, mean, scatter) in store.moments().items():
+        std = np.sqrt(np.diag(scatter) / count)
+        found[kind] = {
+            "tokens": int(count),
+            "channels": len(mean),
+            "smallest_std": float(std.min()),
+            "median_std": float(np.median(std)),
+            "largest_std": float(std.max()),
+        }
+    return found
+
+
+def views_of(store: Store) -> list[dict[str, int]]:
+    """Return shards, rows and valid rows of each view."""
+    views: dict[int, dict[str, int]] = {}
+    for record in store.manifest().records():
+        view = views.setdefault(record.view, {"shards": 0, "rows": 0, "valid": 0})
+        view["shards"] += 1
+        view["rows"] += record.stop - record.start
+        view["valid"] += record.num_valid
+    return [{"view": number, **counts} for number, counts in sorted(views.items())]
+
+
+def invalid_of(store: Store, info: StoreInfo) -> dict[str, int]:
+    """Count invalid rows by reason, over all views."""
+    if info.num_valid == info.num_rows:
+        return {}
+    reasons: Counter[str] = Counter()
+    for record in store.manifest().records():
+        if record.num_invalid:
+            rows = np.arange(record.start, record.stop)
+            found = Reader(store, [record.view]).reasons(rows, record.view)
+            reasons.update(reason for reason in found if reason)
+    return dict(reasons.most_common())
