@@ -42,7 +42,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append a line. A figure that is not finite is written as null: JSON has no name for it."""
+        """Append a line; a figure that is not finite becomes null, JSON having no name for it."""
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self._file.write(_line({"step": step, **finite}))
         self._file.flush()

@@ -1,0 +1,212 @@
+"""Inputs: what a stage trains on, as the loop sees it, opened from a recipe's caches."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+
+from cache.reader import Reader
+from cache.store import Store
+from eupe.moments import Moments, merge
+from eupe.normalise import Normaliser, phi_s, zscore
+from pipelines import scales
+from pipelines.batches import Batch, Batches, Feed
+from pipelines.config import PROXY, Recipe, StageConfig
+from pipelines.draws import TrainingDraw
+from pipelines.images import ImageReader
+from pipelines.jobs import CacheJob, cache_jobs, open_stores
+from pipelines.mix import Mix
+from pipelines.sources import CachedSource, Normalisers
+
+NORMALISERS: dict[str, Callable[[Moments], Normaliser]] = {"zscore": zscore, "phi-s": phi_s}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage trains on.
+
+    Attributes:
+        batches: steps -> this worker's micro-batches of those steps, in order.
+        dims: teacher -> (summary width, patch width).
+        normalisers: teacher -> what its tokens went through; kept in checkpoints.
+        identity: what the tokens depend on, plain data; a run goes on only with the same.
+        pins: store directory -> manifest version that is read.
+    """
+
+    batches: Callable[[range], Iterable[Batch]]
+    dims: Mapping[str, tuple[int, int]]
+    normalisers: Mapping[str, Normalisers]
+    identity: Mapping[str, object]
+    pins: Mapping[str, int]
+
+
+def from_caches(
+    recipe: Recipe,
+    stage: StageConfig,
+    pins: Mapping[str, int] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Inputs:
+    """Open a stage's training caches.
+
+    Args:
+        recipe: the run.
+        stage: one of its stages.
+        pins: store directory -> manifest version to read; None, or a store that is not named: the
+            newest. A run that resumes reads what it read before, whatever was added since.
+        rank: of this worker.
+        world: workers.
+
+    Raises:
+        ValueError: a stage that learns from the proxy, or weights that cannot be read.
+        StoreError: a store is absent, half built or of another spec.
+    """
+    opened = {
+        job.dataset.name: (job, _stores(stage, job))
+        for job in cache_jobs(recipe)
+        if job.dataset in recipe.train and job.views == recipe.views
+    }
+    normalisers = normalisers_of(stage, [stores for _, stores in opened.values()])
+    feeds = {
+        name: _feed(job, stores, normalisers, pins or {}) for name, (job, stores) in opened.items()
+    }
+    identity = {
+        store.spec.teacher.name: {
+            "teacher": store.spec.teacher.model_dump(mode="json"),
+            "codec": store.spec.codec.model_dump(mode="json"),
+        }
+        for _, stores in opened.values()
+        for store in stores
+    }
+    return of_feeds(recipe, stage, feeds, normalisers, identity, rank, world)
+
+
+def of_feeds(
+    recipe: Recipe,
+    stage: StageConfig,
+    feeds: Mapping[str, Feed],
+    normalisers: Mapping[str, Normalisers],
+    identity: Mapping[str, object],
+    rank: int = 0,
+    world: int = 1,
+) -> Inputs:
+    """Return the inputs of a stage whose datasets are open.
+
+    Args:
+        recipe: its mix, views, seed and loader settings.
+        stage: its teachers, scales and batch.
+        feeds: dataset -> how it is read, cached or live.
+        normalisers: teacher -> what is done to its tokens.
+        identity: as in `Inputs`.
+        rank: of this worker.
+        world: workers.
+
+    Raises:
+        ValueError: a dataset of the mix without feed, or datasets with teachers of other widths.
+    """
+    draw = TrainingDraw(
+        Mix(
+            {dataset.name: dataset.share for dataset in recipe.train},
+            recipe.homogeneous,
+            stage.global_batch,
+            recipe.seed,
+        ),
+        {name: feed.source.shards() for name, feed in feeds.items()},
+        dict.fromkeys(feeds, recipe.num_views),
+        recipe.seed,
+    )
+
+    def batches(steps: range) -> Batches:
+        return Batches(
+            feeds,
+            draw,
+            partial(scales.draw, stage, recipe.seed),
+            partial(scales.micro_batch, stage),
+            steps,
+            rank,
+            world,
+            recipe.workers.loader_threads,
+            recipe.workers.prefetch_batches,
+        )
+
+    widths = [feed.source.dims() for feed in feeds.values()]
+    if any(other != widths[0] for other in widths):
+        raise ValueError(f"teachers' widths differ between datasets: {widths}")
+    pins = {name: version for f in feeds.values() for name, version in f.source.versions().items()}
+    dims = {teacher: widths[0][teacher] for teacher in stage.teachers}
+    return Inputs(batches, dims, normalisers, identity, pins)
+
+
+def centre_feeds(
+    recipe: Recipe, stage: StageConfig, normalisers: Mapping[str, Normalisers]
+) -> dict[str, Feed]:
+    """Open the centre views of the train sets and of the held-out set, for evaluation.
+
+    Args:
+        recipe: the run.
+        stage: whose teachers and scales are wanted.
+        normalisers: those the stage trained with.
+
+    Returns:
+        dataset -> how it is read.
+
+    Raises:
+        ValueError: as for `from_caches`.
+        StoreError: as for `from_caches`.
+    """
+    return {
+        job.dataset.name: _feed(job, _stores(stage, job), normalisers, {})
+        for job in cache_jobs(recipe)
+        if job.views == recipe.held_out_views
+    }
+
+
+def normalisers_of(stage: StageConfig, stores: Sequence[Sequence[Store]]) -> dict[str, Normalisers]:
+    """Make the normalisers of a stage: one a teacher and kind, over all resolutions and datasets.
+
+    EUPE (arXiv:2603.22387), Sec. 3: statistics are measured once and then fixed.
+
+    Args:
+        stage: its teachers and which normaliser.
+        stores: of each dataset; moments are merged in this order.
+    """
+    make = NORMALISERS[stage.normaliser]
+    out = {}
+    for teacher in stage.teachers:
+        own = [s.moments() for each in stores for s in each if s.spec.teacher.name == teacher]
+        modules = [
+            make(reduce(merge, [Moments(*moments[kind]) for moments in own]))
+            for kind in Normalisers._fields
+        ]
+        out[teacher] = Normalisers(*modules)
+    return out
+
+
+def _stores(stage: StageConfig, job: CacheJob) -> list[Store]:
+    """Open what a stage needs of a job, by teacher and then resolution."""
+    if PROXY in stage.teachers:
+        raise ValueError(
+            f"{stage.stage} learns from the {PROXY!r}, and caching a proxy's features is not built "
+            "yet; name expert teachers in stages." + f"{stage.stage}.teachers"
+        )
+    wanted = tuple(
+        teacher.model_copy(update={"resolutions": tuple(sorted(stage.teacher_scales[name]))})
+        for name in stage.teachers
+        for teacher in job.teachers
+        if teacher.name == name
+    )
+    return open_stores(job.model_copy(update={"teachers": wanted}))
+
+
+def _feed(
+    job: CacheJob,
+    stores: Sequence[Store],
+    normalisers: Mapping[str, Normalisers],
+    pins: Mapping[str, int],
+) -> Feed:
+    readers = {
+        (store.spec.teacher.name, store.spec.resolution): Reader(
+            store, job.num_views, pins.get(str(store.spec.directory()))
+        )
+        for store in stores
+    }
+    return Feed(CachedSource(readers, normalisers), ImageReader(), job.views)

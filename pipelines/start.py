@@ -1,0 +1,139 @@
+"""How a stage begins: its model, its optimizer, and the identity that a checkpoint is held to."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eupe.heads import DistillationModel
+from eupe.students import build_student
+from eupe.weights import state_digest
+from pipelines import checkpoint
+from pipelines.checkpoint import Checkpoint
+from pipelines.config import Recipe, StageConfig, StudentConfig
+from pipelines.inputs import Inputs
+
+EXECUTION = {
+    "micro_batch",
+    "compile",
+    "activation_checkpointing",
+    "strategy",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
+"""Fields of a stage that change how it runs and not what it learns: free to change on resuming."""
+
+
+def stage_directory(recipe: Recipe, stage: StageConfig) -> Path:
+    """Return where a stage writes checkpoints and figures."""
+    return recipe.directory / stage.stage
+
+
+def student_config(recipe: Recipe, stage: StageConfig) -> StudentConfig:
+    """Return the network a stage trains.
+
+    Raises:
+        ValueError: the stage trains the proxy and the recipe has none.
+    """
+    if stage.student == "student":
+        return recipe.student
+    if recipe.proxy is None:
+        raise ValueError(f"recipe {recipe.name}: {stage.stage} trains a proxy and there is none")
+    return recipe.proxy
+
+
+def initial_model(
+    recipe: Recipe, stage: StageConfig, dims: Mapping[str, tuple[int, int]]
+) -> DistillationModel:
+    """Build a stage's model as it is before its first step: a pure function of the recipe.
+
+    Encoder and heads start from the stage that `stage.initial` names, else from the student's
+    weights, else from timm's initialisation under the run's seed.
+
+    Args:
+        recipe: the run.
+        stage: one of its stages.
+        dims: teacher -> (summary width, patch width).
+
+    Raises:
+        ValueError: the initial stage has no checkpoint, or weights do not fit.
+    """
+    student = student_config(recipe, stage)
+    encoder = build_student(student.encoder, student.weights, recipe.seed)
+    model = DistillationModel(encoder, dims, stage.head_hidden, recipe.seed)
+    if stage.initial is not None:
+        before = recipe.stage(stage.initial)
+        load(model, checkpoint.require(stage_directory(recipe, before)))
+    return model
+
+
+def load(model: DistillationModel, saved: Checkpoint) -> None:
+    """Put a checkpoint's encoder and heads into a model.
+
+    Raises:
+        ValueError: they are of other shapes or names than the model's.
+    """
+    try:
+        model.encoder.network.load_state_dict(saved.encoder())
+        model.heads.load_state_dict(saved.heads())
+    except RuntimeError as error:
+        raise ValueError(f"{saved.directory} does not fit the model: {error}") from error
+
+
+def identity(
+    recipe: Recipe, stage: StageConfig, inputs: Inputs, model: DistillationModel
+) -> dict[str, object]:
+    """Return everything that the losses of a stage depend on, as plain data.
+
+    Args:
+        recipe: the run.
+        stage: one of its stages.
+        inputs: what it trains on.
+        model: as it is before the first step.
+    """
+    weights = {**model.encoder.network.state_dict(), **model.heads.state_dict(prefix="heads.")}
+    return {
+        "seed": recipe.seed,
+        "stage": stage.model_dump(mode="json", exclude=EXECUTION),
+        "student": student_config(recipe, stage).encoder.model_dump(mode="json"),
+        "initial_weights": state_digest(weights),
+        "train": {dataset.name: dataset.share for dataset in recipe.train},
+        "homogeneous": dict(recipe.homogeneous),
+        "views": recipe.views.model_dump(mode="json"),
+        "num_views": recipe.num_views,
+        "teachers": dict(inputs.identity),
+        "normalisers": state_digest(normaliser_state(inputs)),
+    }
+
+
+def normaliser_state(inputs: Inputs) -> dict[str, Tensor]:
+    """Return the normalisers' buffers, named <teacher>.<summary|patches>.<buffer>."""
+    return {
+        f"{name}.{kind}.{key}": value
+        for name, pair in inputs.normalisers.items()
+        for kind, module in zip(pair._fields, pair, strict=True)
+        for key, value in module.state_dict().items()
+    }
+
+
+def optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices and convolution kernels only.
+
+    Biases, norms and LayerScale have one dimension; class, register and position tokens three.
+    """
+    settings = stage.optimizer
+    decayed, free = list[nn.Parameter](), list[nn.Parameter]()
+    for parameter in model.parameters():
+        (decayed if parameter.ndim in (2, 4) else free).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": free, "weight_decay": 0.0},
+        ],
+        lr=settings.lr,
+        betas=settings.betas,
+        fused=True,
+    )

@@ -1,0 +1,344 @@
+"""THE training loop: a student learns normalised teacher tokens, whoever serves them (Eq. 6).
+
+A step of the loop is one global batch. Its micro-batches come from `Inputs.batches`; the loss of
+each is a sum over rows divided by the size of the global batch, so gradients of micro-batches and
+workers simply add up, and are scaled once by (rows / valid rows) before the optimizer steps. Every
+draw is addressed by the step, so a run that is killed and resumed repeats what it would have done.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from eupe.heads import DistillationModel
+from eupe.losses import teacher_loss
+from eupe.schedules import warmup_cosine
+from pipelines import checkpoint, start, tracking
+from pipelines.batches import Batch
+from pipelines.checkpoint import Checkpoint, Contents
+from pipelines.config import Recipe, StageConfig
+from pipelines.inputs import Inputs
+from pipelines.meters import TERMS, Pace, Window
+from pipelines.progress import track
+from pipelines.workers import OneProcess, Workers
+
+Evaluate = Callable[[DistillationModel, int], Mapping[str, float]]
+"""(model, steps done) -> held-out figures; the one named SCORE compares checkpoints."""
+
+SCORE = "held_out/score"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage that is done.
+
+    Attributes:
+        checkpoint: its last.
+        first_step: step this process began at; 0 unless it resumed.
+        seconds: this process took, evaluation included.
+        images_per_second: over this process's steps; 0.0 if there were none to do.
+        wait_share: share of that time spent waiting for data.
+        invalid_rows: rows skipped, over this process's steps and all workers.
+    """
+
+    checkpoint: Checkpoint
+    first_step: int
+    seconds: float
+    images_per_second: float
+    wait_share: float
+    invalid_rows: int
+
+
+def train_stage(
+    recipe: Recipe,
+    stage: StageConfig,
+    inputs: Inputs,
+    directory: Path,
+    *,
+    resume: bool = True,
+    workers: Workers | None = None,
+    device: str | torch.device = "cpu",
+    evaluate: Evaluate | None = None,
+) -> StageResult:
+    """Train a stage to its end, from its newest checkpoint if there is one.
+
+    Args:
+        recipe: the run.
+        stage: one of its stages.
+        inputs: what it trains on.
+        directory: of the stage: checkpoints/, metrics.jsonl and tensorboard/ go there.
+        resume: go on from a checkpoint; if False, one that is there is refused, never removed.
+        workers: the processes that train together; None for this one alone.
+        device: to train on.
+        evaluate: called every `stage.evaluate_every` steps, and after the last.
+
+    Returns:
+        what was done; nothing is trained when the last step has its checkpoint already.
+
+    Raises:
+        ValueError: a checkpoint of another run (named field by field), pins of other manifest
+            versions, a directory that another process trains in, or a batch without a valid row.
+        FloatingPointError: the loss is not finite.
+    """
+    workers = workers or OneProcess()
+    with _locked(directory, workers.rank), _addressed_randomness(device):
+        return _Run(recipe, stage, inputs, directory, workers, torch.device(device)).train(
+            resume, evaluate
+        )
+
+
+class _Run:
+    """One process's training of one stage."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: StageConfig,
+        inputs: Inputs,
+        directory: Path,
+        workers: Workers,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.stage, self.inputs = recipe, stage, inputs
+        self.directory, self.workers, self.device = directory, workers, device
+        model = start.initial_model(recipe, stage, inputs.dims)
+        self.identity = start.identity(recipe, stage, inputs, model)
+        self.model = model.to(device).train()
+        if stage.activation_checkpointing:
+            model.encoder.network.set_grad_checkpointing(True)
+        self.wrapped = workers.wrap(self.model)
+        if stage.compile:
+            self.wrapped.compile()
+        self.optimizer = start.optimizer(self.model, stage)
+        self.window = Window.empty(inputs.dims, device)
+
+    def train(self, resume: bool, evaluate: Evaluate | None) -> StageResult:
+        stage, started = self.stage, time.perf_counter()
+        saved = checkpoint.latest(self.directory)
+        if saved is not None:
+            self._restore(saved, resume)
+        first = saved.step if saved is not None else 0
+        trackers = tracking.Trackers()
+        if self.workers.rank == 0 and first < stage.steps:
+            trackers = tracking.open_trackers(self.directory, first + 1)
+        pace = Pace()
+        try:
+            with (
+                track(stage.steps - first, f"Training {stage.stage}", "steps") as progress,
+                closing(_steps(self.inputs.batches(range(first, stage.steps)))) as steps,
+            ):
+                for micros in steps:
+                    done = self._step(micros, pace) + 1
+                    progress.advance()
+                    last, held_out = done == stage.steps, dict[str, float]()
+                    if done % stage.log_every == 0 or last:
+                        trackers.log(done, self._figures(done, pace))
+                    if evaluate and (last or _due(done, stage.evaluate_every)):
+                        held_out = self._evaluate(evaluate, done)
+                        trackers.log(done, held_out)
+                    if done % stage.checkpoint_every == 0 or last:
+                        saved = self._save(done, held_out.get(SCORE))
+                    pace.mark()
+        finally:
+            trackers.close()
+        assert saved is not None  # every stage has a step, and the last one saves
+        seconds = time.perf_counter() - started
+        return StageResult(
+            saved,
+            first,
+            seconds,
+            pace.images_per_second,
+            pace.wait_share,
+            pace.invalid,
+        )
+
+    def _step(self, micros: Iterable[Batch], pace: Pace) -> int:
+        """Do one global step; return its number."""
+        step, rows, valid = 0, self.stage.global_batch, 0
+        sums = torch.zeros_like(self.window.sums)
+        for batch in micros:
+            if batch.micro == 0:
+                self._seed(batch.step)
+            step = batch.step
+            with self.workers.accumulate(self.wrapped, batch.last):
+                sums += self._backward(batch, rows)
+            valid += int(batch.valid.sum())
+            pace.add(len(batch), batch.wait_seconds)
+        counted = self.workers.sum(torch.tensor(float(valid), device=self.device))
+        num_valid = int(counted)
+        if not num_valid:
+            raise ValueError(f"step {step}: none of the batch's {rows} rows is valid in all stores")
+        factor = rows / num_valid
+        if factor != 1:  # rows that are not valid: the mean is over the others
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        limit = self.stage.optimizer.clip_norm
+        norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), float("inf") if limit is None else limit
+        )
+        if not bool(norm.isfinite()):  # looked at before the weights are touched
+            raise FloatingPointError(
+                f"step {step}: the gradient's norm is {norm.item()}; weights and checkpoints are "
+                "still sound; a lower optimizer.lr, float32 precision or clipping may help"
+            )
+        rate = self.stage.optimizer.lr * warmup_cosine(
+            step, steps=self.stage.steps, warmup_steps=self.stage.warmup_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.window.add(sums * factor, norm, rows - num_valid)
+        pace.invalid += rows - num_valid
+        pace.add()
+        return step
+
+    def _backward(self, batch: Batch, rows: int) -> Tensor:
+        """Add one micro-batch's gradients; return its terms, a part of the batch's mean [T, 4]."""
+        stage, loss = self.stage, self.stage.loss
+        pixels = batch.pixels.to(self.device, non_blocking=True)
+        targets = batch.targets(self.device)
+        valid = torch.from_numpy(batch.valid).to(self.device)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"
+        ):
+            _, predicted = self.wrapped(pixels)
+        terms = torch.stack(
+            [
+                torch.stack(
+                    teacher_loss(
+                        predicted[name],
+                        targets[name],
+                        valid,
+                        alpha=loss.alpha,
+                        beta=loss.beta,
+                        smooth_l1_beta=loss.smooth_l1_beta,
+                        gamma=loss.gamma.get(name, 1.0),
+                        count=rows,
+                    )
+                )
+                for name in self.inputs.dims
+            ]
+        )
+        # Gradients are averaged over workers, the loss is a sum over them (Eq. 6: over teachers).
+        (terms[:, -1].sum() * self.workers.size).backward()
+        return terms.detach()
+
+    def _figures(self, done: int, pace: Pace) -> dict[str, float]:
+        """Return the means since the last log and start over."""
+        terms, norm, invalid = self.window.take(self.workers)
+        figures = {"loss/total": float(terms[:, -1].sum())}
+        for name, values in zip(self.inputs.dims, terms.tolist(), strict=True):
+            figures |= {f"loss/{name}/{t}": v for t, v in zip(TERMS, values, strict=True)}
+        figures["lr"] = self.optimizer.param_groups[0]["lr"]
+        figures["gradient_norm"] = norm
+        figures["invalid_rows"] = float(invalid)
+        return {**figures, **pace.since(self.workers.size)}
+
+    def _evaluate(self, evaluate: Evaluate, done: int) -> dict[str, float]:
+        figures: Mapping[str, float] = {}
+        if self.workers.rank == 0:
+            self.model.eval()
+            with torch.no_grad():
+                figures = evaluate(self.model, done)
+            self.model.train()
+        self.workers.barrier()
+        return dict(figures)
+
+    def _restore(self, saved: Checkpoint, resume: bool) -> None:
+        if not resume:
+            raise ValueError(
+                f"{self.directory} has a checkpoint of step {saved.step}; resume it, or give "
+                "another run directory"
+            )
+        saved.check(self.identity)
+        if saved.pins != dict(self.inputs.pins):
+            raise ValueError(
+                f"{saved.directory} reads manifest versions {saved.pins}, this run "
+                f"{dict(self.inputs.pins)}; open the stores at the checkpoint's versions"
+            )
+        start.load(self.model, saved)
+        state = saved.state()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.window = Window(**state["window"]).to(self.device)
+
+    def _save(self, done: int, score: float | None) -> Checkpoint | None:
+        if self.workers.rank == 0:
+            contents = Contents(
+                step=done,
+                identity=self.identity,
+                pins=self.inputs.pins,
+                encoder=self.model.encoder.network.state_dict(),
+                heads=self.model.heads.state_dict(),
+                normalisers=start.normaliser_state(self.inputs),
+                state={
+                    "optimizer": self.optimizer.state_dict(),
+                    "window": self.window.state(),
+                },
+                score=score,
+                recipe=self.recipe.model_dump(mode="json"),
+            )
+            checkpoint.save(self.directory, contents, self.stage.keep_checkpoints)
+        self.workers.barrier()
+        return checkpoint.latest(self.directory)
+
+    def _seed(self, step: int) -> None:
+        """Address what the network itself draws (drop path, dropout) by the step and the rank."""
+        key = f"network/{self.recipe.seed}/{self.stage.stage}/{step}/{self.workers.rank}"
+        torch.manual_seed(int.from_bytes(sha256(key.encode()).digest()[:7], "little"))
+
+
+def _steps(batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:
+    """Group micro-batches by step; each group must be used up before the next is asked for."""
+    stream = iter(batches)
+
+    def rest(batch: Batch) -> Iterator[Batch]:
+        yield batch
+        while not batch.last:
+            batch = next(stream)
+            yield batch
+
+    for batch in stream:
+        yield rest(batch)
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+@contextmanager
+def _locked(directory: Path, rank: int) -> Iterator[None]:
+    """Let one process (of rank 0) write below a stage's directory."""
+    if rank:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / "train.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(
+            f"{directory}: another process is training there; wait for it, or give another run "
+            "directory"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _addressed_randomness(device: str | torch.device) -> Iterator[None]:
+    """Leave the global random state as it was, whatever the steps seed it with."""
+    device = torch.device(device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,63 @@
+"""Workers: what the training loop needs of the processes that train together.
+
+The loop is written against `Workers`. One process is `OneProcess`; under Ray Train the same loop
+gets an implementation that wraps the model in DDP or FSDP2 and sums over the process group.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Workers(Protocol):
+    """The processes that train one model, seen from one of them.
+
+    Attributes:
+        rank: of this worker, from 0.
+        size: number of workers.
+    """
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the module to call; its gradients are the mean over workers after `backward`."""
+        ...
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Hold back the exchange of gradients until the `last` micro-batch of a step."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over workers, the same on each."""
+        ...
+
+    def barrier(self) -> None:
+        """Return once every worker is here."""
+        ...
+
+
+class OneProcess:
+    """A world of one: nothing to exchange."""
+
+    rank = 0
+    size = 1
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model itself."""
+        return model
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Do nothing: gradients add up where they are."""
+        return nullcontext()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
+
+    def barrier(self) -> None:
+        """Return at once."""
