@@ -1,6 +1,7 @@
-"""What one store holds, as plain data: the body of `eupe cache inspect`."""
+"""What stores hold, as plain data: the bodies of `eupe cache ls` and `eupe cache inspect`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,37 @@ from cache.reader import Reader
 from cache.store import Store, StoreInfo, find_stores, open_store
 
 LEVELS_BELOW_ROOT = 4  # dataset / views / teacher / resolution
+
+
+def store_lines(root: str | Path, only: Sequence[Store] | None = None) -> list[dict[str, object]]:
+    """Describe each store of a cache root in one line of columns.
+
+    Args:
+        root: the cache root.
+        only: the stores that are wanted; None: all.
+
+    Raises:
+        NotBuilt: there is no such folder.
+        Corrupt: a store's spec or manifest cannot be read.
+    """
+    base = Path(root).resolve()
+    wanted = None if only is None else {store.directory.resolve() for store in only}
+    return [
+        {
+            "dataset": info.spec.dataset.name,
+            "views": f"{info.spec.views.kind} x {info.num_views}",
+            "teacher": info.spec.teacher.name,
+            "resolution": info.spec.resolution,
+            "codec": info.spec.codec.name,
+            "shards": info.num_shards,
+            "rows": info.num_rows,
+            "invalid": info.num_rows - info.num_valid,
+            "bytes": info.num_bytes,
+            "directory": str(info.directory.relative_to(base)),
+        }
+        for info in find_stores(base)
+        if wanted is None or info.directory in wanted
+    ]
 
 
 def describe(directory: Path) -> dict[str, object]:

@@ -1,0 +1,45 @@
+"""What a flow shows in Prefect: the progress of its long steps, and tables of results."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from pipelines.progress import Reading, set_listener
+
+
+@contextmanager
+def progress(key: str) -> Iterator[None]:
+    """Show every step that is tracked inside the block as a progress artifact.
+
+    Args:
+        key: of the artifacts; lower-case letters, digits and dashes.
+    """
+    shown: dict[str, UUID] = {}
+
+    def listen(reading: Reading) -> None:
+        if not reading.total:
+            return
+        percent = min(100.0, 100.0 * reading.done / reading.total)
+        if reading.description in shown:
+            update_progress_artifact(shown[reading.description], percent, description=str(reading))
+        else:
+            shown[reading.description] = create_progress_artifact(
+                percent, key=key, description=str(reading)
+            )
+
+    set_listener(listen)
+    try:
+        yield
+    finally:
+        set_listener(None)
+
+
+def table(key: str, rows: Sequence[Mapping[str, object]], description: str) -> None:
+    """Leave a table of plain rows with the flow's run."""
+    create_table_artifact([dict(row) for row in rows], key=key, description=description)

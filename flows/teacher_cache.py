@@ -1,0 +1,87 @@
+"""Flow `teacher-cache`: build or extend the caches of a recipe's teachers.
+
+    images -> moments on a sample -> missing shards, committed as they come -> verify
+
+What is done is asked of the stores at every start (never of Prefect's result cache), so running
+the flow again computes what is missing, and nothing else.
+"""
+
+import sys
+import time
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from cache.store import Store
+from cache.verify import Report
+from flows import artifacts
+from flows.choice import Overrides, RecipeName, chosen
+from flows.inspection import store_lines
+from pipelines import precompute
+from pipelines.cluster import connect
+from pipelines.jobs import CacheJob, cache_jobs
+from pipelines.precompute import Built, Extracted, Indexed
+
+
+@task(name="index samples", task_run_name="index {job.dataset.name}", cache_policy=NO_CACHE)
+def index_samples(job: CacheJob) -> Indexed:
+    """Add the images that the dataset's sample table does not have yet."""
+    with artifacts.progress("index-samples"):
+        return precompute.index_samples(job)
+
+
+@task(name="resolve stores", task_run_name="resolve {job}", cache_policy=NO_CACHE)
+def resolve_stores(job: CacheJob) -> list[Store]:
+    """Open the job's stores; create those that are not there with measured moments."""
+    with artifacts.progress("measure-moments"):
+        return precompute.resolve_stores(job)
+
+
+@task(name="extract missing", task_run_name="extract {job}", cache_policy=NO_CACHE)
+def extract_missing(job: CacheJob, stores: list[Store]) -> Extracted:
+    """Compute and commit the shards that are missing."""
+    with artifacts.progress("extract-missing"):
+        return precompute.extract_missing(job, stores)
+
+
+@task(name="verify stores", cache_policy=NO_CACHE)
+def verify_stores(stores: list[Store], deep: bool) -> list[Report]:
+    """Check the stores against their manifests."""
+    with artifacts.progress("verify-stores"):
+        return precompute.verify_stores(stores, deep)
+
+
+@flow(name="teacher-cache", flow_run_name="teacher-cache {recipe}")
+def teacher_cache(
+    recipe: RecipeName = "demo",
+    overrides: Overrides = [],  # noqa: B006 (Prefect shows it as the default; nobody changes it)
+    deep_verify: bool = False,
+) -> Built:
+    """Build or extend the teacher caches of a recipe.
+
+    Args:
+        recipe: name of the recipe.
+        overrides: fields to change, path.to.field=value.
+        deep_verify: also read every byte again and compare checksums.
+
+    Raises:
+        ValueError: bad input: recipe, override, images or weights.
+        StoreError: a store that cannot be used or written.
+    """
+    started = time.monotonic()
+    jobs = cache_jobs(chosen(recipe, overrides))
+    indexed = [index_samples(job) for job in {job.dataset.name: job for job in jobs}.values()]
+    extracted: dict[str, Extracted] = {}
+    stores: list[Store] = []
+    with connect():  # one Ray for all jobs
+        for job in jobs:
+            own = resolve_stores(job)
+            extracted[str(job)] = extract_missing(job, own)
+            stores += own
+    verify_stores(stores, deep_verify)
+    built = Built(indexed, extracted, stores, time.monotonic() - started)
+    artifacts.table(
+        "teacher-cache-stores", store_lines(jobs[0].root, stores), f"Stores of recipe {recipe}"
+    )
+    print(built, file=sys.stderr)
+    return built
