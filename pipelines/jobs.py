@@ -1,0 +1,132 @@
+"""Cache jobs: which stores a recipe needs, and opening those that are built (loads no Ray)."""
+
+import numpy as np
+import torch
+
+from cache.codec import default_codec, make_codec
+from cache.errors import NotBuilt
+from cache.store import Store, open_store
+from eupe.encoders import Encoder
+from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
+from eupe.weights import load_state_dict, state_digest
+from pipelines.config import DatasetConfig, ExtractionConfig, Recipe, TeacherConfig
+
+SHARD_BYTES = 256 * 2**20
+
+
+class CacheJob(Spec):
+    """One dataset under one view policy through some teachers: the unit of cache building."""
+
+    dataset: DatasetConfig
+    views: ViewPolicy
+    num_views: int
+    teachers: tuple[TeacherConfig, ...]
+    root: str
+    extraction: ExtractionConfig
+
+    def __str__(self) -> str:
+        return f"{self.dataset.name}, {self.num_views} {self.views.kind} view(s)"
+
+
+def cache_jobs(recipe: Recipe) -> list[CacheJob]:
+    """List what a recipe needs of its expert teachers.
+
+    The train sets in their training views and in one centre view (the bank of the kNN probe), and
+    the held-out set in one centre view.
+    """
+    wanted = [(dataset, recipe.views, recipe.num_views) for dataset in recipe.train]
+    if recipe.views != recipe.held_out_views:
+        wanted += [(dataset, recipe.held_out_views, 1) for dataset in recipe.train]
+    wanted.append((recipe.held_out, recipe.held_out_views, 1))
+    return [
+        CacheJob(
+            dataset=dataset,
+            views=policy,
+            num_views=num_views,
+            teachers=recipe.teachers,
+            root=recipe.cache_root,
+            extraction=recipe.extraction,
+        )
+        for dataset, policy, num_views in wanted
+    ]
+
+
+def store_specs(job: CacheJob) -> list[StoreSpec]:
+    """Work out the specs of a job's stores, one a teacher and resolution.
+
+    Raises:
+        ValueError: weights that cannot be read, or a resolution a teacher does not take.
+    """
+    specs = []
+    for config in job.teachers:
+        teacher = _teacher_spec(config)
+        specs += [
+            _store_spec(job, config, teacher, resolution) for resolution in config.resolutions
+        ]
+    return specs
+
+
+def open_stores(job: CacheJob) -> list[Store]:
+    """Open a job's stores for training: every wanted shard must be there.
+
+    Raises:
+        ValueError: weights that cannot be read.
+        StoreError: a store is absent, of another spec, or half built.
+    """
+    stores = [open_store(job.root, spec) for spec in store_specs(job)]
+    for store in stores:
+        missing = store.todo(job.num_views)
+        if missing:
+            wanted = len(store.samples.shards()) * job.num_views
+            raise NotBuilt(
+                f"{store.directory}: half built, {len(missing)} of {wanted} shards are missing; "
+                "run `eupe cache build` (it computes only those)"
+            )
+    return stores
+
+
+def _teacher_spec(config: TeacherConfig) -> TeacherSpec:
+    state = load_state_dict(config.weights, config.encoder)
+    return TeacherSpec(
+        name=config.name,
+        encoder=config.encoder,
+        weights=state_digest(state),
+        dtype=config.dtype,
+    )
+
+
+def _store_spec(
+    job: CacheJob, config: TeacherConfig, teacher: TeacherSpec, resolution: int
+) -> StoreSpec:
+    with torch.device("meta"):  # shapes alone
+        encoder = Encoder(config.encoder)
+    encoder.check_resolution(resolution)
+    return StoreSpec(
+        dataset=DatasetSpec(name=job.dataset.name),
+        views=job.views,
+        teacher=teacher,
+        codec=default_codec(config.codec),
+        resolution=resolution,
+        grid=encoder.grid(resolution),
+        patch_dim=encoder.patch_dim,
+        summary_dim=encoder.summary_dim,
+    )
+
+
+def rows_per_shard(job: CacheJob) -> int:
+    """Return how many rows make the largest patches array's shards about SHARD_BYTES."""
+    largest = 1
+    for config in job.teachers:
+        with torch.device("meta"):
+            encoder = Encoder(config.encoder)
+        codec = make_codec(default_codec(config.codec))
+        for resolution in config.resolutions:
+            rows, columns = encoder.grid(resolution)
+            shape = codec.storage_shape(rows * columns, encoder.patch_dim)
+            largest = max(largest, int(np.prod(shape)) * codec.storage_dtype.itemsize)
+    return max(1, SHARD_BYTES // largest)
+
+
+def device(extraction: ExtractionConfig) -> str:
+    """Return where extractors compute."""
+    return "cuda" if extraction.gpus_per_actor > 0 else "cpu"

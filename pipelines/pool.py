@@ -1,0 +1,124 @@
+"""A pool of restartable Ray actors, each with a few calls in flight; results as they come."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any, Self
+
+from pipelines.cluster import connect
+
+IN_FLIGHT = 2  # a call writes its files while the next one computes
+MAX_RESTARTS = 3
+MAX_TASK_RETRIES = 3
+
+
+class Pool:
+    """Actors of one class, started when there is work for them and kept until the block ends.
+
+    An actor whose process dies is started anew and repeats its calls, a finite number of times;
+    calls must therefore be repeatable. Ray itself is connected with the first work, too.
+
+    Args:
+        make: class of the actors.
+        arguments: of its constructor.
+        actors: how many at most.
+        cpus: of each actor.
+        gpus: of each actor.
+    """
+
+    def __init__(
+        self,
+        make: type,
+        arguments: Mapping[str, Any],
+        actors: int,
+        cpus: float,
+        gpus: float = 0.0,
+    ) -> None:
+        self._make, self._arguments = make, dict(arguments)
+        self._actors, self._cpus, self._gpus = actors, cpus, gpus
+        self._handles: list[Any] = []
+        self._connected = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._connected.close()
+
+    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Call a method for each task; yield (task number, result) as calls end, in any order.
+
+        Args:
+            method: of the actor class.
+            tasks: positional arguments of each call.
+
+        Raises:
+            ValueError: one actor needs more than any node of the cluster has.
+            RuntimeError: actors died more often than they are started anew.
+            Exception: whatever a call raised.
+        """
+        self._start(min(self._actors, len(tasks)))
+        import ray  # after `connect` has settled its environment
+
+        waiting = iter(enumerate(tasks))
+        running: dict[ray.ObjectRef, tuple[int, Any]] = {}
+
+        def feed(handle: Any) -> None:
+            for number, task in islice(waiting, 1):
+                running[getattr(handle, method).remote(*task)] = (number, handle)
+
+        for handle in self._handles * IN_FLIGHT:
+            feed(handle)
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            number, handle = running.pop(done)
+            result = self._result(done)
+            feed(handle)
+            yield number, result
+
+    def _start(self, count: int) -> None:
+        """Have at least so many actors."""
+        if count <= len(self._handles):
+            return
+        self._connected.enter_context(connect())
+        import ray
+
+        _check_fits(ray.nodes(), self._cpus, self._gpus)
+        remote = ray.remote(
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_TASK_RETRIES,
+            max_concurrency=IN_FLIGHT,
+        )(self._make)
+        for _ in range(count - len(self._handles)):
+            handle = remote.remote(**self._arguments)
+            self._connected.callback(ray.kill, handle)
+            self._handles.append(handle)
+
+    def _result(self, reference: Any) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            # The cause alone: Ray's message is another process's traceback, the cause a sentence.
+            raise error.cause from None
+        except RayActorError as error:
+            raise RuntimeError(
+                f"{self._make.__name__} died more than {MAX_RESTARTS} times; what was finished is "
+                "kept. Often memory ran out: lower extraction.compute_batch or extraction.actors"
+            ) from error
+
+
+def _check_fits(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> None:
+    """Refuse an actor that Ray would wait for in silence, for ever."""
+    have = [node["Resources"] for node in nodes if node["Alive"]]
+    sizes = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in have]
+    if not any(size[0] >= cpus and size[1] >= gpus for size in sizes):
+        named = ", ".join(f"{size[0]:g} CPUs and {size[1]:g} GPUs" for size in sizes)
+        raise ValueError(
+            f"an actor of {cpus:g} CPUs and {gpus:g} GPUs fits no Ray node (they have {named}); "
+            "lower extraction.cpus_per_actor or extraction.gpus_per_actor"
+        )

@@ -1,0 +1,357 @@
+"""Precomputing: what one orchestration task each calls to get from images to feature stores.
+
+    index_samples -> resolve_stores -> extract_missing -> verify_stores        (build: all in a row)
+
+Each step looks at what is there and does what is missing (DESIGN.md, law 11), so each may be
+killed at any instant and called again.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import polars as pl
+
+from cache import atomic, layout
+from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
+from cache.samples import Samples, ShardRange
+from cache.store import Store, create_store, open_store
+from cache.verify import Report, verify
+from eupe.spec import DatasetSpec, StoreSpec
+from pipelines import images
+from pipelines.actors import Extractor, provenance
+from pipelines.config import Recipe
+from pipelines.jobs import (
+    CacheJob,
+    cache_jobs,
+    device,
+    rows_per_shard,
+    store_specs,
+)
+from pipelines.measure import measure
+from pipelines.pool import Pool
+from pipelines.progress import track
+
+REASONS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What indexing a dataset found.
+
+    Attributes:
+        dataset: its name.
+        num_samples: samples it has now.
+        num_new: of them, added by this call.
+        failures: images left out, with their reasons (`images.FAILURE_SCHEMA`).
+    """
+
+    dataset: str
+    num_samples: int
+    num_new: int
+    failures: pl.DataFrame
+
+
+def index_samples(job: CacheJob) -> Indexed:
+    """Add the images that the dataset's sample table does not have yet.
+
+    Images that are none are left out and listed in `<root>/<dataset>/failures.jsonl`.
+
+    Raises:
+        ValueError: nothing there, or more unreadable images than max_failure_share.
+        StoreError: the dataset is there with another key rule or rows_per_shard.
+    """
+    dataset = DatasetSpec(name=job.dataset.name)
+    there = _samples(job)
+    known = frozenset() if there is None else frozenset(there.arrow["sample_id"].to_pylist())
+    found = images.index(job.dataset.source, known, job.extraction.decode_threads)
+    num_seen = found.records.height + found.failures.height + found.known
+    _check_share(
+        job,
+        found.failures.height,
+        num_seen,
+        [f"{f['sample_id']}: {f['reason']}" for f in found.failures.iter_rows(named=True)],
+    )
+    per_shard = job.extraction.rows_per_shard
+    if per_shard is None and there is None:
+        per_shard = rows_per_shard(job)
+    samples = Samples.append(job.root, dataset, found.records, per_shard)
+    _list_failures(job, found.failures)
+    num_before = 0 if there is None else len(there)
+    return Indexed(dataset.name, len(samples), len(samples) - num_before, found.failures)
+
+
+def extractors(job: CacheJob) -> Pool:
+    """Return the actors that do a job's work, to be used as a context.
+
+    They start with the first work there is, and serve every job of the same teachers: hand the
+    pool to `resolve_stores` and `extract_missing`.
+    """
+    extraction = job.extraction
+    arguments = {
+        "teachers": job.teachers,
+        "decode_threads": extraction.decode_threads,
+        "device": device(extraction),
+        "compute_threads": max(1, int(extraction.cpus_per_actor)),
+    }
+    return Pool(
+        Extractor,
+        arguments,
+        extraction.actors,
+        extraction.cpus_per_actor,
+        extraction.gpus_per_actor,
+    )
+
+
+def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
+    """Open a job's stores; those that are not there yet are created with measured moments.
+
+    Moments are measured on samples spread evenly over the dataset, in view 0, and merged in a
+    fixed order: once per store, before its first shard, never changed afterwards.
+
+    Args:
+        job: whose stores.
+        pool: of `extractors`; None: one for this call.
+
+    Raises:
+        ValueError: weights that cannot be read, or a teacher without a single finite feature.
+        StoreError: the dataset is not indexed, or a store of another spec is in the way.
+    """
+    specs = store_specs(job)
+    absent = [spec for spec in specs if _open(job, spec) is None]
+    if absent:
+        batch = job.extraction.compute_batch
+        made_by = provenance(device(job.extraction), batch)
+        with _borrowed(pool, job) as workers:
+            moments = measure(job, absent, batch, workers)
+        for spec in absent:
+            create_store(job.root, spec, moments[spec.teacher.name, spec.resolution], made_by)
+    return [open_store(job.root, spec) for spec in specs]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an extraction did.
+
+    Attributes:
+        num_shards: shards computed, over all stores; 0 if everything was there.
+        num_images: images read, each view counted.
+        num_invalid: rows of the job's stores that are invalid, now.
+        seconds: wall time.
+    """
+
+    num_shards: int
+    num_images: int
+    num_invalid: int
+    seconds: float
+
+
+def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = None) -> Extracted:
+    """Compute the shards that the stores want and do not have, and commit each as it arrives.
+
+    Args:
+        job: whose views.
+        stores: of `resolve_stores`.
+        pool: of `extractors`; None: one for this call.
+
+    Raises:
+        ValueError: more invalid rows than max_failure_share, images or weights that are gone, or
+            an actor that fits no node.
+        StoreError: a file cannot be written or another process commits.
+    """
+    started = time.monotonic()
+    for store in stores:
+        atomic.sweep(layout.scratch_directory(store.directory))  # of killed builders
+    tasks = _tasks(stores, job.num_views)
+    num_images = sum(len(shard) for _, _, shard in tasks)
+    num_shards = 0
+    if tasks:
+        with (
+            _borrowed(pool, job) as workers,
+            track(num_images, f"Extracting {job}") as progress,
+        ):
+            for number, records in workers.run("extract", tasks):
+                wanted, _, shard = tasks[number]
+                for store, record in zip(wanted, records, strict=True):
+                    store.commit([record])
+                    num_shards += 1
+                progress.advance(len(shard))
+                _check_invalid(job, stores)
+    num_invalid = _check_invalid(job, stores)
+    return Extracted(num_shards, num_images, num_invalid, time.monotonic() - started)
+
+
+def verify_stores(stores: Sequence[Store], deep: bool = True) -> list[Report]:
+    """Check stores against their manifests.
+
+    Args:
+        stores: to check.
+        deep: also read every byte.
+
+    Raises:
+        Corrupt: a store is not sound, with the first of its problems.
+    """
+    reports = []
+    for store in stores:
+        total = len(store.manifest().records())
+        with track(total, f"Verifying {store.spec.directory()}", "shards") as progress:
+            report = verify(store, deep, lambda done, all_of_them: progress.advance())
+        if report.problems:
+            more = f", and {len(report.problems) - 1} more" if len(report.problems) > 1 else ""
+            raise Corrupt(f"{report.problems[0]}{more}; build again or restore the files")
+        reports.append(report)
+    return reports
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build did.
+
+    Attributes:
+        indexed: one a dataset.
+        extracted: job -> what was computed.
+        stores: all stores, in the order of the jobs.
+        seconds: wall time.
+    """
+
+    indexed: list[Indexed]
+    extracted: dict[str, Extracted]
+    stores: list[Store]
+    seconds: float
+
+    @property
+    def num_shards(self) -> int:
+        """Shards computed."""
+        return sum(each.num_shards for each in self.extracted.values())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{each.dataset}: {each.num_samples} samples ({each.num_new} new), "
+            f"{each.failures.height} left out"
+            for each in self.indexed
+        ]
+        lines += [
+            f"  left out {f['sample_id']}: {f['reason']}"
+            for each in self.indexed
+            for f in each.failures.iter_rows(named=True)
+        ]
+        lines += [
+            f"{job}: {each.num_shards} shards computed, {each.num_invalid} invalid rows, "
+            f"{each.seconds:.1f} s"
+            for job, each in self.extracted.items()
+        ]
+        return "\n".join([*lines, f"{self.num_shards} shards computed in {self.seconds:.1f} s"])
+
+
+def build(recipe: Recipe, deep: bool = False) -> Built:
+    """Build or extend every cache a recipe needs of its expert teachers.
+
+    Args:
+        recipe: the run.
+        deep: verify every byte at the end, not only sizes and indexes.
+
+    Raises:
+        ValueError: bad input, see the steps.
+        StoreError: a store that cannot be used or written, see the steps.
+    """
+    started = time.monotonic()
+    jobs = cache_jobs(recipe)
+    indexed = [index_samples(job) for job in {job.dataset.name: job for job in jobs}.values()]
+    extracted, stores = {}, []
+    with extractors(jobs[0]) as pool:
+        for job in jobs:
+            own = resolve_stores(job, pool)
+            extracted[str(job)] = extract_missing(job, own, pool)
+            stores += own
+    verify_stores(stores, deep)
+    return Built(indexed, extracted, stores, time.monotonic() - started)
+
+
+# ------------------------------------------------------------------------------ steps of the steps
+
+
+def _samples(job: CacheJob) -> Samples | None:
+    try:
+        return Samples.open(job.root, job.dataset.name)
+    except NotBuilt:
+        return None
+
+
+def _borrowed(pool: Pool | None, job: CacheJob) -> AbstractContextManager[Pool]:
+    """Use the caller's pool and leave it running, or one of our own."""
+    return extractors(job) if pool is None else nullcontext(pool)
+
+
+def _open(job: CacheJob, spec: StoreSpec) -> Store | None:
+    """Open a store; None where there is none yet.
+
+    A store of the same teacher name with other weights is no obstacle: it lies in its own folder.
+    """
+    try:
+        return open_store(job.root, spec)
+    except (NotBuilt, FingerprintMismatch):
+        return None
+
+
+def _tasks(stores: Sequence[Store], num_views: int) -> list[tuple[list[Store], int, ShardRange]]:
+    """List (stores that want it, view, shard).
+
+    Stores of one compute batch share a task, and with it one decode of every image.
+    """
+    wanted: dict[tuple[int, int, str], list[Store]] = defaultdict(list)
+    shards: dict[int, ShardRange] = {}
+    for store in stores:
+        for view, shard in store.todo(num_views):
+            wanted[view, shard.shard, str(store.provenance["compute_batch"])].append(store)
+            shards[shard.shard] = shard
+    return [(wanted[key], key[0], shards[key[1]]) for key in sorted(wanted)]
+
+
+def _check_invalid(job: CacheJob, stores: Sequence[Store]) -> int:
+    """Count the invalid rows of a job's stores; refuse more than their share of what is wanted."""
+    total = 0
+    for store in stores:
+        table = store.manifest().table()
+        ours = table["view"].to_numpy() < job.num_views
+        rows = (table["stop"].to_numpy() - table["start"].to_numpy())[ours]
+        invalid = int(rows.sum() - table["num_valid"].to_numpy()[ours].sum())
+        if invalid > job.extraction.max_failure_share * len(store.samples) * job.num_views:
+            _check_share(job, invalid, len(store.samples) * job.num_views, _reasons(store))
+        total += invalid
+    return total
+
+
+def _reasons(store: Store) -> list[str]:
+    """Return some reasons of invalid rows, with their sample."""
+    reasons = []
+    for record in store.manifest().records():
+        if record.num_invalid:
+            rows = pl.read_ipc(layout.rows_file(store.directory, record.view, record.shard))
+            invalid = rows.filter(~pl.col("valid")).iter_rows(named=True)
+            reasons += [f"{row['sample_id']}: {row['reason']}" for row in invalid]
+        if len(reasons) >= REASONS_SHOWN:
+            break
+    return reasons
+
+
+def _check_share(job: CacheJob, failed: int, total: int, reasons: Sequence[str]) -> None:
+    share = job.extraction.max_failure_share
+    if failed > share * total:
+        raise ValueError(
+            f"{job.dataset.name}: {failed} of {total} images or features are unusable, more than "
+            f"max_failure_share = {share:g} allows ({'; '.join(reasons[:REASONS_SHOWN])}); mend "
+            "the images or raise extraction.max_failure_share"
+        )
+
+
+def _list_failures(job: CacheJob, failures: pl.DataFrame) -> None:
+    """Keep the list of images left out beside the samples; it is news, not identity."""
+    directory = layout.samples_directory(layout.local_root(job.root), job.dataset.name)
+    path = directory.parent / "failures.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in failures.iter_rows(named=True)]
+    if lines or path.exists():
+        content = "".join(f"{line}\n" for line in lines).encode()
+        atomic.write(path, [content], layout.scratch_directory(directory))
