@@ -18,8 +18,8 @@ from flows import artifacts
 from flows.choice import Overrides, RecipeName, chosen
 from flows.inspection import store_lines
 from pipelines import precompute
-from pipelines.cluster import connect
 from pipelines.jobs import CacheJob, cache_jobs
+from pipelines.pool import Pool
 from pipelines.precompute import Built, Extracted, Indexed
 
 
@@ -31,17 +31,17 @@ def index_samples(job: CacheJob) -> Indexed:
 
 
 @task(name="resolve stores", task_run_name="resolve {job}", cache_policy=NO_CACHE)
-def resolve_stores(job: CacheJob) -> list[Store]:
+def resolve_stores(job: CacheJob, pool: Pool) -> list[Store]:
     """Open the job's stores; create those that are not there with measured moments."""
     with artifacts.progress("measure-moments"):
-        return precompute.resolve_stores(job)
+        return precompute.resolve_stores(job, pool)
 
 
 @task(name="extract missing", task_run_name="extract {job}", cache_policy=NO_CACHE)
-def extract_missing(job: CacheJob, stores: list[Store]) -> Extracted:
+def extract_missing(job: CacheJob, stores: list[Store], pool: Pool) -> Extracted:
     """Compute and commit the shards that are missing."""
     with artifacts.progress("extract-missing"):
-        return precompute.extract_missing(job, stores)
+        return precompute.extract_missing(job, stores, pool)
 
 
 @task(name="verify stores", cache_policy=NO_CACHE)
@@ -73,10 +73,10 @@ def teacher_cache(
     indexed = [index_samples(job) for job in {job.dataset.name: job for job in jobs}.values()]
     extracted: dict[str, Extracted] = {}
     stores: list[Store] = []
-    with connect():  # one Ray for all jobs
+    with precompute.extractors(jobs[0]) as pool:  # starts Ray when there is work
         for job in jobs:
-            own = resolve_stores(job)
-            extracted[str(job)] = extract_missing(job, own)
+            own = resolve_stores(job, pool)
+            extracted[str(job)] = extract_missing(job, own, pool)
             stores += own
     verify_stores(stores, deep_verify)
     built = Built(indexed, extracted, stores, time.monotonic() - started)
