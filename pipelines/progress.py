@@ -1,11 +1,18 @@
-"""Progress of long steps: a rich bar on a terminal, plain lines elsewhere, and one listener."""
+"""Progress of long steps: a rich bar on a terminal, plain lines elsewhere, and one listener.
 
+A process whose output somebody relays (a Ray job, say) reports records instead, when EUPE_PROGRESS
+is "records"; `Relay` on the other side shows them as if the step ran there.
+"""
+
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +30,8 @@ from rich.text import Text
 
 LINE_EVERY_SECONDS = 10.0
 LISTEN_EVERY_SECONDS = 1.0
+RECORD = "@progress "
+"""Start of a line that is a record: a Reading as JSON follows."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +128,85 @@ def track(total: int | None, description: str, unit: str = "images") -> Iterator
     Yields:
         a `Progress` whose `advance(n)` counts; call it from one thread.
     """
-    console = Console(stderr=True)
-    show = _bar if console.is_terminal else _lines
-    with show(console, total, description, unit) as shown:
+    with _shown(total, description, unit) as shown:
         progress = Progress(description, unit, total, shown)
         try:
             yield progress
         finally:
             progress.finish()
+
+
+class Relay:
+    """Shows here what another process prints: its lines as they are, its records as progress.
+
+    Args:
+        say: called with each ordinary line, its newline included.
+    """
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say, self._listener, self._rest = say, _listener.get(), ""
+        self._steps: dict[str, tuple[ExitStack, Listener]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._rest:
+            self._line(self._rest)
+        for stack, _ in self._steps.values():  # the other process ended in the middle of them
+            stack.close()
+
+    def feed(self, chunk: str) -> None:
+        """Take the next piece of the other process's output, cut anywhere."""
+        *lines, self._rest = (self._rest + chunk).split("\n")
+        for line in lines:
+            self._line(line + "\n")
+
+    def _line(self, line: str) -> None:
+        if line.startswith(RECORD):
+            self._show(Reading(**json.loads(line.removeprefix(RECORD))))
+        else:
+            self._say(line)
+
+    def _show(self, reading: Reading) -> None:
+        if reading.description not in self._steps:
+            stack = ExitStack()
+            shown = stack.enter_context(_shown(reading.total, reading.description, reading.unit))
+            self._steps[reading.description] = (stack, shown)
+        stack, shown = self._steps[reading.description]
+        shown(reading)
+        if self._listener is not None:
+            self._listener(reading)
+        if reading.finished:
+            stack.close()
+            del self._steps[reading.description]
+
+
+@contextmanager
+def _shown(total: int | None, description: str, unit: str) -> Iterator[Listener]:
+    """Yield what shows readings in the way that fits where our output goes."""
+    console = Console(stderr=True)
+    if os.environ.get("EUPE_PROGRESS") == "records":
+        show = _records
+    else:
+        show = _bar if console.is_terminal else _lines
+    with show(console, total, description, unit) as shown:
+        yield shown
+
+
+@contextmanager
+def _records(
+    console: Console, total: int | None, description: str, unit: str
+) -> Iterator[Listener]:
+    printed = -LISTEN_EVERY_SECONDS
+
+    def shown(reading: Reading) -> None:
+        nonlocal printed
+        if reading.finished or reading.seconds - printed >= LISTEN_EVERY_SECONDS:
+            printed = reading.seconds
+            print(RECORD + json.dumps(asdict(reading)), file=sys.stderr, flush=True)
+
+    yield shown
 
 
 @contextmanager

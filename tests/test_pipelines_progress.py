@@ -1,0 +1,59 @@
+"""Progress reaches a listener here, and through the output of another process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.progress import Reading, Relay, set_listener, track
+
+CHILD = """
+import sys
+from pipelines.progress import track
+print("before", file=sys.stderr)
+with track(3, "Counting", "sheep") as progress:
+    for _ in range(3):
+        progress.advance()
+print("after, without a newline", end="", file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def heard():
+    readings: list[Reading] = []
+    set_listener(readings.append)
+    yield readings
+    set_listener(None)
+
+
+def test_a_listener_hears_the_beginning_and_the_end(heard):
+    with track(5, "Counting", "sheep") as progress:
+        for _ in range(5):
+            progress.advance()
+    assert heard[0].done == 1
+    assert (heard[-1].done, heard[-1].total, heard[-1].finished) == (5, 5, True)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_another_process_is_shown_as_if_it_were_here(heard, size, monkeypatch):
+    monkeypatch.setenv("EUPE_PROGRESS", "records")
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD], capture_output=True, text=True, check=True
+    )
+    monkeypatch.delenv("EUPE_PROGRESS")
+    said: list[str] = []
+    with Relay(said.append) as relay:
+        for start in range(0, len(child.stderr), size):
+            relay.feed(child.stderr[start : start + size])
+    assert said == ["before\n", "after, without a newline"]
+    assert heard[-1].description == "Counting"
+    assert (heard[-1].done, heard[-1].finished) == (3, True)
+
+
+def test_a_process_that_dies_halfway_ends_its_step(heard, capsys):
+    with Relay(lambda line: None) as relay:
+        relay.feed(
+            '@progress {"description": "Counting", "unit": "sheep", "done": 1, "total": 3, '
+            '"seconds": 0.5, "finished": false}\n'
+        )
+    assert [reading.done for reading in heard] == [1]
