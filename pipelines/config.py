@@ -168,6 +168,10 @@ class Recipe(Spec):
     name: Name
     run_directory: str = Field(description="everything but caches is written below it")
     cache_root: str
+    proxy_directory: str | None = Field(
+        None,
+        description="where stage 1 is kept, for recipes that share a proxy; None: with the run",
+    )
     seed: int = 0
     train: tuple[DatasetConfig, ...] = Field(min_length=1)
     homogeneous: dict[str, float] = Field({}, description="dataset -> chance of a batch of its own")
@@ -178,6 +182,7 @@ class Recipe(Spec):
     teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
     proxy: StudentConfig | None = None
     proxy_dtype: Dtype = "bfloat16"
+    proxy_codec: CodecName = "float16"
     student: StudentConfig
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     extraction: ExtractionConfig = ExtractionConfig()
@@ -225,6 +230,11 @@ class Recipe(Spec):
     def directory(self) -> Path:
         """The run directory as a path."""
         return Path(self.run_directory)
+
+    def stage_directory(self, name: StageName) -> Path:
+        """Return where a stage writes checkpoints and figures."""
+        shared = self.proxy_directory is not None and name == "stage1"
+        return Path(self.proxy_directory or "" if shared else self.run_directory) / name
 
 
 Override = Annotated[str, Field(pattern=r"^[^=]+=.*$")]

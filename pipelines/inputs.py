@@ -10,10 +10,10 @@ from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines import scales
 from pipelines.batches import Batch, Batches, Feed
-from pipelines.config import PROXY, Recipe, StageConfig
+from pipelines.config import Recipe, StageConfig
 from pipelines.draws import TrainingDraw
 from pipelines.images import ImageReader
-from pipelines.jobs import CacheJob, cache_jobs, open_stores
+from pipelines.jobs import CacheJob, jobs_of, open_stores
 from pipelines.mix import Mix
 from pipelines.sources import CachedSource, Normalisers
 
@@ -57,12 +57,12 @@ def from_caches(
         world: workers.
 
     Raises:
-        ValueError: a stage that learns from the proxy, or weights that cannot be read.
+        ValueError: weights that cannot be read, or a proxy that stage 1 has not made yet.
         StoreError: a store is absent, half built or of another spec.
     """
     opened = {
         job.dataset.name: (job, _stores(stage, job))
-        for job in cache_jobs(recipe)
+        for job in jobs_of(recipe, stage)
         if job.dataset in recipe.train and job.views == recipe.views
     }
     normalisers = normalisers_of(stage, [stores for _, stores in opened.values()])
@@ -155,7 +155,7 @@ def centre_feeds(
     """
     return {
         job.dataset.name: _feed(job, _stores(stage, job), normalisers, {})
-        for job in cache_jobs(recipe)
+        for job in jobs_of(recipe, stage)
         if job.views == recipe.held_out_views
     }
 
@@ -183,11 +183,6 @@ def normalisers_of(stage: StageConfig, stores: Sequence[Sequence[Store]]) -> dic
 
 def _stores(stage: StageConfig, job: CacheJob) -> list[Store]:
     """Open what a stage needs of a job, by teacher and then resolution."""
-    if PROXY in stage.teachers:
-        raise ValueError(
-            f"{stage.stage} learns from the {PROXY!r}, and caching a proxy's features is not built "
-            "yet; name expert teachers in stages." + f"{stage.stage}.teachers"
-        )
     wanted = tuple(
         teacher.model_copy(update={"resolutions": tuple(sorted(stage.teacher_scales[name]))})
         for name in stage.teachers

@@ -9,7 +9,15 @@ from cache.store import Store, open_store
 from eupe.encoders import Encoder
 from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
 from eupe.weights import load_state_dict, state_digest
-from pipelines.config import DatasetConfig, ExtractionConfig, Recipe, TeacherConfig
+from pipelines import checkpoint
+from pipelines.config import (
+    PROXY,
+    DatasetConfig,
+    ExtractionConfig,
+    Recipe,
+    StageConfig,
+    TeacherConfig,
+)
 
 SHARD_BYTES = 256 * 2**20
 
@@ -34,6 +42,47 @@ def cache_jobs(recipe: Recipe) -> list[CacheJob]:
     The train sets in their training views and in one centre view (the bank of the kNN probe), and
     the held-out set in one centre view.
     """
+    return _jobs(recipe, recipe.teachers)
+
+
+def proxy_jobs(recipe: Recipe) -> list[CacheJob]:
+    """List what a recipe needs of its proxy, once stage 1 is done: every scale that is drawn.
+
+    Raises:
+        ValueError: stage 1 has no checkpoint yet, or the recipe has no proxy.
+    """
+    return _jobs(recipe, (proxy_teacher(recipe),))
+
+
+def jobs_of(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
+    """List the jobs whose stores a stage reads."""
+    return proxy_jobs(recipe) if PROXY in stage.teachers else cache_jobs(recipe)
+
+
+def proxy_teacher(recipe: Recipe) -> TeacherConfig:
+    """Return the proxy as a teacher like any other, its weights those of stage 1.
+
+    EUPE (arXiv:2603.22387), stages 2 and 3: the frozen proxy teaches, at every scale of the
+    pyramid; its adapter heads stay behind.
+
+    Raises:
+        ValueError: stage 1 has no checkpoint yet, or the recipe has no proxy.
+    """
+    if recipe.proxy is None:
+        raise ValueError(f"recipe {recipe.name} has no proxy")
+    done = checkpoint.require(recipe.stage_directory("stage1"))
+    scales = {scale for stage in recipe.stages for scale in stage.teacher_scales.get(PROXY, ())}
+    return TeacherConfig(
+        name=PROXY,
+        encoder=recipe.proxy.encoder,
+        weights=f"checkpoint:{done.directory}",
+        dtype=recipe.proxy_dtype,
+        resolutions=tuple(sorted(scales)),
+        codec=recipe.proxy_codec,
+    )
+
+
+def _jobs(recipe: Recipe, teachers: tuple[TeacherConfig, ...]) -> list[CacheJob]:
     wanted = [(dataset, recipe.views, recipe.num_views) for dataset in recipe.train]
     if recipe.views != recipe.held_out_views:
         wanted += [(dataset, recipe.held_out_views, 1) for dataset in recipe.train]
@@ -43,7 +92,7 @@ def cache_jobs(recipe: Recipe) -> list[CacheJob]:
             dataset=dataset,
             views=policy,
             num_views=num_views,
-            teachers=recipe.teachers,
+            teachers=teachers,
             root=recipe.cache_root,
             extraction=recipe.extraction,
         )

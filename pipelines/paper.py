@@ -9,6 +9,7 @@ EXECUTION = (
     "activation_checkpointing",
     "run_directory",
     "cache_root",
+    "proxy_directory",
     "extraction",
     "workers",
     "log_every",

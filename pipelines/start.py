@@ -29,7 +29,7 @@ EXECUTION = {
 
 def stage_directory(recipe: Recipe, stage: StageConfig) -> Path:
     """Return where a stage writes checkpoints and figures."""
-    return recipe.directory / stage.stage
+    return recipe.stage_directory(stage.stage)
 
 
 def student_config(recipe: Recipe, stage: StageConfig) -> StudentConfig:
