@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from eupe.encoders import Features
 from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss
 from eupe.schedules import warmup_cosine
-from pipelines import checkpoint, start, tracking
+from pipelines import checkpoint, start, tracking, whole_state
 from pipelines.batches import Batch
 from pipelines.checkpoint import Checkpoint, Contents
 from pipelines.config import Recipe, StageConfig
@@ -184,6 +186,8 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), float("inf") if limit is None else limit
         )
+        if isinstance(norm, DTensor):  # of sharded gradients: every worker has a part
+            norm = norm.full_tensor()
         if not bool(norm.isfinite()):  # looked at before the weights are touched
             raise FloatingPointError(
                 f"step {step}: the gradient's norm is {norm.item()}; weights and checkpoints are "
@@ -205,7 +209,8 @@ class _Run:
         """Add one micro-batch's gradients; return its terms, a part of the batch's mean [T, 4]."""
         stage, loss = self.stage, self.stage.loss
         pixels = batch.pixels.to(self.device, non_blocking=True)
-        targets = batch.targets(self.device)
+        tokens = batch.targets(self.device)
+        targets = {name: Features(each.summary, each.patches) for name, each in tokens.items()}
         valid = torch.from_numpy(batch.valid).to(self.device)
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"
@@ -222,7 +227,7 @@ class _Run:
                         beta=loss.beta,
                         smooth_l1_beta=loss.smooth_l1_beta,
                         gamma=loss.gamma.get(name, 1.0),
-                        count=rows,
+                        count=float(rows),
                     )
                 )
                 for name in self.inputs.dims
@@ -245,11 +250,12 @@ class _Run:
 
     def _evaluate(self, evaluate: Evaluate, done: int) -> dict[str, float]:
         figures: Mapping[str, float] = {}
-        if self.workers.rank == 0:
-            self.model.eval()
-            with torch.no_grad():
-                figures = evaluate(self.model, done)
-            self.model.train()
+        with self.workers.whole(self.model) as model:
+            if self.workers.rank == 0:
+                model.eval()
+                with torch.no_grad():
+                    figures = evaluate(model, done)
+                model.train()
         self.workers.barrier()
         return dict(figures)
 
@@ -267,22 +273,23 @@ class _Run:
             )
         start.load(self.model, saved)
         state = saved.state()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.window = Window(**state["window"]).to(self.device)
+        whole_state.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        self.window = Window(**state["window"]).part(self.workers).to(self.device)
 
     def _save(self, done: int, score: float | None) -> Checkpoint | None:
+        encoder = whole_state.weights(self.model.encoder.network)
+        heads = whole_state.weights(self.model.heads)
+        optimizer = whole_state.optimizer_state(self.model, self.optimizer)
+        window = self.window.state(self.workers)
         if self.workers.rank == 0:
             contents = Contents(
                 step=done,
                 identity=self.identity,
                 pins=self.inputs.pins,
-                encoder=self.model.encoder.network.state_dict(),
-                heads=self.model.heads.state_dict(),
+                encoder=encoder,
+                heads=heads,
                 normalisers=start.normaliser_state(self.inputs),
-                state={
-                    "optimizer": self.optimizer.state_dict(),
-                    "window": self.window.state(),
-                },
+                state={"optimizer": optimizer, "window": window},
                 score=score,
                 recipe=self.recipe.model_dump(mode="json"),
             )

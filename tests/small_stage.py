@@ -1,0 +1,191 @@
+"""A stage that trains in a second: a synthetic in-memory feature source and a tiny student."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eupe.normalise import Normaliser
+from eupe.spec import CentreView, EncoderSpec
+from pipelines import scales
+from pipelines.batches import Batch, Feed, Part
+from pipelines.config import (
+    DatasetConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    Recipe,
+    SourceConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from pipelines.images import ImageReader
+from pipelines.inputs import Inputs
+from pipelines.sources import Normalisers, Raw, Targets
+
+TEACHERS = {"near": (6, 4), "far": (5, 3)}
+STRIDE = 8  # of both teachers' grids, pixels
+
+
+class MemorySource:
+    """A FeatureSource that works tokens out of the pixels it is handed: a fixed linear map."""
+
+    def __init__(self, normalisers: Mapping[str, Normalisers]) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self._maps = {
+            name: tuple(torch.randn(3, width, generator=generator) for width in widths)
+            for name, widths in TEACHERS.items()
+        }
+        self._normalisers = normalisers
+
+    def dims(self) -> dict[str, tuple[int, int]]:
+        return dict(TEACHERS)
+
+    def fetch(
+        self,
+        sample_ids: Sequence[str],
+        view_numbers: np.ndarray,
+        resolutions: Mapping[str, int],
+        canvases: np.ndarray | None = None,
+    ) -> Raw:
+        assert canvases is not None
+        pixels = {}
+        for name, resolution in resolutions.items():
+            tensor = torch.from_numpy(canvases).permute(0, 3, 1, 2).float()
+            resized = F.interpolate(tensor, resolution, mode="area")
+            pixels[name] = resized.permute(0, 2, 3, 1).numpy()
+        return Raw(np.ones(len(sample_ids), bool), None, {}, pixels)
+
+    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        valid = torch.from_numpy(raw.valid)
+        out = {}
+        for name, pixels in raw.pixels.items():
+            colours = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+            patches = F.avg_pool2d(colours, STRIDE).permute(0, 2, 3, 1) @ self._maps[name][1]
+            summary = colours.mean((2, 3)) @ self._maps[name][0]
+            normalised = self._normalisers[name]
+            out[name] = Targets(normalised.summary(summary), normalised.patches(patches), valid)
+        return out
+
+    def targets(
+        self,
+        sample_ids: Sequence[str],
+        view_numbers: np.ndarray,
+        resolutions: Mapping[str, int],
+        device: str | torch.device = "cpu",
+    ) -> dict[str, Targets]:
+        raise NotImplementedError("this source is only ever handed canvases")
+
+
+def recipe(directory: Path, **stage: object) -> Recipe:
+    """Return a run of one stage; fields of the stage may be given."""
+    settings = {
+        "stage": "stage2",
+        "teachers": tuple(TEACHERS),
+        "teacher_scales": {"near": (16, 32), "far": (32,)},
+        "student_scales": (16, 32),
+        "steps": 12,
+        "global_batch": 8,
+        "micro_batch": 8,
+        "head_hidden": 16,
+        "optimizer": OptimizerConfig(lr=3e-3),
+        "warmup_steps": 2,
+        "precision": "float32",
+        "log_every": 1,
+        "checkpoint_every": 3,
+        **stage,
+    }
+    source = SourceConfig(kind="folder", path="nowhere")
+    network = EncoderSpec(
+        architecture="vit_tiny_patch16_dinov3_qkvb",
+        model_arguments={
+            "patch_size": 8,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "drop_path_rate": 0.2,  # so that a test sees whether the network's draws are addressed
+        },
+    )
+    return Recipe(
+        name="small",
+        run_directory=str(directory),
+        cache_root=str(directory / "cache"),
+        train=(DatasetConfig(name="noise", source=source),),
+        held_out=DatasetConfig(name="more-noise", source=source),
+        views=CentreView(canvas=32),
+        held_out_views=CentreView(canvas=32),
+        teachers=tuple(
+            TeacherConfig(
+                name=name, encoder=network, weights="random:0", resolutions=(16, 32)
+            )
+            for name in TEACHERS
+        ),
+        student=StudentConfig(name="student", encoder=network),
+        stages=(StageConfig(**settings),),
+        evaluation=EvaluationConfig(resolution=32),
+    )
+
+
+def normalisers() -> dict[str, Normalisers]:
+    """Return normalisers that change something."""
+    return {
+        name: Normalisers(
+            *(Normaliser(torch.full((width,), 0.1), torch.full((width,), 2.0)) for width in widths)
+        )
+        for name, widths in TEACHERS.items()
+    }
+
+
+def inputs(
+    run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: int = 1
+) -> Inputs:
+    """Return inputs whose every global batch is a pure function of its step.
+
+    Args:
+        run: a recipe of this module.
+        invalid: places in each global batch that are invalid.
+        rank: of this worker.
+        world: workers.
+    """
+    stage = run.stages[0]
+    source = MemorySource(normalisers())
+    feed = Feed(source, ImageReader(), run.views)  # type: ignore[arg-type]
+
+    def batches(steps: range) -> Iterator[Batch]:
+        for step in steps:
+            drawn = scales.draw(stage, run.seed, step)
+            canvases = _canvases(run.seed, step, stage.global_batch)
+            valid = np.isin(np.arange(stage.global_batch), invalid, invert=True)
+            first, last = (stage.global_batch * each // world for each in (rank, rank + 1))
+            size = scales.micro_batch(stage, drawn.student, last - first)
+            starts = range(first, last, size)
+            for micro, begin in enumerate(starts):
+                rows = slice(begin, min(begin + size, last))
+                own = canvases[rows]
+                ids = [f"{step}-{place}" for place in range(rows.start, rows.stop)]
+                views = np.zeros(len(own), np.int64)
+                raw = source.fetch(ids, views, drawn.teachers, own)
+                raw.valid[:] = valid[rows]
+                pixels = torch.from_numpy(own).permute(0, 3, 1, 2).float()
+                pixels = F.interpolate(pixels, drawn.student, mode="area").to(torch.uint8)
+                yield Batch(
+                    step,
+                    micro,
+                    len(starts),
+                    drawn,
+                    ids,
+                    views,
+                    pixels,
+                    valid[rows],
+                    [Part(feed, np.arange(len(own)), raw)],
+                )
+
+    return Inputs(batches, source.dims(), normalisers(), {"source": "memory"}, {"memory": 1})
+
+
+def _canvases(seed: int, step: int, count: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
+    coarse = generator.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)

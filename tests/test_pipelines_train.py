@@ -1,0 +1,312 @@
+"""The training loop: exact resume, exact accumulation, addressed draws, honest refusals."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_stage
+import torch
+import train_child
+
+from pipelines import checkpoint, scales, start, tracking, train
+from pipelines.train import train_stage
+
+CHILD = Path(__file__).with_name("train_child.py")
+# Sums of float32 in another order: a few units in the last place, grown over 12 steps of AdamW,
+# which divides small gradients by their own size.
+SAME_MATHS = {"rtol": 2e-4, "atol": 1e-5}
+WORDS = ("loss/", "lr", "gradient_norm")
+
+
+def figures(directory: Path) -> list[dict[str, float]]:
+    """Return what does not depend on the clock, in step order."""
+    return [
+        {k: v for k, v in line.items() if k == "step" or k.startswith(WORDS)}
+        for line in tracking.read(directory / tracking.METRICS_FILE)
+    ]
+
+
+def trained(directory: Path, *, invalid=(), **stage: object) -> list[dict[str, float]]:
+    run = small_stage.recipe(directory, **stage)
+    train_stage(run, run.stages[0], small_stage.inputs(run, invalid=invalid), directory / "stage2")
+    return figures(directory / "stage2")
+
+
+def totals(lines: list[dict[str, float]]) -> np.ndarray:
+    return np.array([line["loss/total"] for line in lines])
+
+
+def test_it_learns(tmp_path):
+    lines = trained(tmp_path, steps=60, checkpoint_every=60)
+    assert totals(lines)[-10:].mean() < 0.8 * totals(lines)[:10].mean()
+
+
+def test_two_runs_are_bit_equal(tmp_path):
+    assert trained(tmp_path / "a") == trained(tmp_path / "b")
+
+
+def test_global_random_state_is_left_as_it_was(tmp_path):
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    trained(tmp_path, steps=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_drop_path_is_addressed_by_the_step_not_by_what_ran_before(tmp_path):
+    torch.manual_seed(1)
+    one = trained(tmp_path / "a", steps=3)
+    torch.manual_seed(2)
+    assert trained(tmp_path / "b", steps=3) == one
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch, size):
+    without_drop_path(monkeypatch)
+    whole = trained(tmp_path / "whole", micro_batch=1000, steps=6)
+    parts = trained(tmp_path / "parts", micro_batch=size, steps=6)
+    np.testing.assert_allclose(totals(parts), totals(whole), **SAME_MATHS)
+
+
+@pytest.mark.parametrize("invalid", [(0, 1, 2), (5,), (0, 7)])
+def test_invalid_rows_weigh_nothing_however_they_fall_into_micro_batches(
+    tmp_path, monkeypatch, invalid
+):
+    without_drop_path(monkeypatch)
+    whole = trained(tmp_path / "whole", micro_batch=1000, steps=6, invalid=invalid)
+    parts = trained(tmp_path / "parts", micro_batch=2, steps=6, invalid=invalid)
+    np.testing.assert_allclose(totals(parts), totals(whole), **SAME_MATHS)
+    assert not np.allclose(totals(whole), totals(trained(tmp_path / "all", steps=6)))
+
+
+def without_drop_path(monkeypatch) -> None:
+    """Leave out what is drawn per forward pass, so that only the sums are compared."""
+    original = small_stage.recipe
+
+    def recipe(directory, **stage):
+        run = original(directory, **stage)
+        arguments = {**run.student.encoder.model_arguments, "drop_path_rate": 0.0}
+        encoder = run.student.encoder.model_copy(update={"model_arguments": arguments})
+        return run.model_copy(
+            update={"student": run.student.model_copy(update={"encoder": encoder})}
+        )
+
+    monkeypatch.setattr(small_stage, "recipe", recipe)
+
+
+def test_a_batch_without_valid_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="step 0: none of the batch's 8 rows is valid"):
+        trained(tmp_path, invalid=range(8))
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
+    run = small_stage.recipe(tmp_path, steps=6, checkpoint_every=2)
+    made = small_stage.inputs(run)
+
+    def poisoned(steps):
+        for batch in made.batches(steps):
+            if batch.step == 4:
+                for pixels in batch.parts[0].raw.pixels.values():
+                    pixels[0] = np.nan
+            yield batch
+
+    bad = train.Inputs(poisoned, made.dims, made.normalisers, made.identity, made.pins)
+    with pytest.raises(FloatingPointError, match="step 4"):
+        train_stage(run, run.stages[0], bad, tmp_path / "stage2")
+    saved = checkpoint.require(tmp_path / "stage2")
+    assert saved.step == 4
+    assert all(bool(value.isfinite().all()) for value in saved.encoder().values())
+
+
+@pytest.fixture
+def one_thread():
+    """Kernels of several threads add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_kill_at_a_random_step_then_resume_gives_bit_equal_losses(tmp_path, one_thread):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    train_child.train(undisturbed, pause=0)
+    wanted = figures(undisturbed / "stage2")
+    assert [line["step"] for line in wanted] == list(range(2, 31, 2))
+    # log_every = 2 and checkpoint_every = 5: half of the resumes begin inside a window of means.
+    last_step = random.Random(os.urandom(8)).randrange(6, 27)
+    child = run_child(killed, pause=0.05)
+    wait_for_step(killed / "stage2" / tracking.METRICS_FILE, last_step, child)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait(timeout=60) == -signal.SIGKILL, f"it ended before step {last_step}"
+    resumed = train_child.train(killed, pause=0)
+    assert 5 <= resumed.first_step < 30
+    assert figures(killed / "stage2") == wanted
+    ours, theirs = checkpoint.require(killed / "stage2"), checkpoint.require(undisturbed / "stage2")
+    for name, value in theirs.encoder().items():
+        assert torch.equal(ours.encoder()[name], value), name
+
+
+def run_child(directory: Path, pause: float) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(CHILD), str(directory), str(pause)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(path: Path, step: int, child: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or not any(line["step"] >= step for line in tracking.read(path)):
+        assert child.poll() is None, "the child ended before it was killed"
+        assert time.monotonic() < deadline, f"no step {step} in two minutes"
+        time.sleep(0.01)
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    run = small_stage.recipe(tmp_path)
+    stage, made = run.stages[0], small_stage.inputs(run)
+    train_stage(run, stage, made, tmp_path / "stage2")
+    before = figures(tmp_path / "stage2")
+    again = train_stage(run, stage, made, tmp_path / "stage2")
+    assert (again.first_step, again.checkpoint.step) == (12, 12)
+    assert figures(tmp_path / "stage2") == before
+
+
+def test_another_configuration_is_refused_field_by_field_and_nothing_is_lost(tmp_path):
+    trained(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"stage\.optimizer\.lr: 0\.1 != 0\.003") as refused:
+        trained(tmp_path, optimizer=small_stage.OptimizerConfig(lr=0.1))
+    assert "\n" not in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_how_it_runs_may_change_on_resuming(tmp_path):
+    trained(tmp_path)
+    assert trained(tmp_path, micro_batch=2, keep_checkpoints=7, log_every=3)
+
+
+def test_other_manifest_versions_are_refused(tmp_path):
+    run = small_stage.recipe(tmp_path)
+    made = small_stage.inputs(run)
+    train_stage(run, run.stages[0], made, tmp_path / "stage2")
+    grown = train.Inputs(made.batches, made.dims, made.normalisers, made.identity, {"memory": 2})
+    with pytest.raises(ValueError, match="manifest versions"):
+        train_stage(run, run.stages[0], grown, tmp_path / "stage2")
+
+
+def test_without_resume_an_existing_run_is_refused(tmp_path):
+    trained(tmp_path)
+    run = small_stage.recipe(tmp_path)
+    with pytest.raises(ValueError, match="has a checkpoint of step 12"):
+        train_stage(
+            run, run.stages[0], small_stage.inputs(run), tmp_path / "stage2", resume=False
+        )
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path):
+    child = run_child(tmp_path, pause=0.2)
+    try:
+        wait_for_step(tmp_path / "stage2" / tracking.METRICS_FILE, 2, child)
+        with pytest.raises(ValueError, match="another process is training there"):
+            trained(tmp_path)
+    finally:
+        child.kill()
+        child.wait(timeout=60)
+
+
+def test_evaluation_is_called_when_due_and_its_score_is_kept(tmp_path):
+    asked = []
+
+    def evaluate(model, done):
+        assert not model.training
+        asked.append(done)
+        return {train.SCORE: -abs(done - 5.0), "held_out/cosine": 0.5}
+
+    run = small_stage.recipe(tmp_path, evaluate_every=5, checkpoint_every=5, keep_checkpoints=1)
+    directory = tmp_path / "stage2"
+    train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=evaluate)
+    assert asked == [5, 10, 12]
+    assert [found.step for found in checkpoint.find(directory)] == [5, 12]
+    best = checkpoint.best(directory)
+    assert best is not None
+    assert (best.step, best.score) == (5, 0.0)
+
+
+def test_evaluation_does_not_change_what_is_learnt(tmp_path):
+    run = small_stage.recipe(tmp_path / "with", evaluate_every=2)
+
+    def evaluate(model, done):
+        torch.rand(3)  # draws from the global state, as an evaluation may
+        return {}
+
+    train_stage(
+        run, run.stages[0], small_stage.inputs(run), tmp_path / "with", evaluate=evaluate
+    )
+    with_it = [line for line in figures(tmp_path / "with") if "loss/total" in line]
+    assert with_it == trained(tmp_path / "without")
+
+
+def test_figures_name_every_teacher_and_term(tmp_path):
+    trained(tmp_path, steps=2)
+    line = tracking.read(tmp_path / "stage2" / tracking.METRICS_FILE)[0]
+    for teacher in small_stage.TEACHERS:
+        terms = [line[f"loss/{teacher}/{term}"] for term in train.TERMS]
+        assert terms[3] == pytest.approx(terms[0] + 0.9 * terms[1] + 0.1 * terms[2], rel=1e-5)
+    assert line["loss/total"] == pytest.approx(
+        sum(line[f"loss/{teacher}/total"] for teacher in small_stage.TEACHERS), rel=1e-6
+    )
+    assert line["images_per_second"] > 0
+    assert 0 <= line["data_wait_share"] <= 1
+
+
+def test_scales_are_drawn_independently_uniformly_and_by_address():
+    pyramid = (16, 32, 48)
+    stage = small_stage.recipe(Path(".")).stages[0]
+    stage = stage.model_copy(
+        update={"teacher_scales": {"near": pyramid, "far": (32,)}, "student_scales": pyramid}
+    )
+    drawn = [scales.draw(stage, 3, step) for step in range(9000)]
+    pairs = np.array([(each.student, each.teachers["near"]) for each in drawn])
+    for student in pyramid:
+        for teacher in pyramid:
+            count = int(((pairs == (student, teacher)).all(1)).sum())
+            assert abs(count - 1000) < 6 * (9000 * 1 / 9 * 8 / 9) ** 0.5  # six sigma
+    assert scales.draw(stage, 3, 4321) == drawn[4321]
+    assert [scales.draw(stage, 4, step) for step in range(9)] != drawn[:9]
+
+
+def test_micro_batch_shrinks_with_the_students_scale():
+    stage = small_stage.recipe(Path("."), micro_batch=64).stages[0]
+    assert scales.micro_batch(stage, 16, 1000) == 64
+    assert scales.micro_batch(stage, 32, 1000) == 16
+    assert scales.micro_batch(stage, 16, 10) == 10
+    assert scales.micro_batch(stage.model_copy(update={"micro_batch": 1}), 32, 10) == 1
+
+
+def test_weight_decay_is_on_matrices_only(tmp_path):
+    run = small_stage.recipe(tmp_path)
+    model = start.initial_model(run, run.stages[0], small_stage.TEACHERS)
+    decayed, free = start.optimizer(model, run.stages[0]).param_groups
+    assert decayed["weight_decay"] > 0 == free["weight_decay"]
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    assert any(p is model.encoder.network.cls_token for p in free["params"])
+
+
+def test_a_stage_starts_from_the_checkpoint_of_the_one_before(tmp_path):
+    run = small_stage.recipe(tmp_path)
+    before = run.stages[0]
+    after = before.model_copy(update={"stage": "stage3", "initial": "stage2"})
+    run = run.model_copy(update={"stages": (before, after)})
+    with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
+        start.initial_model(run, after, small_stage.TEACHERS)
+    done = train_stage(run, before, small_stage.inputs(run), start.stage_directory(run, before))
+    model = start.initial_model(run, after, small_stage.TEACHERS)
+    for name, value in done.checkpoint.encoder().items():
+        assert torch.equal(model.encoder.network.state_dict()[name], value), name
+    for name, value in done.checkpoint.heads().items():
+        assert torch.equal(model.heads.state_dict()[name], value), name

@@ -1,0 +1,32 @@
+"""Trains the small stage, slowly enough to be killed in the middle when run as a process."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import small_stage
+import torch
+
+from pipelines.batches import Batch
+from pipelines.inputs import Inputs
+from pipelines.train import StageResult, train_stage
+
+
+def train(directory: Path, pause: float) -> StageResult:
+    """Train 30 steps, `pause` seconds apart."""
+    run = small_stage.recipe(directory, steps=30, log_every=2, checkpoint_every=5)
+    made = small_stage.inputs(run)
+
+    def slowly(steps: range) -> Iterator[Batch]:
+        for batch in made.batches(steps):
+            time.sleep(pause)
+            yield batch
+
+    slowed = Inputs(slowly, made.dims, made.normalisers, made.identity, made.pins)
+    return train_stage(run, run.stages[0], slowed, directory / "stage2")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), float(sys.argv[2]))
