@@ -1,0 +1,215 @@
+"""How fast cached rows come back, against numpy.memmap: same bytes, same batches, one process.
+
+    python -m benchmarks.read [--gigabytes 1.2] [--peers NAME ...] [--json FILE]
+
+Every peer keeps the same rows [256, 768] float16 (ViT-B at 256 pixels) and gathers the same batches
+of 64 into one buffer that the caller owns. Peers and numpy.memmap take turns batch by batch; the
+ratio is the median over the pairs, with a bootstrap interval (benchmarks/pairs.py).
+
+warm: every peer has read every row once, so files are in the page cache and, where files are
+mapped, pages are in the process's tables. cold: before every batch the peer is closed, its files
+are dropped from the page cache and it is opened again, untimed. random: rows of a permutation of
+all. sequential: 64 neighbours.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.pairs import Timed, interleave
+from benchmarks.read_peers import DIM, GRID, PEERS, Memmap, Peer
+
+BATCH = 64
+NUM_PAIRS = 60
+SHAPE = (GRID[0] * GRID[1], DIM)
+ROW_BYTES = SHAPE[0] * SHAPE[1] * 2
+
+
+@cache
+def noise() -> np.ndarray:
+    """BATCH rows of float16 noise."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((BATCH, *SHAPE), np.float32).astype(np.float16)
+
+
+def make_rows(numbers: np.ndarray) -> np.ndarray:
+    """Rows [n, N, D] of those numbers: noise, with the number itself in the first two values."""
+    rows = noise()[numbers % BATCH]
+    rows[:, 0, 0], rows[:, 0, 1] = numbers // 1024, numbers % 1024
+    return rows
+
+
+def batches(access: str, num_rows: int) -> list[np.ndarray]:
+    """The batches of row numbers that every peer gathers, int64 [BATCH] each."""
+    rng = np.random.default_rng(1)
+    whole = num_rows // BATCH * BATCH
+    if access == "sequential":
+        starts = rng.integers(0, num_rows - BATCH, NUM_PAIRS)
+        return [np.arange(start, start + BATCH) for start in starts]
+    rounds = [rng.permutation(num_rows)[:whole] for _ in range(-(-NUM_PAIRS * BATCH // whole))]
+    return list(np.concatenate(rounds).reshape(-1, BATCH)[:NUM_PAIRS])
+
+
+def drop_cache(folder: Path) -> None:
+    """Ask the kernel to forget the files below a folder (they must be clean, i.e. synced)."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+class Opened:
+    """A peer on its files, warm or cold."""
+
+    def __init__(self, cls: type[Peer], home: Path, mode: str):
+        self.cls, self.home, self.mode = cls, home, mode
+        self.peer: Peer | None = None
+
+    def prepare(self) -> None:
+        """Open the peer if it is not open; in cold mode close it and forget its files first."""
+        if self.mode == "cold":
+            self.peer = None  # unmaps: the kernel forgets no page that a process has mapped
+            gc.collect()
+            drop_cache(self.home)
+        if self.peer is None:
+            self.peer = self.cls()
+            self.peer.open(self.home)
+
+    def gather(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Gather through the open peer."""
+        assert self.peer is not None
+        self.peer.gather(rows, out)
+
+
+def check_and_warm(opened: Opened, num_rows: int) -> None:
+    """Read every row once through a peer, and refuse to time one that gives other bytes."""
+    opened.prepare()
+    out = np.zeros((BATCH, *SHAPE), np.float16)
+    for start in range(0, num_rows, BATCH):
+        rows = np.arange(start, min(start + BATCH, num_rows))
+        opened.gather(rows, out[: len(rows)])
+        if not np.array_equal(out[: len(rows)], make_rows(rows)):
+            raise RuntimeError(f"{opened.cls.name} gives other bytes than were written")
+
+
+def measure(
+    subject: Opened, reference: Opened, num_rows: int, access: str, seconds: float
+) -> dict[str, object]:
+    """Time one peer against memmap; return the row of the table."""
+    work = batches(access, num_rows)
+    out = np.zeros((BATCH, *SHAPE), np.float16)
+    check_and_warm(reference, num_rows)
+    check_and_warm(subject, num_rows)
+    pairs = interleave(
+        Timed(lambda number: reference.gather(work[number], out), reference.prepare),
+        Timed(lambda number: subject.gather(work[number], out), subject.prepare),
+        NUM_PAIRS,
+        seconds,
+    )
+    ratio = pairs.speed_ratio()
+    return {
+        "name": subject.cls.name,
+        "mode": subject.mode,
+        "access": access,
+        "gb_per_s": BATCH * ROW_BYTES / float(np.median(pairs.subject)) / 1e9,
+        "ratio_to_memmap": ratio.median,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+        "pairs": len(pairs.subject),
+        "version": subject.cls.version,
+    }
+
+
+def run(arguments: argparse.Namespace, folder: Path, console: Console) -> list[dict[str, object]]:
+    """Write what is missing, then measure every peer in every mode."""
+    num_rows = max(2 * BATCH, int(arguments.gigabytes * 1e9 / ROW_BYTES))
+    chosen = [cls for cls in PEERS if not arguments.peers or cls.name in arguments.peers]
+    peers: list[tuple[type[Peer], Path]] = []
+    rows: np.ndarray | None = None
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("writing", total=len({Memmap, *chosen}))
+        for cls in dict.fromkeys((Memmap, *chosen)):
+            # A subclass that only reads shares the files its base class wrote.
+            owner = next(c.__name__ for c in cls.__mro__ if "write" in c.__dict__)
+            home = folder / f"{owner}-{num_rows}"
+            if not (home / "done").exists():
+                progress.update(task, description=f"writing for {cls.name}")
+                home.mkdir(parents=True, exist_ok=True)
+                rows = make_rows(np.arange(num_rows)) if rows is None else rows
+                cls().write(rows, home)
+                os.sync()
+                (home / "done").touch()
+            peers.append((cls, home))
+            progress.advance(task)
+        rows = None
+        cases = [(mode, access) for mode in arguments.modes for access in arguments.access]
+        task = progress.add_task("measuring", total=len(peers) * len(cases))
+        table = []
+        for mode, access in cases:
+            reference = Opened(*peers[0], mode)
+            for cls, home in peers:
+                progress.update(task, description=f"{mode} {access}: {cls.name}")
+                subject = Opened(cls, home, mode)
+                table.append(measure(subject, reference, num_rows, access, arguments.seconds))
+                progress.advance(task)
+    return table
+
+
+def show(table: list[dict[str, object]], console: Console) -> None:
+    """Print the table."""
+    shown = Table(title=f"{BATCH} rows of {ROW_BYTES / 1e3:.0f} kB a batch, {platform.platform()}")
+    for column in ("name", "version", "mode", "access", "GB/s", "of memmap", "95 % interval"):
+        shown.add_column(column, justify="left" if column in ("name", "version") else "right")
+    for row in table:
+        shown.add_row(
+            str(row["name"]),
+            str(row["version"]),
+            str(row["mode"]),
+            str(row["access"]),
+            f"{row['gb_per_s']:.2f}",
+            f"{row['ratio_to_memmap']:.3f}",
+            f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}",
+        )
+    console.print(shown)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; see the head of this file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.read", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--gigabytes", type=float, default=1.2, help="size of the rows")
+    parser.add_argument("--peers", nargs="+", choices=[cls.name for cls in PEERS], default=[])
+    parser.add_argument("--modes", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
+    parser.add_argument(
+        "--access", nargs="+", choices=["random", "sequential"], default=["random", "sequential"]
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="budget of each line")
+    parser.add_argument("--folder", type=Path, help="keep the data here (default: a fresh folder)")
+    parser.add_argument("--json", type=Path, help="write the rows of the table here")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    if arguments.folder is not None:
+        table = run(arguments, arguments.folder, console)
+    else:
+        with tempfile.TemporaryDirectory(prefix="eupe-read-") as folder:
+            table = run(arguments, Path(folder), console)
+    show(table, console)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(table, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
