@@ -76,11 +76,12 @@ def test_every_file_opens_with_its_responsibility():
 
 def test_tests_are_flat_and_named_after_what_they_test():
     subjects = "|".join([*ROOMS, "house", "examples", "benchmarks"])
-    named = re.compile(rf"(test_)?({subjects})_\w+\.py|conftest\.py")  # without test_: shared set-up
+    named = re.compile(rf"test_({subjects})_\w+\.py")
     stray = [
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("*.py")
-        if path.parent != ROOT / "tests" or not named.fullmatch(path.name)
+        if path.parent != ROOT / "tests"
+        or (path.name.startswith("test_") and not named.fullmatch(path.name))
     ]
     assert stray == []
 

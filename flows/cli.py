@@ -1,0 +1,183 @@
+"""The `eupe` command line: caches, training, evaluation and the whole flow."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.choice import chosen
+from flows.errors import one_sentence
+
+app = typer.Typer(
+    name="eupe",
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Relative paths of recipes are below $EUPE_HOME: the working folder unless set.",
+)
+cache_app = typer.Typer(
+    no_args_is_help=True,
+    help="Teacher features on disk: build them once, train from them ever after.",
+)
+app.add_typer(cache_app, name="cache")
+
+RecipeName = Annotated[str, typer.Argument(help="Name of a recipe, for instance [b]demo[/b].")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a field of the recipe; may be given many times. Stages, teachers and data "
+        "sets are addressed by name: [b]stages.stage2.steps=50[/b], "
+        "[b]teachers.lite0.codec=float32[/b].",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
+Root = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Cache root. Left out: that of the [b]demo[/b] recipe.", show_default=False
+    ),
+]
+
+
+@cache_app.command("build")
+def cache_build(
+    recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Compute what is missing of a recipe's teacher caches, without Prefect.
+
+    Kill it whenever you like: the same command goes on with the shards that are missing, and
+    gives the same bytes.
+    """
+    from pipelines.precompute import build
+
+    built = build(chosen(recipe, overrides or []))
+    if not as_json:
+        print(built)
+        return
+    print_json(
+        {
+            "shards_computed": built.num_shards,
+            "seconds": built.seconds,
+            "datasets": [
+                {
+                    "name": each.dataset,
+                    "samples": each.num_samples,
+                    "new": each.num_new,
+                    "left_out": each.failures.to_dicts(),
+                }
+                for each in built.indexed
+            ],
+            "stores": [str(store.directory) for store in built.stores],
+        }
+    )
+
+
+@cache_app.command("ls")
+def cache_ls(root: Root = None, as_json: AsJson = False) -> None:
+    """List the feature stores of a cache root."""
+    from flows.inspection import store_lines
+
+    lines = store_lines(root_of(root))
+    if as_json:
+        print_json(lines)
+    elif lines:
+        print_table(lines)
+    else:
+        print(f"{root_of(root)}: no stores yet; `eupe cache build` makes them")
+
+
+@cache_app.command("inspect")
+def cache_inspect(
+    store: Annotated[Path, typer.Argument(help="Folder of a store, as `eupe cache ls` names it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what one store holds: its spec, moments, shards, invalid rows and provenance."""
+    from flows.inspection import describe
+
+    description = describe(store)
+    if as_json:
+        print_json(description)
+        return
+    Console(width=None if sys.stdout.isatty() else 200).print_json(json.dumps(description))
+
+
+@cache_app.command("verify")
+def cache_verify(
+    root: Root = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Sizes and indexes only; no checksum of every byte.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every committed file against its recorded checksum; exit code 1 if one is wrong."""
+    from cache.store import find_stores, open_store
+    from cache.verify import verify
+    from pipelines.progress import track
+
+    base = root_of(root)
+    stores = [open_store(base, info.spec) for info in find_stores(base)]
+    lines, problems = [], list[str]()
+    for store in stores:
+        total = len(store.manifest().records())
+        with track(total, f"Verifying {store.spec.directory()}", "shards") as progress:
+            report = verify(store, not quick, lambda done, all_of_them: progress.advance())
+        problems += [str(problem) for problem in report.problems]
+        lines.append(
+            {
+                "store": str(store.spec.directory()),
+                "shards": report.num_shards,
+                "rows": report.num_rows,
+                "invalid": report.num_invalid,
+                "bytes_read": report.num_bytes,
+                "problems": len(report.problems),
+            }
+        )
+    if as_json:
+        print_json({"stores": lines, "problems": problems})
+    elif lines:
+        print_table(lines)
+    else:
+        print(f"{base}: no stores to verify")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+def root_of(root: Path | None) -> Path:
+    """Return the cache root the user named, or that of the demo."""
+    return root.resolve() if root else Path(chosen("demo", []).cache_root)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(rows: Sequence[dict[str, object]]) -> None:
+    """Print plain rows, all with the same columns, as a table on stdout."""
+    table = Table()
+    for name, value in rows[0].items():
+        table.add_column(name, justify="right" if isinstance(value, int | float) else "left")
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def main() -> None:
+    """Run the command line: 0 done, 2 bad input (one sentence), 1 anything else (traceback)."""
+    with one_sentence():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`eupe cache ls | inspect | verify` on a store, whole and damaged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cache_stores import Toy, ids
+
+EUPE = [sys.executable, "-m", "flows.cli", "cache"]
+NUM_SAMPLES, NUM_VIEWS = 6, 2
+BAD = {"a/003": "patches are not finite"}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    toy = Toy(tmp_path / "root", bad=BAD)
+    toy.add_samples(ids(NUM_SAMPLES))
+    toy.build(NUM_VIEWS)
+    return toy
+
+
+def eupe(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*EUPE, *words], capture_output=True, text=True, check=False)
+
+
+def test_ls_lists_what_is_there(toy):
+    run = eupe("ls", str(toy.root), "--json")
+    assert run.returncode == 0, run.stderr
+    (line,) = json.loads(run.stdout)
+    assert line["teacher"] == "toy_teacher"
+    assert line["rows"] == NUM_SAMPLES * NUM_VIEWS
+    assert line["invalid"] == len(BAD) * NUM_VIEWS
+    assert (toy.root / line["directory"]).is_dir()
+    shown = eupe("ls", str(toy.root))
+    assert "toy_teacher" in shown.stdout
+
+
+def test_inspect_names_the_reasons_of_invalid_rows(toy):
+    directory = toy.store().directory
+    run = eupe("inspect", str(directory), "--json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["fingerprint"] == toy.store().spec.fingerprint()
+    assert found["invalid"] == {"patches are not finite": len(BAD) * NUM_VIEWS}
+    assert [view["rows"] for view in found["views"]] == [NUM_SAMPLES] * NUM_VIEWS
+
+
+def test_verify_finds_one_flipped_bit(toy):
+    sound = eupe("verify", str(toy.root), "--json")
+    assert sound.returncode == 0, sound.stderr
+    assert json.loads(sound.stdout)["problems"] == []
+    (shard, *_) = sorted(toy.store().directory.glob("view-0001/c/*/0/0"))
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    damaged = eupe("verify", str(toy.root), "--json")
+    assert damaged.returncode == 1
+    (problem,) = json.loads(damaged.stdout)["problems"]
+    assert str(shard) in problem
+    assert str(shard) in damaged.stderr
+    quick = eupe("verify", str(toy.root), "--quick")
+    assert quick.returncode == 0  # the size is right, and nothing else was asked

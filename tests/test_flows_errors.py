@@ -1,0 +1,82 @@
+"""Bad input is one sentence and exit code 2; a bug keeps its traceback and exits 1."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache.errors import NotBuilt
+from eupe import fingerprint
+from flows.errors import bad_input
+
+ROOT = Path(__file__).resolve().parents[1]
+EUPE = [sys.executable, "-m", "flows.cli"]
+
+
+def raised(action) -> Exception:
+    try:
+        action()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_a_value_error_that_we_raise_is_a_sentence():
+    error = raised(lambda: fingerprint.canonical_json(float("nan")))
+    assert bad_input(error) == "$: nan is not finite and has no JSON form"
+
+
+def test_a_store_error_is_a_sentence_wherever_it_comes_from():
+    assert bad_input(NotBuilt("nothing there")) == "nothing there"
+
+
+def test_a_value_error_of_a_library_is_a_bug():
+    assert bad_input(raised(lambda: subprocess.Popen([], bufsize="x"))) is None
+    assert bad_input(raised(lambda: int("x"))) is None
+
+
+def test_a_value_error_from_c_inside_our_own_file_is_a_bug():
+    # The innermost frame is ours (fingerprint.py), the error is not: str.encode raised it.
+    error = raised(lambda: fingerprint.canonical_json("\ud800"))
+    assert isinstance(error, ValueError)
+    assert bad_input(error) is None
+
+
+def test_what_a_ray_task_raised_counts():
+    class Wrapped(Exception):
+        cause = NotBuilt("no shard yet")
+
+    assert bad_input(Wrapped()) == "no shard yet"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["cache", "ls", "/no/such/root"], "/no/such/root"),
+        (["cache", "inspect", "/no/such/store"], "/no/such"),
+        (["cache", "verify", "/no/such/root"], "/no/such/root"),
+        (["cache", "build", "dmeo"], "did you mean 'demo'"),
+        (["cache", "build", "demo", "--set", "stages.stage2.stepz=3"], "did you mean 'steps'"),
+        (["cache", "build", "demo", "--set", "num_views=many"], "num_views"),
+        (["train", "demo", "--stage", "stage9"], "stage9"),
+        (["run", "dmeo"], "did you mean 'demo'"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_commands_answer_bad_input_with_a_sentence_and_exit_2(words, says, tmp_path):
+    run = subprocess.run([*EUPE, *words], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 2, run.stderr
+    assert says in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_every_command_explains_itself():
+    for words in ([], ["cache"], ["cache", "build"], ["train"], ["evaluate"], ["run"], ["demo"]):
+        run = subprocess.run(
+            [*EUPE, *words, "--help"], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert run.returncode == 0
+        assert "Usage" in run.stdout
