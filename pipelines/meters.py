@@ -48,9 +48,15 @@ class Window:
         self.invalid = self.steps = 0
         return taken
 
-    def state(self) -> dict[str, Tensor | int]:
-        """Return the fields as plain data, for a checkpoint."""
-        return {"sums": self.sums, "norm": self.norm, "invalid": self.invalid, "steps": self.steps}
+    def state(self, workers: Workers) -> dict[str, Tensor | int]:
+        """Return the fields over all workers as plain data, for a checkpoint."""
+        sums = workers.sum(self.sums)
+        return {"sums": sums, "norm": self.norm, "invalid": self.invalid, "steps": self.steps}
+
+    def part(self, workers: Workers) -> "Window":
+        """Return this worker's part of a window over all workers: rank 0 takes the sums."""
+        sums = self.sums if workers.rank == 0 else torch.zeros_like(self.sums)
+        return Window(sums, self.norm, self.invalid, self.steps)
 
     def to(self, device: torch.device) -> "Window":
         """Return the window on a device."""

@@ -1,7 +1,8 @@
 """Progress of long steps: a rich bar on a terminal, plain lines elsewhere, and one listener.
 
 A process whose output somebody relays (a Ray job, say) reports records instead, when EUPE_PROGRESS
-is "records"; `Relay` on the other side shows them as if the step ran there.
+is "records"; `Relay` on the other side shows them as if the step ran there. With "none" it shows
+nothing: it is one of several that do the same step, and another process shows it for all.
 """
 
 import json
@@ -186,10 +187,8 @@ class Relay:
 def _shown(total: int | None, description: str, unit: str) -> Iterator[Listener]:
     """Yield what shows readings in the way that fits where our output goes."""
     console = Console(stderr=True)
-    if os.environ.get("EUPE_PROGRESS") == "records":
-        show = _records
-    else:
-        show = _bar if console.is_terminal else _lines
+    ways = {"records": _records, "none": _nothing}
+    show = ways.get(os.environ.get("EUPE_PROGRESS", ""), _bar if console.is_terminal else _lines)
     with show(console, total, description, unit) as shown:
         yield shown
 
@@ -207,6 +206,13 @@ def _records(
             print(RECORD + json.dumps(asdict(reading)), file=sys.stderr, flush=True)
 
     yield shown
+
+
+@contextmanager
+def _nothing(
+    console: Console, total: int | None, description: str, unit: str
+) -> Iterator[Listener]:
+    yield lambda reading: None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from eupe.heads import DistillationModel
 from eupe.students import build_student
 from eupe.weights import state_digest
-from pipelines import checkpoint
+from pipelines import checkpoint, whole_state
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import Recipe, StageConfig, StudentConfig
 from pipelines.inputs import Inputs
@@ -77,8 +77,8 @@ def load(model: DistillationModel, saved: Checkpoint) -> None:
         ValueError: they are of other shapes or names than the model's.
     """
     try:
-        model.encoder.network.load_state_dict(saved.encoder())
-        model.heads.load_state_dict(saved.heads())
+        whole_state.load_weights(model.encoder.network, saved.encoder())
+        whole_state.load_weights(model.heads, saved.heads())
     except RuntimeError as error:
         raise ValueError(f"{saved.directory} does not fit the model: {error}") from error
 

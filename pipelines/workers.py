@@ -1,7 +1,7 @@
 """Workers: what the training loop needs of the processes that train together.
 
-The loop is written against `Workers`. One process is `OneProcess`; under Ray Train the same loop
-gets an implementation that wraps the model in DDP or FSDP2 and sums over the process group.
+The loop is written against `Workers`. One process is `OneProcess`; a process group, under Ray
+Train or any other launcher, is one of `pipelines.distributed`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +32,10 @@ class Workers(Protocol):
         """Hold back the exchange of gradients until the `last` micro-batch of a step."""
         ...
 
+    def whole(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Give rank 0 the model with all of its weights, to look at; every worker must enter."""
+        ...
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over workers, the same on each."""
         ...
@@ -54,6 +58,10 @@ class OneProcess:
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Do nothing: gradients add up where they are."""
         return nullcontext()
+
+    def whole(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Return the model."""
+        return nullcontext(model)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the tensor."""

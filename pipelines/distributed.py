@@ -1,0 +1,127 @@
+"""Workers of a torch.distributed process group: copies that average gradients, or shards."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines import whole_state
+from pipelines.config import StageConfig
+from pipelines.workers import Workers
+
+
+def of_process_group(stage: StageConfig, device: str | torch.device) -> Workers:
+    """Return the workers of the process group that this process has joined.
+
+    Args:
+        stage: says by `strategy` how the model is spread, and in which precision.
+        device: this worker's; gloo serves the CPU, nccl CUDA.
+    """
+    if stage.strategy == "ddp":
+        return Copies()
+    half = stage.precision == "bfloat16" and torch.device(device).type == "cuda"
+    return Shards(torch.bfloat16 if half else None)
+
+
+class _ProcessGroup:
+    """What copies and shards have in common: the default process group."""
+
+    def __init__(self) -> None:
+        self.rank: int = dist.get_rank()
+        self.size: int = dist.get_world_size()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over workers, the same on each."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        """Return once every worker is here."""
+        dist.barrier()
+
+
+class Copies(_ProcessGroup):
+    """Each worker holds the whole model; gradients are averaged during backward (DDP)."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model in DDP; every parameter must get a gradient at every step."""
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Add gradients up in each worker until the last micro-batch, whose backward averages."""
+        assert isinstance(model, DistributedDataParallel)
+        return nullcontext() if last else model.no_sync()
+
+    def whole(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Return the model: it is whole on every worker."""
+        return nullcontext(model)
+
+
+class Shards(_ProcessGroup):
+    """Each worker holds a part of every parameter and of its optimizer state (FSDP2).
+
+    The parts are float32, what the optimizer steps on. A block's parameters are gathered when it
+    runs and dropped after. Micro-batches before the last exchange nothing: their gradients stay
+    whole in each worker, at the cost of one more copy of the model.
+
+    Args:
+        gathered: dtype in which parameters are gathered and used; gradients are reduced in
+            float32 all the same. None for float32.
+    """
+
+    def __init__(self, gathered: torch.dtype | None = None) -> None:
+        super().__init__()
+        # Inputs are not cast: autocast sees to that where the loop asks for it, and the angles of
+        # rotary positions, which blocks take as an input, would lose their digits.
+        self._precision = (
+            MixedPrecisionPolicy()
+            if gathered is None
+            else MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+        )
+        self._unsharded: nn.Module | None = None
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Shard the model where it stands, block by block, and return it."""
+        if self.rank == 0:
+            self._unsharded = deepcopy(model).cpu()
+        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+        for module in (*_blocks(model), model):
+            fully_shard(module, mesh=mesh, mp_policy=self._precision)
+        return model
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Add gradients up in each worker until the last micro-batch, whose backward averages."""
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    @contextmanager
+    def whole(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Gather the float32 weights into an unsharded copy, on rank 0.
+
+        A copy, because a forward of the sharded model is work for all: it gathers, and leaves the
+        order in which it did for the next backward to follow.
+        """
+        gathered = whole_state.weights(model)
+        if self._unsharded is None:
+            yield model
+            return
+        self._unsharded.load_state_dict(gathered)
+        del gathered
+        try:
+            yield self._unsharded.to(next(model.parameters()).device)
+        finally:
+            self._unsharded.cpu()  # its memory on the device is the next step's
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a transformer or of each stage of a CNN, as timm names them."""
+    lists = [getattr(module, "blocks", ()) for module in model.modules()]
+    return [block for blocks in lists for block in blocks]

@@ -1,0 +1,220 @@
+"""Launching a stage: here with one worker, else as Ray Train's; what they run is the same loop."""
+
+import json
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cache.errors import StoreError
+from pipelines import checkpoint, cluster, distributed, start
+from pipelines.config import Recipe, StageConfig
+from pipelines.inputs import Inputs, from_caches
+from pipelines.progress import track
+from pipelines.tracking import METRICS_FILE
+from pipelines.train import Evaluate, StageResult, train_stage
+from pipelines.workers import OneProcess, Workers
+
+MakeInputs = Callable[[Recipe, StageConfig, Mapping[str, int] | None, int, int], Inputs]
+"""(recipe, stage, pins, rank, world) -> this worker's inputs; as `inputs.from_caches`."""
+
+MakeEvaluate = Callable[[Recipe, StageConfig, Inputs], Evaluate]
+"""(recipe, stage, inputs) -> what judges the model; made on rank 0 only."""
+
+RAY_FOLDER = "ray"
+"""Below the stage's directory: what Ray Train keeps of its runs. Nothing of ours is in it."""
+LOOK_EVERY_SECONDS = 1.0
+TAIL_BYTES = 1 << 16
+"""Of a file of figures: a line is a small part of it."""
+FAULTS = (ValueError, StoreError, FloatingPointError)
+"""What a worker says that a user can act on; anything else is shown as it came."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker is told, whichever process it is in."""
+
+    recipe: Recipe
+    stage: StageConfig
+    make_inputs: MakeInputs
+    make_evaluate: MakeEvaluate | None
+    pins: Mapping[str, int] | None
+    resume: bool
+
+    @property
+    def directory(self) -> Path:
+        return start.stage_directory(self.recipe, self.stage)
+
+    def train(self, workers: Workers, device: torch.device) -> StageResult:
+        """Do one worker's share."""
+        inputs = self.make_inputs(self.recipe, self.stage, self.pins, workers.rank, workers.size)
+        evaluate = None
+        if self.make_evaluate is not None and workers.rank == 0:
+            evaluate = self.make_evaluate(self.recipe, self.stage, inputs)
+        return train_stage(
+            self.recipe,
+            self.stage,
+            inputs,
+            self.directory,
+            resume=self.resume,
+            workers=workers,
+            device=device,
+            evaluate=evaluate,
+        )
+
+
+def train(
+    recipe: Recipe,
+    stage: StageConfig,
+    *,
+    make_inputs: MakeInputs = from_caches,
+    make_evaluate: MakeEvaluate | None = None,
+    resume: bool = True,
+) -> StageResult:
+    """Train a stage with the workers that the recipe asks for.
+
+    Args:
+        recipe: the run; `workers.count` of 1 trains in this process, more start Ray Train.
+        stage: one of its stages.
+        make_inputs: a function that every worker can import: it opens what the stage trains on,
+            at the manifest versions of the checkpoint that is resumed.
+        make_evaluate: likewise, of what judges the model as it goes.
+        resume: as in `train_stage`.
+
+    Returns:
+        what was done, as rank 0 saw it.
+
+    Raises:
+        ValueError: as for `train_stage`, or more workers than there is room for.
+        StoreError: a cache cannot be read.
+        FloatingPointError: the loss is not finite.
+    """
+    saved = checkpoint.latest(start.stage_directory(recipe, stage))
+    pins = None if saved is None else saved.pins
+    job = _Job(recipe, stage, make_inputs, make_evaluate, pins, resume)
+    if recipe.workers.count > 1:
+        return _train_distributed(job)
+    return job.train(OneProcess(), torch.device("cuda" if recipe.workers.use_gpu else "cpu"))
+
+
+def _train_distributed(job: _Job) -> StageResult:
+    """Train with Ray Train, which starts the workers, joins them and ends them together."""
+    # Opened here first: what is wrong with a cache is said before any worker starts, and all
+    # workers read the versions that are the newest now, whatever a builder commits meanwhile.
+    inputs = job.make_inputs(job.recipe, job.stage, job.pins, 0, job.recipe.workers.count)
+    job = replace(job, pins=dict(inputs.pins))
+    with cluster.connect():
+        _check_room(job.recipe)
+        # Ray starts a process for a worker only now: it is slow to import.
+        from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+        from ray.train.torch import TorchTrainer
+
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=job.recipe.workers.count, use_gpu=job.recipe.workers.use_gpu
+            ),
+            # A name of its own: Ray Train restores the result of a name that it knows, and trains
+            # nothing. Going on is the loop's affair, from its own checkpoint.
+            run_config=RunConfig(
+                name=f"{job.stage.stage}-{secrets.token_hex(6)}",
+                storage_path=str(job.directory.absolute() / RAY_FOLDER),
+            ),
+        )
+        try:
+            with _own_interrupts(), _followed(job):
+                result = trainer.fit()
+        except WorkerGroupError as error:
+            raise _fault(error.worker_failures) or error from error
+    done: StageResult = result.return_value
+    return done
+
+
+def _worker(config: dict[str, _Job]) -> StageResult:
+    """Run in each of Ray Train's workers, in a process group that Ray Train has made."""
+    from ray.train.torch import get_device
+
+    job, device = config["job"], get_device()
+    os.environ["EUPE_PROGRESS"] = "none"  # the launching process shows it, once for all workers
+    return job.train(distributed.of_process_group(job.stage, device), device)
+
+
+def _check_room(recipe: Recipe) -> None:
+    """Refuse workers that a Ray of this machine alone has no room for: they would wait for ever."""
+    import ray
+
+    wanted, kind = recipe.workers.count, "GPU" if recipe.workers.use_gpu else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    if wanted > there and "RAY_ADDRESS" not in os.environ:  # a cluster may grow
+        raise ValueError(
+            f"workers.count = {wanted}: Ray has {there} {kind} here; lower it, or name a cluster "
+            "in RAY_ADDRESS"
+        )
+
+
+def _fault(failures: Mapping[int, Exception]) -> Exception | None:
+    """Return what went wrong in a worker, not what that broke in the others; None if unclear."""
+    for _, failure in sorted(failures.items()):
+        # Ray Train hands over (exception, its traceback as text) as the arguments of its own.
+        cause = failure.args[0] if failure.args else failure
+        if isinstance(cause, FAULTS):
+            return cause
+    return None
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Keep an interrupt an interrupt: Ray Train turns it into a clean exit, and stays in charge."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _followed(job: _Job) -> Iterator[None]:
+    """Show here how far the workers are, as their figures say."""
+    saved = checkpoint.latest(job.directory)
+    first, ended = 0 if saved is None else saved.step, threading.Event()
+    with track(job.stage.steps - first, f"Training {job.stage.stage}", "steps") as progress:
+
+        def follow() -> None:
+            seen, over = first, False
+            while not over:
+                over = ended.wait(LOOK_EVERY_SECONDS)
+                # Lines after the checkpoint are there until the workers drop them: it may go back.
+                step = max(first, _last_step(job.directory / METRICS_FILE))
+                progress.advance(step - seen)
+                seen = step
+
+        thread = threading.Thread(target=follow, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _last_step(path: Path) -> int:
+    """Return the step of the last whole line of figures, 0 if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return 0
+    return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
