@@ -206,9 +206,9 @@ def tiny(recipe: Recipe) -> Recipe:
             "run_directory": f"runs/{recipe.name}_tiny",
             "cache_root": "runs/cache_tiny",
             "proxy_directory": "runs/proxy_vitg_tiny",
-            "train": (_emoji("train"),),
+            "train": (emoji("train"),),
             "homogeneous": {},
-            "held_out": _emoji("test"),
+            "held_out": emoji("test"),
             "views": AugmentedView(canvas=192, blur_sigma=(0.1, 1.5)),
             "held_out_views": CentreView(canvas=192),
             "teachers": teachers,
@@ -221,7 +221,8 @@ def tiny(recipe: Recipe) -> Recipe:
     )
 
 
-def _emoji(split: str) -> DatasetConfig:
+def emoji(split: str) -> DatasetConfig:
+    """Return one split of the demo's labelled emoji, `train` or `test`."""
     return DatasetConfig(
         name=f"emoji-{split}", source=EMOJI.model_copy(update={"where": {"split": split}})
     )
