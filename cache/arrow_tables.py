@@ -1,13 +1,13 @@
 """Arrow IPC files, written as bytes and read without copying: every table of a cache root."""
 
-import mmap
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.errors import Corrupt, NotBuilt
+from cache.errors import Corrupt
+from cache.mapped import MappedFile
 
 
 def from_numpy(values: npt.NDArray[np.generic]) -> pa.Array:
@@ -30,31 +30,24 @@ def to_bytes(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def map_table(path: Path) -> pa.Table:
-    """Map an Arrow IPC file; columns are views of the file.
+def map_table(path: Path, num_bytes: int | None = None) -> pa.Table:
+    """Map an Arrow IPC file (of a known size); columns are views of the file.
 
     Raises:
         NotBuilt: there is no such file.
-        Corrupt: it is no whole Arrow file.
+        Corrupt: it is no whole Arrow file, or has another size.
     """
-    return parse_table(map_file(path), str(path))
+    return parse_table(map_file(path, num_bytes), str(path))
 
 
-def map_file(path: Path) -> pa.Buffer:
-    """Map a whole file for reading.
+def map_file(path: Path, num_bytes: int | None = None) -> pa.Buffer:
+    """Map a whole file (of a known size) for reading.
 
     Raises:
         NotBuilt: there is no such file.
-        Corrupt: it is empty.
+        Corrupt: it is empty, or has another size.
     """
-    try:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise NotBuilt(f"{path}: no such file") from error
-    except ValueError as error:  # an empty file cannot be mapped
-        raise Corrupt(f"{path}: empty, wants an Arrow IPC file") from error
-    return pa.py_buffer(mapped)
+    return pa.py_buffer(MappedFile(path, num_bytes).bytes)
 
 
 def parse_table(buffer: pa.Buffer, where: str) -> pa.Table:

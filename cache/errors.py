@@ -21,6 +21,11 @@ class FingerprintMismatch(StoreError):
     def __init__(self, message: str, lines: Sequence[str]):
         super().__init__(f"{message}: {'; '.join(lines)}")
         self.lines = list(lines)
+        self._message = message
+
+    def __reduce__(self) -> tuple[type["FingerprintMismatch"], tuple[str, list[str]]]:
+        """Pickle by what made it: a worker's refusal is shown where the user is."""
+        return type(self), (self._message, self.lines)
 
 
 class Corrupt(StoreError):

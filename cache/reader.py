@@ -1,43 +1,36 @@
-"""Read a store by (row, view): mapped files, one copy into the caller's buffer.
+"""Read a store by (row, view): one copy from the page cache into the caller's buffer.
 
 A shard's index is parsed once when the shard is first touched; from then on a row costs one memory
-copy. Maps are kept in a bounded least-recently-used set. Thread-safe.
+copy. Shards are kept open in a bounded least-recently-used set. Thread-safe.
 """
 
-import mmap
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from threading import Lock
-from typing import Generic, NamedTuple, TypeVar
+import resource
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import arrow_shard, arrow_tables, layout, zarr_shard
+from cache import arrow_shard, arrow_tables, layout
 from cache.errors import Corrupt, MissingSamples, NotBuilt, StoreError
+from cache.mapped import Recent
 from cache.samples import Rows, ShardRange
+from cache.shard_rows import MappedRows, PositionedRows, ShardRows
 from cache.store import Store
 
-MAX_MAPS = 4096
-"""Shards mapped at once, patches and rows each. The kernel allows 65,530 maps a process, and every
-map holds a file descriptor (Python's mmap keeps one)."""
-
-T = TypeVar("T")
-Bytes = npt.NDArray[np.uint8]
-
-
-class _Patches(NamedTuple):
-    """One mapped shard: its rows [k, row_bytes], and each local row's slot (-1 absent)."""
-
-    rows: Bytes
-    slots: Rows
-    dense: bool
+Views = int | Sequence[int] | Rows
+MAX_MAPS = 16_384
+"""Shards mapped at once, patches and rows each: half of the 65,530 maps a process may have."""
+MAX_OPEN = 256
+"""Shards open at once for positioned reads: a quarter of the usual limit of descriptors."""
+PROBES = 8
+"""Rows of a batch whose residency is asked before copying: 1 us each."""
 
 
 class _Table:
-    """One mapped table of rows; columns are unpacked on first use."""
+    """One mapped table of rows, its columns as arrays."""
 
     def __init__(self, table: pa.Table):
         self.table = table
@@ -45,27 +38,12 @@ class _Table:
         self.summary = arrow_shard.summaries(table)
 
 
-class _Recent(Generic[T]):
-    """The most recently used values by key, made on demand."""
+class _Piece(NamedTuple):
+    """Rows of a batch that lie in one shard."""
 
-    def __init__(self, capacity: int, make: Callable[[int, int], T]):
-        self._capacity, self._make = capacity, make
-        self._values: OrderedDict[tuple[int, int], T] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, view: int, shard: int) -> T:
-        key = (view, shard)
-        with self._lock:
-            value = self._values.get(key)
-            if value is not None:
-                self._values.move_to_end(key)
-                return value
-        value = self._make(view, shard)  # two threads may both make it; either is right
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._capacity:
-                self._values.popitem(last=False)  # unmapped when its last user lets go
-        return value
+    shard: ShardRows
+    slots: Rows
+    places: Rows
 
 
 class Reader:
@@ -84,7 +62,9 @@ class Reader:
         store: Store,
         views: int | Sequence[int] = 1,
         version: int | None = None,
-        max_maps: int = MAX_MAPS,
+        access: Literal["map", "read"] = "map",
+        threads: int = 1,
+        max_shards: int | None = None,
     ):
         """Open a store for reading.
 
@@ -92,50 +72,60 @@ class Reader:
             store: from `open_store`.
             views: how many views, from view 0, or which.
             version: manifest version to read; None is the newest.
-            max_maps: bound of mapped shards.
+            access: "map" for local disks, "read" (positioned reads) where maps are slow.
+            threads: threads that copy one batch; numpy copies without the interpreter's lock.
+            max_shards: shards kept open; None is MAX_MAPS or MAX_OPEN.
 
         Raises:
             NotBuilt: one of the views has no shard in the manifest.
+            ValueError: no view, no thread, or another access.
         """
         self.store = store
         self.views = list(range(views)) if isinstance(views, int) else sorted(set(views))
+        if not self.views or threads < 1 or access not in ("map", "read"):
+            raise ValueError(
+                f"views = {views}, threads = {threads}, access = {access!r}: wants at least one "
+                f"view and one thread, and access 'map' or 'read'"
+            )
         manifest = store.manifest()
         self.version = manifest.version if version is None else version
-        table = manifest.table(self.version)
-        self._num_shards = -(-store.samples.num_rows // store.samples.rows_per_shard)
-        self._digests: dict[int, pa.ChunkedArray] = {}
-        self._records: dict[int, Rows] = {}
-        view_column, shard_column = table["view"].to_numpy(), table["shard"].to_numpy()
-        shared = np.ones(self._num_shards, bool)
-        for view in self.views:
-            of_view = np.flatnonzero(view_column == view)
-            if not len(of_view):
+        self._table = manifest.table(self.version)
+        samples = store.samples
+        self._stops = samples.shard_stops()
+        self._records = np.full((len(self.views), len(self._stops)), -1, np.int64)
+        of_view, of_shard = self._table["view"].to_numpy(), self._table["shard"].to_numpy()
+        for position, view in enumerate(self.views):
+            records = np.flatnonzero(of_view == view)
+            if not len(records):
                 raise NotBuilt(f"{store.directory}: view {view} has no shard yet; build it first")
-            record = np.full(self._num_shards, -1, np.int64)
-            record[shard_column[of_view]] = of_view
-            self._records[view] = record
-            shared &= record >= 0
-        self._shared = shared
-        self._table = table
-        self._checked = np.zeros(table.num_rows, bool)
+            self._records[position, of_shard[records]] = records
+        starts = np.arange(len(self._stops)) * samples.rows_per_shard
+        self._lengths = np.where(self._records >= 0, self._stops - starts, 0)
+        self._checked = np.zeros(self._table.num_rows, bool)
         self.row_shape = store.row_shape
         self.dtype = store.codec.storage_dtype
         self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
-        self._patches = _Recent(max_maps, self._map_patches)
-        self._tables = _Recent(max_maps, self._map_table)
+        self._rows_class = MappedRows if access == "map" else PositionedRows
+        capacity = max_shards or (MAX_MAPS if access == "map" else MAX_OPEN)
+        self._patches = Recent[ShardRows](capacity, self._open_patches)
+        self._tables = Recent(max_shards or MAX_MAPS, self._open_table)
+        self._faults = -1
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "cache-copy") if threads > 1 else None
 
     def __len__(self) -> int:
         """Number of samples that are there in every view."""
-        return sum(len(shard) for shard in self.shards())
+        return int(self._lengths.min(axis=0).sum())
 
     def shards(self) -> list[ShardRange]:
         """Shards that are there in every view, with their rows: what an epoch is ordered from."""
-        return [shard for shard in self.store.samples.shards() if self._shared[shard.shard]]
+        shared = np.asarray((self._lengths > 0).all(axis=0))
+        return [shard for shard in self.store.samples.shards() if shared[shard.shard]]
 
     def take(
         self,
         rows: Sequence[int] | Rows,
-        views: int | Sequence[int] | Rows = 0,
+        views: Views = 0,
         out: npt.NDArray[np.generic] | None = None,
     ) -> npt.NDArray[np.generic]:
         """Copy rows, in the given order, into one buffer: one copy, whatever the order.
@@ -153,64 +143,57 @@ class Reader:
             MissingSamples: a row is not in the store, or not in that view.
             Corrupt: a shard is not what its record says.
         """
-        asked, of_view = self._addresses(rows, views)
-        shape = (len(asked), *self.row_shape)
+        asked = np.asarray(rows, np.int64)
+        shape = (*asked.shape, *self.row_shape)
         if out is None:
             out = np.empty(shape, self.dtype)
         elif out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise ValueError(
                 f"out: {out.dtype}{list(out.shape)}, wants C-contiguous {self.dtype}{list(shape)}"
             )
+        pieces, absent = self._pieces(asked, views)
+        self._read_ahead(pieces)
         into = out.reshape(len(asked), int(np.prod(self.row_shape))).view(np.uint8)
-        for view, shard, places, inside in self._groups(asked, of_view):
-            patches = self._patches.get(view, shard)
-            slots = inside if patches.dense else patches.slots[inside]
-            if not patches.dense and (slots < 0).any():
-                self._fill(out, places[slots < 0])
-                places, slots = places[slots >= 0], slots[slots >= 0]
-            if len(places) > 1 and places[-1] - places[0] == len(places) - 1:
-                target = into[places[0] : places[-1] + 1]
-                np.take(patches.rows, slots, axis=0, out=target, mode="clip")
-            else:
-                for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
-                    into[place] = patches.rows[slot]
+        if self._pool is None:
+            for piece in pieces:
+                piece.shard.copy(piece.slots, into, piece.places)
+        else:
+            work = _split(pieces, -(-len(asked) // self._threads))
+            list(self._pool.map(lambda p: p.shard.copy(p.slots, into, p.places), work))
+        if len(absent):
+            fill = self.store.codec.fill_value
+            out[absent] = np.nan if fill == "NaN" else fill
         return out
 
-    def summaries(
-        self, rows: Sequence[int] | Rows, views: int | Sequence[int] | Rows = 0
-    ) -> npt.NDArray[np.float32]:
+    def read_ahead(self, rows: Sequence[int] | Rows, views: Views = 0) -> None:
+        """Ask the kernel to read rows that will be taken soon, if they are not in memory."""
+        self._read_ahead(self._pieces(np.asarray(rows, np.int64), views)[0])
+
+    def summaries(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.float32]:
         """Return summaries as float32 [n, D]; NaN for invalid rows."""
-        asked, of_view = self._addresses(rows, views)
-        out = np.empty((len(asked), self.store.spec.summary_dim), np.float32)
-        for view, shard, places, inside in self._groups(asked, of_view):
+        asked = np.asarray(rows, np.int64)
+        out = np.empty((*asked.shape, self.store.spec.summary_dim), np.float32)
+        for view, shard, places, inside in self._groups(asked, views):
             out[places] = self._tables.get(view, shard).summary[inside]
         return out
 
-    def valid(
-        self, rows: Sequence[int] | Rows, views: int | Sequence[int] | Rows = 0
-    ) -> npt.NDArray[np.bool_]:
+    def valid(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.bool_]:
         """Return validity as bool [n]."""
-        asked, of_view = self._addresses(rows, views)
-        out = np.empty(len(asked), bool)
-        for view, shard, places, inside in self._groups(asked, of_view):
+        asked = np.asarray(rows, np.int64)
+        out = np.empty(asked.shape, bool)
+        for view, shard, places, inside in self._groups(asked, views):
             out[places] = self._tables.get(view, shard).valid[inside]
         return out
 
-    def view_digests(
-        self, rows: Sequence[int] | Rows, views: int | Sequence[int] | Rows = 0
-    ) -> list[str | None]:
+    def view_digests(self, rows: Sequence[int] | Rows, views: Views = 0) -> list[str | None]:
         """Return the digest of each view's canvas, None where there was no canvas."""
         return self._texts("view_digest", rows, views)
 
-    def reasons(
-        self, rows: Sequence[int] | Rows, views: int | Sequence[int] | Rows = 0
-    ) -> list[str | None]:
+    def reasons(self, rows: Sequence[int] | Rows, views: Views = 0) -> list[str | None]:
         """Return why each row is invalid, None where it is valid."""
         return self._texts("reason", rows, views)
 
-    def parameters(
-        self, rows: Sequence[int] | Rows, views: int | Sequence[int] | Rows = 0
-    ) -> list[str | None]:
+    def parameters(self, rows: Sequence[int] | Rows, views: Views = 0) -> list[str | None]:
         """Return each view's parameters as JSON text."""
         return self._texts("parameters", rows, views)
 
@@ -218,70 +201,116 @@ class Reader:
         """Return sample ids, in the given order."""
         return self.store.samples.sample_ids(rows)
 
-    def _texts(
-        self, column: str, rows: Sequence[int] | Rows, views: int | Sequence[int] | Rows
-    ) -> list[str | None]:
-        asked, of_view = self._addresses(rows, views)
+    def _texts(self, column: str, rows: Sequence[int] | Rows, views: Views) -> list[str | None]:
+        asked = np.asarray(rows, np.int64)
         out: list[str | None] = [None] * len(asked)
-        for view, shard, places, inside in self._groups(asked, of_view):
+        for view, shard, places, inside in self._groups(asked, views):
             values = self._tables.get(view, shard).table[column]
             for place, local in zip(places.tolist(), inside.tolist(), strict=True):
                 out[place] = values[local].as_py()
         return out
 
-    def _addresses(
-        self, rows: Sequence[int] | Rows, views: int | Sequence[int] | Rows
-    ) -> tuple[Rows, Rows]:
-        asked = np.asarray(rows, np.int64)
-        of_view = np.broadcast_to(np.asarray(views, np.int64), asked.shape)
-        if asked.ndim != 1:
-            raise ValueError(f"rows: shape {asked.shape}, wants one dimension")
-        outside = (asked < 0) | (asked >= self.store.samples.num_rows)
-        if outside.any():
-            raise MissingSamples(
-                f"{self.store.directory}: row {asked[outside][0]} is none of the dataset's "
-                f"{self.store.samples.num_rows} rows"
-            )
-        return asked, of_view
+    def _pieces(self, rows: Rows, views: Views) -> tuple[list[_Piece], Rows]:
+        """Find a batch's rows in their files; also the places of those that are absent."""
+        pieces, absent = [], [np.empty(0, np.int64)]
+        for view, shard, places, inside in self._groups(rows, views):
+            patches = self._patches.get(view, shard)
+            slots = inside
+            if not patches.dense:
+                slots = patches.slots[inside]
+                there = slots >= 0
+                absent.append(places[~there])
+                places, slots = places[there], slots[there]
+            pieces.append(_Piece(patches, slots, places))
+        return pieces, np.concatenate(absent)
 
-    def _groups(self, rows: Rows, views: Rows) -> Iterator[tuple[int, int, Rows, Rows]]:
-        """Yield (view, shard, places in the batch, rows inside the shard) of a batch."""
-        shards, inside = np.divmod(rows, self.store.samples.rows_per_shard)
-        key = views * self._num_shards + shards
+    def _read_ahead(self, pieces: list[_Piece]) -> None:
+        """Start reading all rows of a batch at once if a few of them show that it is not there.
+
+        Page faults read a few pages at a time: 0.04 GB/s from a cold disk, 0.6 with these hints.
+        Hinting a batch that is in memory would cost a tenth of the copy, so a few rows are asked
+        about first; and not even that while no fault of this process goes to the disk.
+        """
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        if faults == self._faults:
+            return
+        step = max(1, len(pieces) // PROBES)
+        probes = [piece for piece in pieces[::step] if len(piece.slots)]
+        per_piece = max(1, PROBES // max(1, len(probes)))
+        resident = all(
+            piece.shard.is_resident(slot)
+            for piece in probes
+            for slot in piece.slots[:: max(1, len(piece.slots) // per_piece)].tolist()
+        )
+        if resident:
+            self._faults = faults
+            return
+        self._faults = -1  # the next batch is asked about too
+        for piece in pieces:
+            piece.shard.will_need(piece.slots)
+
+    def _groups(self, rows: Rows, views: Views) -> Iterator[tuple[int, int, Rows, Rows]]:
+        """Yield (view, shard, places in the batch, rows inside the shard) of a batch.
+
+        A gather of 64 rows takes a millisecond or two; this takes 30 us of it, so every call of
+        numpy counts.
+        """
+        if rows.ndim != 1:
+            raise ValueError(f"rows: shape {rows.shape}, wants one dimension")
+        if not len(rows):
+            return
+        num_shards, per_shard = self._lengths.shape[1], self.store.samples.rows_per_shard
+        lowest, highest = int(rows.min()), int(rows.max())
+        if lowest < 0 or highest >= num_shards * per_shard:
+            row = lowest if lowest < 0 else highest
+            raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
+        key = rows + self._positions(views) * (num_shards * per_shard)
         order = np.argsort(key, kind="stable")
-        bounds = np.flatnonzero(np.diff(key[order], prepend=-1, append=-1))
-        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            places = order[start:stop]
-            view, shard = int(views[places[0]]), int(shards[places[0]])
-            self._require(view, shard, rows[places])
-            yield view, shard, places, inside[places]
+        ordered = key[order]
+        cells = ordered // per_shard  # a cell is a shard of a view
+        cuts = np.flatnonzero(cells[1:] != cells[:-1]) + 1
+        start = 0
+        for stop in (*cuts.tolist(), len(rows)):
+            cell = int(cells[start])
+            inside = ordered[start:stop] - cell * per_shard
+            position, shard = divmod(cell, num_shards)
+            if inside[-1] >= self._lengths[position, shard]:
+                self._refuse(self.views[position], shard, int(inside[-1]))
+            yield self.views[position], shard, order[start:stop], inside
+            start = stop
 
-    def _require(self, view: int, shard: int, rows: Rows) -> None:
-        """Refuse rows that are not in the manifest."""
-        record = self._records.get(view)
-        if record is None:
+    def _positions(self, views: Views) -> int | Rows:
+        """Turn view numbers into positions in `self.views`."""
+        if isinstance(views, int) and views in self.views:
+            return self.views.index(views)
+        known = np.asarray(self.views)
+        asked = np.atleast_1d(np.asarray(views, np.int64))
+        positions = np.searchsorted(known, asked).clip(max=len(known) - 1)
+        wrong = known[positions] != asked
+        if wrong.any():
             raise MissingSamples(
-                f"{self.store.directory}: view {view} was not opened, only {self.views}"
+                f"{self.store.directory}: view {asked[wrong][0]} was not opened, only {self.views}"
             )
-        if record[shard] < 0:
-            raise MissingSamples(
-                f"{self.store.directory}: row {rows[0]} of view {view} is not built at manifest "
-                f"version {self.version}; build the missing shards"
-            )
-        if rows.max() >= self.store.samples.shard_range(shard).stop:
-            raise MissingSamples(f"{self.store.directory}: row {rows.max()} holds no sample")
+        return positions
 
-    def _fill(self, out: npt.NDArray[np.generic], places: Rows) -> None:
-        fill = self.store.codec.fill_value
-        out[places] = np.nan if fill == "NaN" else fill
+    def _refuse(self, view: int, shard: int, inside: int) -> NoReturn:
+        """Say why a row cannot be had."""
+        row = shard * self.store.samples.rows_per_shard + inside
+        if row >= self._stops[shard]:
+            raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
+        raise MissingSamples(
+            f"{self.store.directory}: row {row} of view {view} is not built at manifest version "
+            f"{self.version}; build the missing shards"
+        )
 
     def _record(self, view: int, shard: int, column: str) -> int | str:
-        value: int | str = self._table[column][int(self._records[view][shard])].as_py()
+        position = int(self._records[self.views.index(view), shard])
+        value: int | str = self._table[column][position].as_py()
         return value
 
     def _check_samples(self, view: int, shard: int) -> None:
         """Refuse features of other samples than the dataset now has in these rows."""
-        position = int(self._records[view][shard])
+        position = int(self._records[self.views.index(view), shard])
         if self._checked[position]:
             return
         if self._record(view, shard, "samples_digest") != self.store.samples.shard_digest(shard):
@@ -291,37 +320,35 @@ class Reader:
             )
         self._checked[position] = True
 
-    def _map_patches(self, view: int, shard: int) -> _Patches:
+    def _open_patches(self, view: int, shard: int) -> ShardRows:
         self._check_samples(view, shard)
-        path = layout.patches_file(self.store.directory, view, shard)
-        mapped = _map(path, int(self._record(view, shard, "patches_bytes")))
-        tail = zarr_shard.index_bytes(self.store.samples.rows_per_shard)
-        slots = zarr_shard.parse_index(
-            mapped[len(mapped) - tail :].data, self._row_bytes, len(mapped), str(path)
-        )
-        num_rows = len(self.store.samples.shard_range(shard))
-        dense = bool((slots[:num_rows] == np.arange(num_rows)).all())
-        rows = mapped[: len(mapped) - tail].reshape(-1, self._row_bytes)
-        return _Patches(rows, slots[:num_rows], dense)
+        try:
+            return self._rows_class(
+                layout.patches_file(self.store.directory, view, shard),
+                int(self._record(view, shard, "patches_bytes")),
+                self.store.samples.rows_per_shard,
+                len(self.store.samples.shard_range(shard)),
+                self._row_bytes,
+            )
+        except NotBuilt as error:
+            raise Corrupt(f"{error}, though the manifest has it; build again") from error
 
-    def _map_table(self, view: int, shard: int) -> _Table:
+    def _open_table(self, view: int, shard: int) -> _Table:
         self._check_samples(view, shard)
         path = layout.rows_file(self.store.directory, view, shard)
-        table = arrow_tables.map_table(path)
+        try:
+            table = arrow_tables.map_table(path, int(self._record(view, shard, "rows_bytes")))
+        except NotBuilt as error:
+            raise Corrupt(f"{error}, though the manifest has it; build again") from error
         if table.schema != arrow_shard.schema(self.store.spec.summary_dim):
             raise Corrupt(f"{path}: columns {table.schema.names} are not those of a table of rows")
         return _Table(table)
 
 
-def _map(path: Path, num_bytes: int) -> Bytes:
-    """Map a whole file whose size is known."""
-    try:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise Corrupt(f"{path}: missing, though the manifest has it; build again") from error
-    except ValueError as error:
-        raise Corrupt(f"{path}: empty; build again") from error
-    if len(mapped) != num_bytes:
-        raise Corrupt(f"{path}: {len(mapped)} bytes, its record says {num_bytes}; build again")
-    return np.frombuffer(mapped, np.uint8)
+def _split(pieces: list[_Piece], num_rows: int) -> list[_Piece]:
+    """Cut pieces so that none has more than num_rows rows."""
+    return [
+        _Piece(shard, slots[start : start + num_rows], places[start : start + num_rows])
+        for shard, slots, places in pieces
+        for start in range(0, len(slots), num_rows)
+    ]

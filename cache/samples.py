@@ -199,6 +199,14 @@ class Samples:
             for row in range(start, start + length, per_shard)
         ]
 
+    def shard_stops(self) -> Rows:
+        """One past the last row of every shard, int64 [shards]."""
+        per_shard = self.rows_per_shard
+        starts = np.arange(0, self.num_rows, per_shard)
+        segment = np.searchsorted(self._starts, starts, side="right") - 1
+        ends = self._starts[segment] + self._lengths[segment]
+        return np.asarray(np.minimum(starts + per_shard, ends), np.int64)
+
     def shard_range(self, shard: int) -> ShardRange:
         """Return the rows of one shard.
 
