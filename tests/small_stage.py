@@ -117,9 +117,7 @@ def recipe(directory: Path, **stage: object) -> Recipe:
         views=CentreView(canvas=32),
         held_out_views=CentreView(canvas=32),
         teachers=tuple(
-            TeacherConfig(
-                name=name, encoder=network, weights="random:0", resolutions=(16, 32)
-            )
+            TeacherConfig(name=name, encoder=network, weights="random:0", resolutions=(16, 32))
             for name in TEACHERS
         ),
         student=StudentConfig(name="student", encoder=network),
@@ -138,9 +136,7 @@ def normalisers() -> dict[str, Normalisers]:
     }
 
 
-def inputs(
-    run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: int = 1
-) -> Inputs:
+def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: int = 1) -> Inputs:
     """Return inputs whose every global batch is a pure function of its step.
 
     Args:

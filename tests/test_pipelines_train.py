@@ -13,6 +13,7 @@ import pytest
 import small_stage
 import torch
 import train_child
+from filelock import FileLock
 
 from pipelines import checkpoint, scales, start, tracking, train
 from pipelines.train import train_stage
@@ -54,7 +55,7 @@ def test_two_runs_are_bit_equal(tmp_path):
 def test_global_random_state_is_left_as_it_was(tmp_path):
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    trained(tmp_path, steps=1)
+    trained(tmp_path, steps=2)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -202,20 +203,17 @@ def test_without_resume_an_existing_run_is_refused(tmp_path):
     trained(tmp_path)
     run = small_stage.recipe(tmp_path)
     with pytest.raises(ValueError, match="has a checkpoint of step 12"):
-        train_stage(
-            run, run.stages[0], small_stage.inputs(run), tmp_path / "stage2", resume=False
-        )
+        train_stage(run, run.stages[0], small_stage.inputs(run), tmp_path / "stage2", resume=False)
 
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path):
-    child = run_child(tmp_path, pause=0.2)
-    try:
-        wait_for_step(tmp_path / "stage2" / tracking.METRICS_FILE, 2, child)
-        with pytest.raises(ValueError, match="another process is training there"):
-            trained(tmp_path)
-    finally:
-        child.kill()
-        child.wait(timeout=60)
+    (tmp_path / "stage2").mkdir()
+    with (
+        FileLock(tmp_path / "stage2" / "train.lock"),
+        pytest.raises(ValueError, match="another process is training there"),
+    ):
+        trained(tmp_path)
+    assert trained(tmp_path)
 
 
 def test_evaluation_is_called_when_due_and_its_score_is_kept(tmp_path):
@@ -243,9 +241,7 @@ def test_evaluation_does_not_change_what_is_learnt(tmp_path):
         torch.rand(3)  # draws from the global state, as an evaluation may
         return {}
 
-    train_stage(
-        run, run.stages[0], small_stage.inputs(run), tmp_path / "with", evaluate=evaluate
-    )
+    train_stage(run, run.stages[0], small_stage.inputs(run), tmp_path / "with", evaluate=evaluate)
     with_it = [line for line in figures(tmp_path / "with") if "loss/total" in line]
     assert with_it == trained(tmp_path / "without")
 
