@@ -1,0 +1,147 @@
+"""Comparing students with their teachers' cached tokens over a dataset, and with no student."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eupe.encoders import Features
+from eupe.heads import DistillationModel
+from eupe.losses import match_grids
+from pipelines.batches import Batch
+from pipelines.inputs import Inputs
+from pipelines.sources import Targets
+
+BASELINE = "baseline"
+"""Who the constants are among `Seen.cosines`."""
+
+
+class Constants:
+    """The best predictions that ignore the image, fitted to training images.
+
+    Over images the mean cosine of a constant c to targets y_i is c/|c| . mean(y_i/|y_i|), so the
+    best direction is the normalised mean of the targets' unit vectors: one for the summary, and
+    one for each position of the patch grid, since a white border is no knowledge of an image.
+
+    Args:
+        grid: (rows, columns) of the student's patches, to which smaller teacher grids are resized
+            as in the loss.
+    """
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        self._grid = grid
+        self._sums: dict[str, Features] = {}
+
+    def add(self, targets: Mapping[str, Features]) -> None:
+        """Take the normalised tokens of some training images, valid rows only."""
+        for name, target in targets.items():
+            units = Features(
+                F.normalize(target.summary.double(), dim=-1).sum(0),
+                F.normalize(self._matched(target.patches).double(), dim=-1).sum(0),
+            )
+            if name in self._sums:
+                units = Features(*(a + b for a, b in zip(self._sums[name], units, strict=True)))
+            self._sums[name] = units
+
+    def predictions(self, count: int) -> dict[str, Features]:
+        """Return teacher -> its constants, the same for each of `count` images."""
+        return {
+            name: Features(
+                sums.summary.float().expand(count, -1),
+                sums.patches.float().expand(count, -1, -1, -1),
+            )
+            for name, sums in self._sums.items()
+        }
+
+    def _matched(self, patches: Tensor) -> Tensor:
+        like = patches.new_zeros(1, *self._grid, 1)
+        return match_grids(like, patches)[1]
+
+
+@dataclass
+class Seen:
+    """What a pass over a dataset saw, valid rows in order.
+
+    Attributes:
+        sample_ids: [n].
+        teachers: teacher -> summaries as the teacher gives them [n, D].
+        students: model -> summaries [n, D].
+        cosines: (model, teacher) -> per image, summary and mean over patches [n, 2].
+    """
+
+    sample_ids: list[str]
+    teachers: dict[str, Tensor]
+    students: dict[str, Tensor]
+    cosines: dict[tuple[str, str], Tensor]
+
+
+def look(
+    batches: Iterable[Batch],
+    models: Mapping[str, DistillationModel],
+    opened: Inputs,
+    *,
+    fit: Constants | None = None,
+    judge: Constants | None = None,
+    device: str | torch.device = "cpu",
+    advance: Callable[[int], None] = lambda count: None,
+) -> Seen:
+    """Show images to several students at once and compare them with the cached teachers.
+
+    Args:
+        batches: of the images, each once.
+        models: name -> student with its heads, on `device`.
+        opened: the stage's inputs, for its normalisers.
+        fit: takes these images' targets.
+        judge: constants whose cosines are wanted too, under the name BASELINE.
+        device: to compute on.
+        advance: told of every batch's size.
+    """
+    ids = list[str]()
+    teachers: dict[str, list[Tensor]] = {}
+    students: dict[str, list[Tensor]] = {}
+    cosines: dict[tuple[str, str], list[Tensor]] = {}
+    with torch.inference_mode():
+        for batch in batches:
+            valid = torch.from_numpy(batch.valid).to(device)
+            targets = {
+                name: _rows(target, valid)
+                for name, target in batch.targets(device).items()
+                if name in opened.dims
+            }
+            ids += [name for name, good in zip(batch.sample_ids, batch.valid, strict=True) if good]
+            for name, target in targets.items():
+                restored = opened.normalisers[name].summary.inverse(target.summary)
+                teachers.setdefault(name, []).append(restored.cpu())
+            if fit is not None:
+                fit.add(targets)
+            predicted = {}
+            pixels = batch.pixels[torch.from_numpy(batch.valid)].to(device)
+            for model_name, model in models.items():
+                features, predicted[model_name] = model(pixels)
+                students.setdefault(model_name, []).append(features.summary.float().cpu())
+            if judge is not None:
+                predicted[BASELINE] = judge.predictions(len(pixels))
+            for who, guesses in predicted.items():
+                for name, target in targets.items():
+                    both = _cosines(guesses[name], target)
+                    cosines.setdefault((who, name), []).append(both.cpu())
+            advance(len(batch))
+    return Seen(
+        ids,
+        {name: torch.cat(parts) for name, parts in teachers.items()},
+        {name: torch.cat(parts) for name, parts in students.items()},
+        {pair: torch.cat(parts) for pair, parts in cosines.items()},
+    )
+
+
+def _rows(target: Targets, valid: Tensor) -> Features:
+    return Features(target.summary[valid], target.patches[valid])
+
+
+def _cosines(predicted: Features, target: Features) -> Tensor:
+    """Return cosine similarity per image: summary, and mean over patches [B, 2]."""
+    ours, theirs = match_grids(predicted.patches.float(), target.patches)
+    summary = F.cosine_similarity(predicted.summary.float(), target.summary, dim=-1)
+    return torch.stack([summary, F.cosine_similarity(ours, theirs, dim=-1).mean((1, 2))], dim=1)

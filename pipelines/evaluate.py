@@ -1,0 +1,279 @@
+"""Evaluation: is the student any good? kNN by a label, and cosine to its teachers, both held out.
+
+Nothing is trained here. The student is frozen and read at one resolution; teachers are never run:
+their tokens of the same centre views come from the caches.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eupe.encoders import Features
+from eupe.heads import DistillationModel
+from eupe.probes import knn_predict, paired_test, top1
+from pipelines import checkpoint, inputs, start
+from pipelines.batches import Batch, Batches, Feed
+from pipelines.compare import BASELINE, Constants, look
+from pipelines.config import Recipe, StageConfig
+from pipelines.draws import Sweep
+from pipelines.inputs import Inputs
+from pipelines.progress import track
+from pipelines.scales import Scales
+from pipelines.train import SCORE, Evaluate
+
+HOOK_IMAGES = 1024
+"""Images of each set that the evaluation during training looks at; kept decoded between calls."""
+INIT, FINAL = "init", "final"
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Mean cosine similarity of predicted and normalised teacher tokens, over teachers and images.
+
+    Attributes:
+        baseline: of the best prediction that ignores the image (see `Constants`).
+        init: of the student before training.
+        final: of the student after.
+    """
+
+    baseline: float
+    init: float
+    final: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found; `knn_*` are shares of the queries, 0 to 1.
+
+    Attributes:
+        step: steps that the student was trained.
+        label: what kNN predicts.
+        k: its neighbours.
+        bank: images it looks among.
+        queries: images it predicts.
+        knn_teacher: teacher -> with its cached summaries.
+        knn_init: with the summaries of the student before training.
+        knn_final: with those of the student after.
+        p_value: exact paired test that both students are right equally often.
+        summary: cosine of the summaries.
+        patches: cosine of the patches.
+        per_teacher: teacher -> summary and patches cosine of its own.
+    """
+
+    step: int
+    label: str
+    k: int
+    bank: int
+    queries: int
+    knn_teacher: dict[str, float]
+    knn_init: float
+    knn_final: float
+    p_value: float
+    summary: Cosine
+    patches: Cosine
+    per_teacher: dict[str, dict[str, Cosine]]
+
+
+def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "cpu") -> Evaluation:
+    """Evaluate a stage's newest checkpoint beside the student it began as.
+
+    kNN as in EUPE (arXiv:2603.22387), Sec. 4: class token, L2, majority vote. The bank is the
+    train sets and the queries the held-out set, each image in its centre view.
+
+    Args:
+        recipe: the run; `evaluation` says how.
+        stage: which of its stages.
+        device: to compute on.
+
+    Raises:
+        ValueError: no checkpoint, or images without the label.
+        StoreError: a cache cannot be read.
+    """
+    saved = checkpoint.require(start.stage_directory(recipe, stage))
+    opened = inputs.from_caches(recipe, stage, saved.pins)
+    models = {name: start.initial_model(recipe, stage, opened.dims) for name in (INIT, FINAL)}
+    start.load(models[FINAL], saved)
+    for model in models.values():
+        model.eval().to(device)
+    feeds = inputs.centre_feeds(recipe, stage, opened.normalisers)
+    constants = Constants(models[FINAL].encoder.grid(recipe.evaluation.resolution))
+    train = [dataset.name for dataset in recipe.train]
+    held_out = recipe.held_out.name
+    sweeps = {name: _sweep(recipe, stage, name, feeds[name]) for name in (*train, held_out)}
+    total = sum(len(sweep) for sweep, _ in sweeps.values())
+    with track(total, f"Evaluating {stage.stage}") as progress:
+        banks = [
+            look(
+                sweeps[name][1],
+                models,
+                opened,
+                fit=constants,
+                device=device,
+                advance=progress.advance,
+            )
+            for name in train
+        ]
+        queries = look(
+            sweeps[held_out][1],
+            models,
+            opened,
+            judge=constants,
+            device=device,
+            advance=progress.advance,
+        )
+    names = [
+        _labels(feeds[name], bank.sample_ids, recipe.evaluation.label)
+        for name, bank in zip(train, banks, strict=True)
+    ]
+    asked = _labels(feeds[held_out], queries.sample_ids, recipe.evaluation.label)
+    bank_labels = [label for each in names for label in each]
+    classes = {label: number for number, label in enumerate(sorted({*bank_labels, *asked}))}
+    known = torch.tensor([classes[label] for label in bank_labels])
+    truth = torch.tensor([classes[label] for label in asked])
+
+    def right(of_bank: Sequence[Tensor], of_queries: Tensor) -> Tensor:
+        return (
+            knn_predict(torch.cat(list(of_bank)), known, of_queries, recipe.evaluation.k) == truth
+        )
+
+    correct = {
+        name: right([bank.students[name] for bank in banks], queries.students[name])
+        for name in models
+    }
+    per_teacher = {
+        teacher: {
+            kind: Cosine(
+                *(
+                    float(queries.cosines[who, teacher][:, column].double().mean())
+                    for who in (BASELINE, INIT, FINAL)
+                )
+            )
+            for column, kind in enumerate(Features._fields)
+        }
+        for teacher in opened.dims
+    }
+    return Evaluation(
+        step=saved.step,
+        label=recipe.evaluation.label,
+        k=recipe.evaluation.k,
+        bank=len(known),
+        queries=len(truth),
+        knn_teacher={
+            teacher: _share(right([bank.teachers[teacher] for bank in banks], summaries))
+            for teacher, summaries in queries.teachers.items()
+        },
+        knn_init=_share(correct[INIT]),
+        knn_final=_share(correct[FINAL]),
+        p_value=paired_test(correct[INIT], correct[FINAL]),
+        summary=_mean([each["summary"] for each in per_teacher.values()]),
+        patches=_mean([each["patches"] for each in per_teacher.values()]),
+        per_teacher=per_teacher,
+    )
+
+
+def write(directory: Path, evaluation: Evaluation) -> Path:
+    """Write an evaluation as JSON into a folder; return the file."""
+    path = directory / EVALUATION_FILE
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
+    """Return what the training loop calls every `evaluate_every` steps: held-out cosine and kNN.
+
+    At most HOOK_IMAGES of each set, spread evenly, decoded once and kept.
+
+    Args:
+        recipe: the run.
+        stage: its stage.
+        opened: what it trains on.
+
+    Raises:
+        StoreError: a cache of centre views cannot be read.
+    """
+    feeds = inputs.centre_feeds(recipe, stage, opened.normalisers)
+    names = (recipe.train[0].name, recipe.held_out.name)
+    kept: dict[str, list[Batch]] = {}
+
+    def figures(model: DistillationModel, done: int) -> dict[str, float]:
+        for name in names:
+            if name not in kept:
+                kept[name] = list(_sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1])
+        device = next(model.parameters()).device
+        bank, queries = (look(kept[name], {FINAL: model}, opened, device=device) for name in names)
+        known, asked = (
+            _labels(feeds[name], seen.sample_ids, recipe.evaluation.label)
+            for name, seen in zip(names, (bank, queries), strict=True)
+        )
+        classes = {label: number for number, label in enumerate(sorted({*known, *asked}))}
+        guessed = knn_predict(
+            bank.students[FINAL],
+            torch.tensor([classes[label] for label in known]),
+            queries.students[FINAL],
+            recipe.evaluation.k,
+        )
+        both = torch.stack([queries.cosines[FINAL, name].mean(0) for name in opened.dims]).mean(0)
+        return {
+            "held_out/cosine_summary": float(both[0]),
+            "held_out/cosine_patches": float(both[1]),
+            "held_out/knn_top1": top1(guessed, torch.tensor([classes[label] for label in asked])),
+            SCORE: float(both.mean()),
+        }
+
+    return figures
+
+
+def scales(recipe: Recipe, stage: StageConfig) -> Scales:
+    """Return the resolutions of an evaluation: the student's own, teachers' largest cached."""
+    teachers = {name: max(sides) for name, sides in stage.teacher_scales.items()}
+    return Scales(recipe.evaluation.resolution, teachers)
+
+
+def _sweep(
+    recipe: Recipe, stage: StageConfig, name: str, feed: Feed, limit: int | None = None
+) -> tuple[np.ndarray, Batches]:
+    """Return the rows of a dataset, at most `limit` of them spread evenly, and their batches."""
+    rows = np.concatenate([np.arange(s.start, s.stop) for s in feed.source.shards()])
+    if limit is not None and len(rows) > limit:
+        rows = rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
+    draw = Sweep(name, rows, recipe.evaluation.batch)
+    fixed = scales(recipe, stage)
+    return rows, Batches(
+        {name: feed},
+        draw,
+        lambda step: fixed,
+        lambda scale, count: count,
+        range(draw.num_steps),
+        threads=recipe.workers.loader_threads,
+        prefetch=recipe.workers.prefetch_batches,
+    )
+
+
+def _labels(feed: Feed, sample_ids: Sequence[str], label: str) -> list[str]:
+    samples = feed.source.samples
+    table = samples.take(samples.rows_of(sample_ids))
+    found = [json.loads(text).get(label) for text in table["labels"].to_list()]
+    if None in found:
+        example = json.loads(table["labels"][found.index(None)])
+        raise ValueError(
+            f"evaluation.label = {label!r}: sample {sample_ids[found.index(None)]!r} has none; its "
+            f"labels are {', '.join(sorted(example)) or 'none at all'}"
+        )
+    return found
+
+
+def _share(correct: Tensor) -> float:
+    return float(correct.double().mean())
+
+
+def _mean(cosines: Sequence[Cosine]) -> Cosine:
+    columns = zip(*((each.baseline, each.init, each.final) for each in cosines), strict=True)
+    return Cosine(*(float(np.mean(column)) for column in columns))
