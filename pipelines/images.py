@@ -215,7 +215,9 @@ def _upright_size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _EXIF_TURNED
+            # The base class's: PNG's own decodes all pixels in search of EXIF data after them.
+            exif = Image.Image.getexif(image)
+            turned = exif.get(_EXIF_ORIENTATION, 1) in _EXIF_TURNED
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"{len(data)} bytes are in no image format known here") from error
     except _HEADER_ERRORS as error:

@@ -168,6 +168,7 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
     tasks = _tasks(stores, job.num_views)
     num_images = sum(len(shard) for _, _, shard in tasks)
     num_shards = 0
+    invalid = {id(store): _num_invalid(job, store) for store in stores}
     if tasks:
         with (
             _borrowed(pool, job) as workers,
@@ -178,10 +179,12 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
                 for store, record in zip(wanted, records, strict=True):
                     store.commit([record])
                     num_shards += 1
+                    invalid[id(store)] += record.num_invalid
                 progress.advance(len(shard))
-                _check_invalid(job, stores)
-    num_invalid = _check_invalid(job, stores)
-    return Extracted(num_shards, num_images, num_invalid, time.monotonic() - started)
+                _check_invalid(job, wanted, [invalid[id(store)] for store in wanted])
+    counts = [_num_invalid(job, store) for store in stores]
+    _check_invalid(job, stores, counts)
+    return Extracted(num_shards, num_images, sum(counts), time.monotonic() - started)
 
 
 def verify_stores(stores: Sequence[Store], deep: bool = True) -> list[Report]:
@@ -310,18 +313,20 @@ def _tasks(stores: Sequence[Store], num_views: int) -> list[tuple[list[Store], i
     return [(wanted[key], key[0], shards[key[1]]) for key in sorted(wanted)]
 
 
-def _check_invalid(job: CacheJob, stores: Sequence[Store]) -> int:
-    """Count the invalid rows of a job's stores; refuse more than their share of what is wanted."""
-    total = 0
-    for store in stores:
-        table = store.manifest().table()
-        ours = table["view"].to_numpy() < job.num_views
-        rows = (table["stop"].to_numpy() - table["start"].to_numpy())[ours]
-        invalid = int(rows.sum() - table["num_valid"].to_numpy()[ours].sum())
-        if invalid > job.extraction.max_failure_share * len(store.samples) * job.num_views:
-            _check_share(job, invalid, len(store.samples) * job.num_views, _reasons(store))
-        total += invalid
-    return total
+def _num_invalid(job: CacheJob, store: Store) -> int:
+    """Count the rows of the job's views that the manifest has as invalid."""
+    table = store.manifest().table()
+    ours = table["view"].to_numpy() < job.num_views
+    rows = (table["stop"].to_numpy() - table["start"].to_numpy())[ours]
+    return int(rows.sum() - table["num_valid"].to_numpy()[ours].sum())
+
+
+def _check_invalid(job: CacheJob, stores: Sequence[Store], counts: Sequence[int]) -> None:
+    """Refuse more invalid rows than their share of all rows that are wanted."""
+    for store, count in zip(stores, counts, strict=True):
+        wanted = len(store.samples) * job.num_views
+        if count > job.extraction.max_failure_share * wanted:
+            _check_share(job, count, wanted, _reasons(store))
 
 
 def _reasons(store: Store) -> list[str]:

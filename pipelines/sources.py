@@ -319,8 +319,8 @@ def _normalised(
     """Normalise tokens; rows that are not valid become zeros, since NaN times zero is NaN."""
     keep = torch.from_numpy(valid).to(summary.device)
     with torch.no_grad():
-        summary = normalisers.summary(summary)
-        patches = normalisers.patches(patches)
+        summary = normalisers.summary.to(summary.device)(summary)
+        patches = normalisers.patches.to(patches.device)(patches)
     if not valid.all():
         summary = torch.where(keep[:, None], summary, 0)
         patches = torch.where(keep[:, None, None, None], patches, 0)

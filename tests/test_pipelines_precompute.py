@@ -1,0 +1,338 @@
+"""Precomputing: the same features from any source, what is missing and no more, killed or not."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import precompute_child
+import psutil
+import pytest
+import torch
+from PIL import Image
+from pipelines_caches import (
+    HerePool,
+    build,
+    data_files,
+    job,
+    pictures,
+    teacher,
+    write_folder,
+    write_parquet,
+    write_tar,
+)
+
+from cache.errors import FingerprintMismatch, NotBuilt, StoreError
+from cache.reader import Reader
+from cache.store import find_stores, open_store
+from eupe.spec import CentreView
+from pipelines import jobs, precompute
+
+START_SECONDS = 120.0  # Ray, torch and a teacher on a busy machine
+END_SECONDS = 60.0  # Ray's processes after their driver's death
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Compute on one thread, as the actors of these tests do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(emoji):
+    return pictures(emoji, 24)
+
+
+def tokens(store, view: int = 0) -> dict[str, tuple[bytes, bytes]]:
+    """sample_id -> bytes of its summary and patches."""
+    reader = Reader(store, [view])
+    rows = np.concatenate([np.arange(s.start, s.stop) for s in reader.shards()])
+    summaries, patches = reader.summaries(rows, view), reader.take(rows, view)
+    return {
+        name: (summary.tobytes(), own.tobytes())
+        for name, summary, own in zip(reader.sample_ids(rows), summaries, patches, strict=True)
+    }
+
+
+def cut(data: bytes) -> bytes:
+    """A PNG whose header is whole and whose pixels are not."""
+    return data[: len(data) // 2]
+
+
+def test_folder_tar_and_parquet_give_the_same_features(tmp_path, images):
+    backwards = dict(reversed(images.items()))
+    sources = [
+        write_folder(tmp_path / "images", images),
+        write_tar(tmp_path / "images.tar", images),
+        write_parquet(tmp_path / "images.parquet", backwards),
+    ]
+    found = [
+        tokens(build(job(tmp_path / f"root-{number}", source))[0])
+        for number, source in enumerate(sources)
+    ]
+    assert len(found[0]) == len(images)
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_second_build_computes_nothing(tmp_path, images):
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+    stores = build(work)
+    before = data_files(tmp_path / "root")
+    assert precompute.extract_missing(work, stores).num_shards == 0  # and starts no Ray
+    assert precompute.index_samples(work).num_new == 0
+    assert data_files(tmp_path / "root") == before
+
+
+def test_a_lost_shard_alone_is_computed_again(tmp_path, images):
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+    (store,) = build(work)
+    before = data_files(tmp_path / "root")
+    (store.directory / "view-0000" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(NotBuilt, match="half built, 1 of 3 shards are missing"):
+        jobs.open_stores(work)
+    assert precompute.extract_missing(work, [store], HerePool(work)).num_shards == 1
+    assert data_files(tmp_path / "root") == before
+    assert jobs.open_stores(work)[0].spec == store.spec
+
+
+def test_growing_adds_files_and_changes_none(tmp_path, images):
+    source = write_folder(tmp_path / "images", dict(list(images.items())[:14]))
+    build(job(tmp_path / "root", source))
+    before = data_files(tmp_path / "root")
+    write_folder(tmp_path / "images", images)
+    more = job(
+        tmp_path / "root", source, num_views=2, teachers=(teacher((64, 96)),), compute_batch=5
+    )
+    small, large = build(more)
+    after = data_files(tmp_path / "root")
+    replaced = {path for path in before if after[path] != before[path]}
+    assert {Path(path).name for path in replaced} <= {"zarr.json", "HEAD"}
+    assert (small.provenance["compute_batch"], large.provenance["compute_batch"]) == (8, 5)
+    # The first build's compute batch is obeyed, so what is added equals one build of everything.
+    whole = job(tmp_path / "whole", source, num_views=2)
+    (at_once,) = build(whole)
+    for view in (0, 1):
+        assert tokens(small, view) == tokens(at_once, view)
+
+
+def test_an_image_that_is_cut_is_an_invalid_row(tmp_path, images):
+    first = next(iter(images))
+    source = write_folder(tmp_path / "images", {**images, first: cut(images[first])})
+    (store,) = build(job(tmp_path / "root", source, max_failure_share=0.1))
+    reader = Reader(store)
+    rows = np.arange(len(images))
+    bad = store.samples.rows_of([str(Path(first).with_suffix(""))])
+    assert set(rows[~reader.valid(rows)]) == set(bad)
+    assert "cannot be decoded" in reader.reasons(bad)[0]
+    assert np.isnan(reader.take(bad)).all()
+    assert np.isfinite(reader.take(np.setdiff1d(rows, bad))).all()
+
+
+def test_too_many_unusable_images_fail_the_build_and_lose_nothing(tmp_path, images):
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+    build(work)
+    before = data_files(tmp_path / "root")
+    write_folder(tmp_path / "images", {"even/empty.png": b"", "even/text.png": b"text"})
+    with pytest.raises(ValueError, match=r"2 of 26 .* max_failure_share = 0\.01 .*no bytes"):
+        precompute.index_samples(work)
+    assert data_files(tmp_path / "root") == before
+
+
+def test_too_many_invalid_rows_fail_the_build_every_time(tmp_path, images):
+    spoiled = {path: cut(data) if n < 6 else data for n, (path, data) in enumerate(images.items())}
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", spoiled))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\d of 24 .* unusable.*cannot be decoded"):
+            build(work)
+
+
+def test_left_out_images_are_listed_beside_the_samples(tmp_path, images):
+    source = write_folder(tmp_path / "images", {**images, "even/empty.png": b""})
+    found = precompute.index_samples(job(tmp_path / "root", source, max_failure_share=0.5))
+    assert found.failures["sample_id"].to_list() == ["even/empty"]
+    listed = (tmp_path / "root/emoji/failures.jsonl").read_text()
+    assert '"sample_id": "even/empty"' in listed
+    assert "no bytes" in listed
+
+
+def test_another_teacher_view_or_weights_is_another_store(tmp_path, images):
+    source = write_folder(tmp_path / "images", images)
+    (store,) = build(job(tmp_path / "root", source))
+    other = job(tmp_path / "root", source, teachers=(teacher(weights="random:1"),))
+    with pytest.raises(FingerprintMismatch, match=r"teacher\.weights"):
+        jobs.open_stores(other)
+    build(other)
+    build(job(tmp_path / "root", source, views=CentreView(canvas=64)))
+    assert len(find_stores(tmp_path / "root")) == 3
+    assert open_store(tmp_path / "root", store.spec).spec == store.spec
+
+
+def test_moments_are_those_of_the_stored_features(tmp_path, images):
+    source = write_folder(tmp_path / "images", images)
+    (store,) = build(job(tmp_path / "root", source, moments_samples=1000))
+    stored = Reader(store).take(np.arange(len(images))).reshape(-1, store.spec.patch_dim)
+    count, mean, scatter = store.moments()["patches"]
+    assert count == len(stored)
+    np.testing.assert_allclose(mean, stored.mean(0, dtype=np.float64), rtol=1e-9, atol=1e-12)
+    variance = stored.astype(np.float64).var(0)
+    np.testing.assert_allclose(np.diag(scatter) / count, variance, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_carry_the_digest_and_parameters_of_their_view(tmp_path, images):
+    source = write_folder(tmp_path / "images", images)
+    (store,) = build(job(tmp_path / "root", source, num_views=2))
+    reader = Reader(store, 2)
+    digests = {view: reader.view_digests(np.arange(24), view) for view in (0, 1)}
+    assert len(set(digests[0]) | set(digests[1])) == 48
+    assert '"blur_sigma"' in reader.parameters([3], 1)[0]
+
+
+def test_a_changed_image_is_refused_by_the_index(tmp_path, images):
+    source = write_folder(tmp_path / "images", images)
+    work = job(tmp_path / "root", source)
+    precompute.index_samples(work)
+    first = next(iter(images))
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(out, "PNG")
+    write_folder(tmp_path / "images", {first: out.getvalue()})
+    with pytest.raises(ValueError, match="no longer holds the image that was indexed"):
+        precompute.resolve_stores(work, HerePool(work))
+
+
+def test_a_resolution_the_teacher_does_not_take_is_refused(tmp_path, images):
+    work = job(
+        tmp_path / "root",
+        write_folder(tmp_path / "images", images),
+        teachers=(teacher((16,)),),
+    )
+    with pytest.raises(ValueError, match="at 16 px: wants at least"):
+        precompute.resolve_stores(work, HerePool(work))
+
+
+def test_an_extraction_without_samples_is_refused(tmp_path, images):
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+    with pytest.raises(StoreError, match="no samples here"):
+        precompute.resolve_stores(work, HerePool(work))
+
+
+@pytest.mark.ray
+def test_actors_do_what_this_process_does_and_outlive_a_kill(tmp_path, images, ray_cluster):
+    source = write_folder(tmp_path / "images", images)
+    settings = {"num_views": 2, "rows_per_shard": 3, "decode_threads": 1}
+    build(job(tmp_path / "here", source, **settings))
+    work = job(tmp_path / "there", source, actors=2, **settings)
+    precompute.index_samples(work)
+    with precompute.extractors(work) as pool:
+        stores = precompute.resolve_stores(work, pool)
+        victim = next(
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "ray::Extractor" in " ".join(process.info["cmdline"] or [])
+            and process.environ().get("EUPE_TEST_SESSION") == os.environ["EUPE_TEST_SESSION"]
+        )
+        victim.send_signal(signal.SIGKILL)
+        done = precompute.extract_missing(work, stores, pool)
+    assert done.num_shards == 16
+    assert data_files(tmp_path / "there") == data_files(tmp_path / "here")
+
+
+@pytest.mark.ray
+def test_what_an_actor_raises_arrives_as_it_is(tmp_path, images, ray_cluster):
+    source = write_folder(tmp_path / "images", images)
+    work = job(tmp_path / "root", source)
+    precompute.index_samples(work)
+    gone = Path(source.path) / next(iter(images))
+    gone.unlink()
+    with pytest.raises(ValueError, match=r"^sample .* cannot be read again: .*No such file"):
+        precompute.resolve_stores(work)
+    hungry = job(tmp_path / "root", source, cpus_per_actor=1000)
+    with pytest.raises(ValueError, match="an actor of 1000 CPUs and 0 GPUs fits no Ray node"):
+        precompute.resolve_stores(hungry)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_in_the_middle_a_build_ends_byte_for_byte_as_undisturbed(tmp_path, emoji):
+    parquet = tmp_path / "images.parquet"
+    write_parquet(parquet, pictures(emoji, precompute_child.COUNT))
+    killed = start(tmp_path / "killed", parquet)
+    try:
+        there = wait_for_shards(tmp_path / "killed", killed, precompute_child.SHARDS // 3)
+    finally:
+        killed.kill()
+        killed.wait()
+    wait_for_end_of(killed)
+    assert 0 < there < 2 * precompute_child.SHARDS
+    computed = finish(start(tmp_path / "killed", parquet))
+    assert 0 < computed <= 2 * precompute_child.SHARDS - there
+    finish(start(tmp_path / "undisturbed", parquet))
+    ours, theirs = data_files(tmp_path / "killed"), data_files(tmp_path / "undisturbed")
+    assert sorted(ours) == sorted(theirs)
+    assert [path for path in ours if ours[path] != theirs[path]] == []
+    assert not list((tmp_path / "killed").rglob(".tmp/*~*"))  # what the dead left was swept
+    work = precompute_child.killed_job(tmp_path / "killed", parquet)
+    precompute.verify_stores(jobs.open_stores(work))
+
+
+def start(root: Path, images: Path) -> subprocess.Popen[str]:
+    """Start a build with a mark of its own, inherited by every process it starts."""
+    return subprocess.Popen(
+        [sys.executable, precompute_child.__file__, str(root), str(images)],
+        env={**os.environ, "EUPE_TEST_BUILD": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    """Wait for a build; return the shards it computed."""
+    out, _ = process.communicate(timeout=START_SECONDS + END_SECONDS)
+    assert process.returncode == 0
+    return int(out.split()[-1])
+
+
+def wait_for_shards(root: Path, process: subprocess.Popen[str], wanted: int) -> int:
+    """Return once so many shards are committed, over all stores."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the build ended before it could be killed"
+        heads = [json.loads(head.read_bytes()) for head in root.glob("*/*/*/*/manifest/HEAD")]
+        there = sum(segment["rows"] for head in heads for segment in head["segments"])
+        if there >= wanted:
+            return there
+        time.sleep(0.02)
+    pytest.fail(f"no {wanted} shards after {START_SECONDS} s")
+
+
+def wait_for_end_of(driver: subprocess.Popen[str]) -> None:
+    """Let Ray's processes follow their driver; end by pid those that have not in a while."""
+    deadline = time.monotonic() + END_SECONDS
+    while left := offspring(driver):
+        if time.monotonic() > deadline:
+            for process in left:
+                process.kill()
+        psutil.wait_procs(left, timeout=0.5)
+
+
+def offspring(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Processes of the killed build, re-parented ones included."""
+    assert isinstance(driver.args, list)
+    root, found = driver.args[2], []
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.environ().get("EUPE_TEST_BUILD") == root
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(process)
+        except psutil.Error:  # gone meanwhile, or another user's
+            continue
+    return found
