@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.choice import chosen
 from flows.errors import one_sentence
 
 app = typer.Typer(
@@ -57,9 +56,10 @@ def cache_build(
     Kill it whenever you like: the same command goes on with the shards that are missing, and
     gives the same bytes.
     """
+    from pipelines import recipes
     from pipelines.precompute import build
 
-    built = build(chosen(recipe, overrides or []))
+    built = build(recipes.get(recipe, overrides or []))
     if not as_json:
         print(built)
         return
@@ -155,7 +155,11 @@ def cache_verify(
 
 def root_of(root: Path | None) -> Path:
     """Return the cache root the user named, or that of the demo."""
-    return root.resolve() if root else Path(chosen("demo", []).cache_root)
+    if root is not None:
+        return root.resolve()
+    from pipelines import recipes
+
+    return Path(recipes.get("demo").cache_root)
 
 
 def print_json(value: object) -> None:

@@ -9,14 +9,12 @@ checkpoint.
 import os
 import sys
 
-from prefect import flow, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows import artifacts
-from flows.choice import Overrides, RecipeName, chosen
 from flows.errors import BAD_INPUT
-from flows.ray_jobs import job_cluster, run_job
-from flows.teacher_cache import teacher_cache
+from flows.ray_jobs import run_job
 from pipelines.progress import Relay
 
 

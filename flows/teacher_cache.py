@@ -15,9 +15,9 @@ from prefect.cache_policies import NO_CACHE
 from cache.store import Store
 from cache.verify import Report
 from flows import artifacts
-from flows.choice import Overrides, RecipeName, chosen
 from flows.inspection import store_lines
-from pipelines import precompute
+from flows.parameters import Overrides, RecipeName
+from pipelines import precompute, recipes
 from pipelines.jobs import CacheJob, cache_jobs
 from pipelines.pool import Pool
 from pipelines.precompute import Built, Extracted, Indexed
@@ -69,7 +69,7 @@ def teacher_cache(
         StoreError: a store that cannot be used or written.
     """
     started = time.monotonic()
-    jobs = cache_jobs(chosen(recipe, overrides))
+    jobs = cache_jobs(recipes.get(recipe, overrides))
     indexed = [index_samples(job) for job in {job.dataset.name: job for job in jobs}.values()]
     extracted: dict[str, Extracted] = {}
     stores: list[Store] = []

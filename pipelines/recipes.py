@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pipelines.config import (
     StageConfig,
     StudentConfig,
     WorkersConfig,
+    override,
 )
 
 DEFAULT = "demo"
@@ -84,17 +85,21 @@ RECIPES[DEFAULT] = lambda: demo_stage2().model_copy(
 )
 
 
-def get(name: str) -> Recipe:
+def get(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of that name, its paths absolute.
 
+    Args:
+        name: of the recipe.
+        overrides: fields to change, path.to.field=value (see `config.override`).
+
     Raises:
-        ValueError: there is none, naming the nearest.
+        ValueError: there is none, naming the nearest; or an override does not fit.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(RECIPES))}"
         raise ValueError(f"no recipe {name!r}; {hint}")
-    return _placed(RECIPES[name](), home())
+    return _placed(override(RECIPES[name](), overrides), home())
 
 
 def home() -> Path:

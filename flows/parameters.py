@@ -1,0 +1,17 @@
+"""The parameters of flows: a recipe by name, and overrides of its fields."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipelines.config import Override
+
+RecipeName = Annotated[str, Field(description="name of a recipe", examples=["demo"])]
+Overrides = Annotated[
+    list[Override],
+    Field(
+        description="fields to change, path.to.field=value; stages, teachers and train sets are "
+        "addressed by name",
+        examples=[["stages.stage2.steps=50", "extraction.actors=2"]],
+    ),
+]
