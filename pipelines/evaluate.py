@@ -105,7 +105,7 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
     constants = Constants(models[FINAL].encoder.grid(recipe.evaluation.resolution))
     train = [dataset.name for dataset in recipe.train]
     held_out = recipe.held_out.name
-    sweeps = {name: _sweep(recipe, stage, name, feeds[name]) for name in (*train, held_out)}
+    sweeps = {name: sweep(recipe, stage, name, feeds[name]) for name in (*train, held_out)}
     total = sum(len(sweep) for sweep, _ in sweeps.values())
     with track(total, f"Evaluating {stage.stage}") as progress:
         banks = [
@@ -206,7 +206,7 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
     def figures(model: DistillationModel, done: int) -> dict[str, float]:
         for name in names:
             if name not in kept:
-                kept[name] = list(_sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1])
+                kept[name] = list(sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1])
         device = next(model.parameters()).device
         bank, queries = (look(kept[name], {FINAL: model}, opened, device=device) for name in names)
         known, asked = (
@@ -231,16 +231,18 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
     return figures
 
 
-def scales(recipe: Recipe, stage: StageConfig) -> Scales:
-    """Return the resolutions of an evaluation: the student's own, teachers' largest cached."""
-    teachers = {name: max(sides) for name, sides in stage.teacher_scales.items()}
-    return Scales(recipe.evaluation.resolution, teachers)
-
-
-def _sweep(
+def sweep(
     recipe: Recipe, stage: StageConfig, name: str, feed: Feed, limit: int | None = None
 ) -> tuple[np.ndarray, Batches]:
-    """Return the rows of a dataset, at most `limit` of them spread evenly, and their batches."""
+    """Return rows of a dataset's centre views, and batches that show each of them once.
+
+    Args:
+        recipe: the run.
+        stage: whose teachers are asked.
+        name: of the dataset.
+        feed: how it is read.
+        limit: at most so many rows, spread evenly; None for all.
+    """
     rows = np.concatenate([np.arange(s.start, s.stop) for s in feed.source.shards()])
     if limit is not None and len(rows) > limit:
         rows = rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
@@ -255,6 +257,12 @@ def _sweep(
         threads=recipe.workers.loader_threads,
         prefetch=recipe.workers.prefetch_batches,
     )
+
+
+def scales(recipe: Recipe, stage: StageConfig) -> Scales:
+    """Return the resolutions of an evaluation: the student's own, teachers' largest cached."""
+    teachers = {name: max(sides) for name, sides in stage.teacher_scales.items()}
+    return Scales(recipe.evaluation.resolution, teachers)
 
 
 def _labels(feed: Feed, sample_ids: Sequence[str], label: str) -> list[str]:

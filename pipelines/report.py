@@ -1,0 +1,180 @@
+"""The report of a run: summary.json for machines, report.html for people, one file each."""
+
+import importlib.resources
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jinja2
+import torch
+
+from pipelines import evaluate, figures, start, tracking
+from pipelines.config import Recipe, StageConfig
+from pipelines.evaluate import Cosine, Evaluation
+from pipelines.figures import TokenPicture
+from pipelines.jobs import cache_jobs, open_stores
+
+SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
+TEMPLATE = "report.html.j2"
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What a recipe's caches hold.
+
+    Attributes:
+        images: samples of the train and held-out sets.
+        rows: cached rows, each (sample, view) of each teacher and resolution counted.
+        bytes: of their committed files.
+    """
+
+    images: int
+    rows: int
+    bytes: int
+
+
+def caches(recipe: Recipe) -> Caches:
+    """Count what a recipe's caches hold.
+
+    Raises:
+        ValueError: weights that cannot be read.
+        StoreError: a store is absent or half built.
+    """
+    images: dict[str, int] = {}
+    rows = num_bytes = 0
+    for job in cache_jobs(recipe):
+        for store in open_stores(job):
+            images[job.dataset.name] = len(store.samples)
+            for record in store.manifest().records():
+                rows += record.stop - record.start
+                num_bytes += record.patches_bytes + record.rows_bytes
+    return Caches(sum(images.values()), rows, num_bytes)
+
+
+def summarise(
+    recipe: Recipe, held: Caches, evaluation: Evaluation, seconds: Mapping[str, float]
+) -> dict[str, object]:
+    """Return the figures of a run as plain data: the contents of summary.json.
+
+    Args:
+        recipe: the run.
+        held: what its caches hold.
+        evaluation: of the student.
+        seconds: step of the run -> how long it took, as its caller measured.
+    """
+    return {
+        "recipe": recipe.name,
+        "images": held.images,
+        "rows": held.rows,
+        "cache_bytes": held.bytes,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "training_steps": evaluation.step,
+        "knn_top1": {
+            "teacher": evaluation.knn_teacher,
+            "student_init": evaluation.knn_init,
+            "student_final": evaluation.knn_final,
+            "queries": evaluation.queries,
+            "p_value": evaluation.p_value,
+            "label": evaluation.label,
+            "k": evaluation.k,
+        },
+        "cosine": {
+            "summary": asdict(evaluation.summary),
+            "patches": asdict(evaluation.patches),
+        },
+    }
+
+
+def write(
+    recipe: Recipe,
+    stage: StageConfig,
+    evaluation: Evaluation,
+    seconds: Mapping[str, float],
+    device: str | torch.device = "cpu",
+) -> dict[str, object]:
+    """Write summary.json and report.html into the run directory; return the summary.
+
+    Args:
+        recipe: the run.
+        stage: the one that is reported.
+        evaluation: of its newest checkpoint.
+        seconds: step of the run -> how long it took, as its caller measured.
+        device: to draw patch tokens on.
+
+    Raises:
+        ValueError: no checkpoint, or weights that cannot be read.
+        StoreError: a cache cannot be read.
+    """
+    summary = summarise(recipe, caches(recipe), evaluation, seconds)
+    lines = tracking.read(start.stage_directory(recipe, stage) / tracking.METRICS_FILE)
+    page = render(
+        recipe,
+        summary,
+        evaluation,
+        figures.loss_curves(lines, stage.teachers),
+        figures.token_picture(recipe, stage, device),
+    )
+    recipe.directory.mkdir(parents=True, exist_ok=True)
+    evaluate.write(recipe.directory, evaluation)
+    _replace(recipe.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    _replace(recipe.directory / REPORT_FILE, page)
+    return summary
+
+
+def render(
+    recipe: Recipe,
+    summary: Mapping[str, object],
+    evaluation: Evaluation,
+    curves: str,
+    picture: TokenPicture,
+) -> str:
+    """Return the report as one HTML page that loads nothing from anywhere.
+
+    Args:
+        recipe: the run; printed in full at the end.
+        summary: as `summarise` returns it.
+        evaluation: of the student.
+        curves: an <svg> element.
+        picture: patch tokens as colours.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(
+        percent=lambda share: f"{100 * share:.1f} %",
+        cosine=lambda value: f"{value:.3f}",
+        signed=lambda value: f"{value:+.3f}",
+        size=_size,
+    )
+    source = importlib.resources.files("pipelines").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        recipe=recipe,
+        summary=summary,
+        evaluation=evaluation,
+        kinds={"summary": evaluation.summary, "patches": evaluation.patches},
+        bar=_bar,
+        significant=evaluation.p_value < SIGNIFICANT,
+        curves=curves,
+        picture=picture,
+        configuration=json.dumps(recipe.model_dump(mode="json"), indent=2),
+    )
+
+
+def _bar(cosine: Cosine) -> dict[str, float]:
+    """Return where a cosine's three marks stand on a scale from 0 to 1, in per cent."""
+    return {name: 100 * min(max(value, 0.0), 1.0) for name, value in asdict(cosine).items()}
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,70 @@
+"""The commands `stage1`, `stage2` and `stage3`: one stage of a recipe, from its caches."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from cache.errors import StoreError
+from pipelines import config, evaluate, launch, recipes
+from pipelines.config import StageName
+from pipelines.train import StageResult
+
+BAD_INPUT = 2
+BUILT: tuple[StageName, ...] = ("stage2",)
+
+
+def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -> int:
+    """Train a stage and return the exit code: 0 done, 2 bad input in one sentence on stderr.
+
+    Args:
+        name: of the stage.
+        default: recipe trained when none is named.
+        arguments: of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description=f"Train {name} of a recipe from its caches, going on from its newest "
+        "checkpoint. Relative paths of recipes are below $EUPE_HOME, which is the working folder "
+        "unless set.",
+    )
+    parser.add_argument("--recipe", default=default, help=f"name of a recipe (default: {default})")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="PATH=VALUE",
+        action="append",
+        default=[],
+        help=f"change a field of the recipe, e.g. stages.{name}.steps=50; may be given many times",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    asked = parser.parse_args(arguments)
+    if name not in BUILT:
+        print(f"{name} is not built yet; stage2 trains from the teachers' caches", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        recipe = config.override(recipes.get(asked.recipe), asked.overrides)
+        done = launch.train(recipe, recipe.stage(name), make_evaluate=evaluate.hook)
+    except (ValueError, StoreError) as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    described = describe(done)
+    if asked.json:
+        print(json.dumps(described, indent=2))
+    else:
+        for key, value in described.items():
+            print(f"{key:>18}  {value}")
+    return 0
+
+
+def describe(done: StageResult) -> dict[str, str | int | float]:
+    """Return what a stage did, as plain data."""
+    return {
+        "checkpoint": str(done.checkpoint.directory),
+        "steps": done.checkpoint.step,
+        "resumed_from": done.first_step,
+        "seconds": round(done.seconds, 1),
+        "images_per_second": round(done.images_per_second, 1),
+        "data_wait_share": round(done.wait_share, 3),
+        "invalid_rows": done.invalid_rows,
+    }
