@@ -217,12 +217,7 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
         elif spec.summary != "attention_pool":
             arguments.setdefault("num_classes", 0)
         return _timm_network(spec.architecture, arguments)
-    if spec.library == "open_clip":
-        return _open_clip_tower(spec.architecture, spec.model_arguments)
-    raise ValueError(
-        f"library {spec.library!r} of {spec.architecture}: wants timm or open_clip; a checkpoint "
-        "of ours is a timm encoder with weights checkpoint:<directory>"
-    )
+    return _open_clip_tower(spec.architecture, spec.model_arguments)
 
 
 def _timm_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:

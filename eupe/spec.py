@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from eupe import fingerprint as fp
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Library = Literal["timm", "open_clip", "eupe"]
+Library = Literal["timm", "open_clip"]
 SummaryKind = Literal["class_token", "attention_pool", "average_pool", "mean_patches"]
 CodecName = Literal["float32", "float16", "bfloat16", "int8", "rot4", "rot3", "rot2"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", max_length=80)]
@@ -80,7 +80,7 @@ class AugmentedView(Spec):
             if not 0 < low <= high:
                 raise ValueError(f"{field} = ({low}, {high}): wants 0 < low <= high")
         if self.crop_area[1] > 1:
-            raise ValueError(f"crop_area = {self.crop_area}: a crop is at most the whole picture, 1")
+            raise ValueError(f"crop_area = {self.crop_area}: wants at most 1, the whole picture")
         return self
 
 
@@ -92,7 +92,7 @@ class EncoderSpec(Spec):
 
     `pixel_mean` and `pixel_std` are on the [0, 1] scale. `layer` is None for the final features;
     for a CNN the stride of the intermediate map to take as patches (16, say), for a ViT the index
-    of a block.
+    of a block. A checkpoint of ours is the timm encoder it was trained as, with its weights.
     """
 
     library: Library = "timm"
@@ -121,7 +121,7 @@ class CodecSpec(Spec):
 
 
 class StoreSpec(Spec):
-    """One feature store: every (sample, view) of a dataset through one teacher at one resolution."""
+    """One feature store: every (sample, view) of a dataset through a teacher at one resolution."""
 
     format: Literal[1] = 1
     dataset: DatasetSpec

@@ -294,7 +294,6 @@ def test_autocast_and_bfloat16_training_step_are_finite():
             {"architecture": "vit_tiny_patch16_dinov3_qkvb", "model_arguments": {"deth": 1}},
             "refuses .*deth",
         ),
-        ({"architecture": "eupe_vitt16", "library": "eupe"}, "wants timm or open_clip"),
     ],
 )
 def test_a_spec_that_cannot_be_built_is_refused(spec, reason):
