@@ -1,0 +1,173 @@
+"""Checkpoints: whole or absent, exact, refused when of another run, the right ones kept."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eupe.spec import EncoderSpec
+from eupe.students import build_student
+from eupe.weights import CHECKPOINT_FILE, load_state_dict
+from pipelines import checkpoint
+from pipelines.checkpoint import Contents
+
+ENCODER = EncoderSpec(
+    architecture="vit_tiny_patch16_dinov3_qkvb",
+    model_arguments={"embed_dim": 32, "depth": 1, "num_heads": 2},
+)
+
+
+def contents(step: int, score: float | None = None, **changes: object) -> Contents:
+    generator = torch.Generator().manual_seed(step)
+    values = Contents(
+        step=step,
+        identity={"seed": 1, "stage": {"optimizer": {"lr": 0.1}}},
+        pins={"noise/centre": 3},
+        encoder={"weight": torch.randn(2, 3, generator=generator)},
+        heads={"near.summary.0.weight": torch.ones(2)},
+        normalisers={"near.summary.mean": torch.zeros(4)},
+        state={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}},
+        score=score,
+        recipe={"name": "small"},
+    )
+    return dataclasses.replace(values, **changes)
+
+
+def steps(directory: Path) -> list[int]:
+    return [found.step for found in checkpoint.find(directory)]
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    given_contents = contents(7, score=0.25)
+    saved = checkpoint.save(tmp_path, given_contents, keep=1)
+    found = checkpoint.require(tmp_path)
+    assert found == saved
+    assert (found.step, found.score, found.pins) == (7, 0.25, {"noise/centre": 3})
+    assert found.recipe == {"name": "small"}
+    assert torch.equal(found.encoder()["weight"], given_contents.encoder["weight"])
+    assert torch.equal(found.heads()["near.summary.0.weight"], torch.ones(2))
+    assert torch.equal(found.normalisers()["near.summary.mean"], torch.zeros(4))
+    assert found.state()["optimizer"]["state"][0]["step"] == 3
+
+
+def test_a_checkpoint_is_a_weights_uri(tmp_path):
+    student = build_student(ENCODER, seed=3)
+    saved = checkpoint.save(tmp_path, contents(1, encoder=student.network.state_dict()), keep=1)
+    loaded = load_state_dict(f"checkpoint:{saved.directory}", ENCODER)
+    for name, value in student.network.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_no_checkpoint_is_none_and_requiring_one_says_so(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.best(tmp_path) is None
+    with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
+        checkpoint.require(tmp_path)
+
+
+@settings(deadline=None)  # it writes to a disk, which takes as long as it takes
+@given(
+    scores=st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=6),
+    keep=st.integers(1, 3),
+)
+def test_the_newest_and_the_best_are_kept(tmp_path_factory, scores, keep):
+    directory = tmp_path_factory.mktemp("kept")
+    for step, score in enumerate(scores, start=1):
+        checkpoint.save(directory, contents(step, score), keep)
+    newest = set(range(1, len(scores) + 1)[-keep:])
+    known = [score for score in scores if score is not None]
+    kept = set(steps(directory))
+    assert newest <= kept
+    assert len(kept - newest) <= 1
+    champion = checkpoint.best(directory)
+    assert (champion is None) == (not known)
+    if champion is not None:
+        assert champion.score == max(known)
+
+
+def test_a_save_cut_off_anywhere_is_not_seen_and_does_not_hinder_the_next(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, contents(1), keep=2)
+    for function in ("save_file", "_sync"):
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, function, stop_at_third_call())
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save(tmp_path, contents(2), keep=2)
+        assert steps(tmp_path) == [1]
+    checkpoint.save(tmp_path, contents(2), keep=2)
+    assert steps(tmp_path) == [1, 2]
+    assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+    ]
+
+
+def stop_at_third_call():
+    calls = []
+
+    def stopping(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    return stopping
+
+
+def test_the_same_step_again_replaces_it(tmp_path):
+    checkpoint.save(tmp_path, contents(4), keep=1)
+    other = torch.full((2, 3), 5.0)
+    checkpoint.save(tmp_path, contents(4, encoder={"weight": other}), keep=1)
+    assert torch.equal(checkpoint.require(tmp_path).encoder()["weight"], other)
+
+
+def test_another_run_is_refused_field_by_field(tmp_path):
+    saved = checkpoint.save(tmp_path, contents(1), keep=1)
+    saved.check({"seed": 1, "stage": {"optimizer": {"lr": 0.1}}})
+    with pytest.raises(ValueError, match=r"seed: 2 != 1; stage\.optimizer\.lr: 0\.2 != 0\.1"):
+        saved.check({"seed": 2, "stage": {"optimizer": {"lr": 0.2}}})
+
+
+def test_a_long_difference_is_cut_and_counted(tmp_path):
+    many = {f"field{number:02d}": 0 for number in range(20)}
+    saved = checkpoint.save(tmp_path, contents(1, identity=many), keep=1)
+    with pytest.raises(ValueError, match="and 8 more"):
+        saved.check(dict.fromkeys(many, 1))
+
+
+def test_tuples_of_a_recipe_equal_the_lists_they_become(tmp_path):
+    saved = checkpoint.save(tmp_path, contents(1, identity={"scales": (1, 2)}), keep=1)
+    saved.check({"scales": (1, 2)})
+
+
+def test_training_state_is_never_unpickled(tmp_path):
+    saved = checkpoint.save(tmp_path, contents(1), keep=1)
+    target = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (target,))
+
+    (saved.directory / checkpoint.STATE).write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(ValueError, match="is no training state"):
+        saved.state()
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (checkpoint.CONFIG, b"{", "cannot be read"),
+        (checkpoint.CONFIG, json.dumps({"format": 99}).encode(), "checkpoint format 99"),
+        (CHECKPOINT_FILE, b"short", "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    saved = checkpoint.save(tmp_path, contents(1), keep=1)
+    (saved.directory / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        checkpoint.require(tmp_path).encoder()
+    assert str(saved.directory / name) in str(refused.value)
