@@ -102,6 +102,9 @@ class Encoder(nn.Module):
         Raises:
             ValueError: the network does not take that resolution.
         """
+        self.check_resolution(resolution)
+        if (patch := self.patch_size) is not None:
+            return resolution // patch, resolution // patch
         _, rows, columns, _ = self._shape(resolution).patches.shape
         return rows, columns
 

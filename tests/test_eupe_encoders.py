@@ -1,5 +1,8 @@
 """Encoders: the family and the paper's teachers at real width, tokens as the networks mean them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -270,6 +273,27 @@ def test_autocast_and_bfloat16_training_step_are_finite():
         features = student(pictures(32, batch=2))
     (features.summary.float().square().mean() + features.patches.float().mean()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+
+
+ONE_GRAPH = """
+import torch
+from eupe.heads import DistillationModel
+from eupe.students import FAMILY, build_student
+
+pixels = torch.arange(3 * 64 * 64).remainder(256).view(1, 3, 64, 64).to(torch.uint8)
+for name in ("eupe_vitt16", "eupe_convnext_tiny"):
+    model = DistillationModel(build_student(FAMILY[name]), {"a.b": (8, 8)}, hidden=8).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        (ours, heads), (theirs, compiled_heads) = model(pixels), compiled(pixels)
+    for a, b in zip((*ours, *heads["a.b"]), (*theirs, *compiled_heads["a.b"]), strict=True):
+        assert torch.equal(a, b), name
+"""
+
+
+def test_the_forward_pass_is_one_graph_for_compile():
+    """As users run it: in a process without the shape checks, which a compiler cannot trace."""
+    subprocess.run([sys.executable, "-c", ONE_GRAPH], check=True)
 
 
 # What is refused.
