@@ -8,7 +8,7 @@ from pipelines_caches import job, teacher
 from pipelines import precompute
 from pipelines.config import SourceConfig
 
-VIEWS = 3
+VIEWS = 2
 ROWS_PER_SHARD = 4
 COUNT = 60
 SHARDS = VIEWS * COUNT // ROWS_PER_SHARD

@@ -1,0 +1,237 @@
+"""Parity: training from a cache is training with the teacher in the loop (DESIGN.md, law 8).
+
+Stage 2 for 20 steps on real images with a real teacher: two views each, accumulation over two
+micro-batches, four epochs. The cached run reads features that were computed beforehand, in other
+batches, in another order; every loss must be the one of the run whose teacher computes live.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pipelines_caches import COMPUTE_BATCH, HerePool, pictures, teacher, write_parquet
+
+from cache import layout
+from cache.errors import StoreError
+from cache.reader import Reader
+from cache.store import Store
+from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
+from eupe.teachers import load_teacher
+from pipelines import inputs, precompute, tracking
+from pipelines.batches import Feed
+from pipelines.config import (
+    DatasetConfig,
+    EvaluationConfig,
+    ExtractionConfig,
+    OptimizerConfig,
+    Recipe,
+    StageConfig,
+    StudentConfig,
+    WorkersConfig,
+)
+from pipelines.images import ImageReader
+from pipelines.jobs import CacheJob, cache_jobs, open_stores
+from pipelines.sources import LiveSource, Raw, Resolutions
+from pipelines.train import train_stage
+
+STEPS, IMAGES, SIDE = 20, 40, 64
+OTHER_BATCH = 5
+OTHER_BATCH_RTOL = 1e-4  # composed modules; kernels may sum in another order for another batch
+FLOAT16_RTOL = 1e-3  # 11 bits: each feature within 4.9e-4 of itself
+BFLOAT16_RTOL = 1e-2  # 8 bits: within 3.9e-3
+
+NETWORK = EncoderSpec(
+    architecture="vit_tiny_patch16_dinov3_qkvb",
+    model_arguments={"embed_dim": 48, "depth": 2, "num_heads": 2},
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """One thread: on a busy machine the losses must not hang on who gets which core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, emoji) -> Path:
+    path = tmp_path_factory.mktemp("images") / "emoji.parquet"
+    write_parquet(path, pictures(emoji, IMAGES))
+    return path
+
+
+def recipe(root: Path, images: Path, codec: CodecName) -> Recipe:
+    source = {"kind": "parquet", "path": str(images), "label_columns": ("label",)}
+    stage = StageConfig(
+        stage="stage2",
+        teachers=("lite0",),
+        teacher_scales={"lite0": (SIDE,)},
+        student_scales=(SIDE,),
+        steps=STEPS,
+        global_batch=8,
+        micro_batch=4,
+        head_hidden=64,
+        optimizer=OptimizerConfig(lr=1e-3),
+        warmup_steps=2,
+        precision="float32",
+        log_every=1,
+        checkpoint_every=STEPS,
+    )
+    return Recipe(
+        name="parity",
+        run_directory=str(root / "run"),
+        cache_root=str(root),
+        seed=3,
+        train=(DatasetConfig(name="emoji", source=source),),
+        held_out=DatasetConfig(name="held-out", source=source),
+        views=AugmentedView(seed=11, canvas=SIDE),
+        num_views=2,
+        held_out_views=CentreView(canvas=SIDE),
+        teachers=(teacher((SIDE,), codec),),
+        student=StudentConfig(name="student", encoder=NETWORK),
+        stages=(stage,),
+        extraction=ExtractionConfig(
+            rows_per_shard=12, moments_samples=IMAGES, compute_batch=COMPUTE_BATCH
+        ),
+        workers=WorkersConfig(loader_threads=2, prefetch_batches=3),
+        evaluation=EvaluationConfig(resolution=SIDE),
+    )
+
+
+def training_job(run: Recipe) -> CacheJob:
+    return next(job for job in cache_jobs(run) if job.views == run.views)
+
+
+def cached(root: Path, images: Path, codec: CodecName) -> Recipe:
+    """Build a recipe's training cache in this process."""
+    run = recipe(root, images, codec)
+    job = training_job(run)
+    precompute.index_samples(job)
+    pool = HerePool(job)
+    precompute.extract_missing(job, precompute.resolve_stores(job, pool), pool)
+    return run
+
+
+@pytest.fixture(scope="module")
+def float32(tmp_path_factory, images) -> Recipe:
+    return cached(tmp_path_factory.mktemp("float32"), images, "float32")
+
+
+@pytest.fixture
+def spoilt(tmp_path, images, float32) -> tuple[Recipe, Store]:
+    """Give a copy of the float32 cache, to be damaged."""
+    shutil.copytree(float32.cache_root, tmp_path, dirs_exist_ok=True)
+    run = recipe(tmp_path, images, "float32")
+    (store,) = open_stores(training_job(run))
+    return run, store
+
+
+def losses(run: Recipe, given: inputs.Inputs, directory: Path) -> list[float]:
+    train_stage(run, run.stages[0], given, directory)
+    lines = tracking.read(directory / tracking.METRICS_FILE)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss/total"] for line in lines]
+
+
+def from_cache(run: Recipe, directory: Path) -> list[float]:
+    return losses(run, inputs.from_caches(run, run.stages[0]), directory)
+
+
+def live(run: Recipe, compute_batch: int) -> inputs.Inputs:
+    """Return the inputs of a run whose teacher is in the loop, normalised as the cached run's."""
+    (store,), stage, config = open_stores(training_job(run)), run.stages[0], run.teachers[0]
+    normalisers = inputs.normalisers_of(stage, [[store]])
+    source = LiveSource(
+        {"lite0": load_teacher("lite0", config.encoder, config.weights)},
+        store.samples,
+        ImageReader(),
+        run.views,
+        normalisers,
+        compute_batch,
+    )
+    feeds = {"emoji": Feed(source, ImageReader(), run.views)}
+    return inputs.of_feeds(run, stage, feeds, normalisers, {})
+
+
+@pytest.fixture(scope="module")
+def live_losses(float32, tmp_path_factory) -> list[float]:
+    return losses(float32, live(float32, COMPUTE_BATCH), tmp_path_factory.mktemp("live"))
+
+
+def check_equal(ours: Sequence[float], theirs: Sequence[float]) -> None:
+    assert list(ours) == list(theirs)
+
+
+def test_a_float32_cache_gives_the_losses_of_the_live_teacher(float32, live_losses, tmp_path):
+    check_equal(from_cache(float32, tmp_path), live_losses)
+    assert live_losses[-1] < 0.9 * live_losses[0]  # something was learnt, so something is compared
+
+
+def test_another_compute_batch_agrees(float32, live_losses, tmp_path):
+    other = losses(float32, live(float32, OTHER_BATCH), tmp_path)
+    np.testing.assert_allclose(other, live_losses, rtol=OTHER_BATCH_RTOL, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("codec", "rtol"), [("float16", FLOAT16_RTOL), ("bfloat16", BFLOAT16_RTOL)]
+)
+def test_a_narrower_codec_stays_within_its_bound(codec, rtol, images, live_losses, tmp_path):
+    narrow = from_cache(cached(tmp_path, images, codec), tmp_path / "run")
+    np.testing.assert_allclose(narrow, live_losses, rtol=rtol, atol=0)
+    with pytest.raises(AssertionError):  # it is narrower: the comparison can tell
+        check_equal(narrow, live_losses)
+
+
+def test_two_swapped_rows_are_noticed(spoilt, live_losses, tmp_path):
+    run, store = spoilt
+    path = layout.patches_file(store.directory, 0, 0)
+    size = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
+    whole = path.read_bytes()
+    path.write_bytes(whole[size : 2 * size] + whole[:size] + whole[2 * size :])
+    with pytest.raises(AssertionError):
+        check_equal(from_cache(run, tmp_path / "run"), live_losses)
+
+
+def test_one_view_in_the_place_of_another_is_noticed(spoilt, live_losses, tmp_path):
+    run, store = spoilt
+    first, second = (layout.patches_file(store.directory, view, 1) for view in (0, 1))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(AssertionError):
+        check_equal(from_cache(run, tmp_path / "run"), live_losses)
+
+
+def test_one_wrong_view_number_is_refused(float32, tmp_path):
+    class OffByOne:
+        """A source that reads the wrong view of one sample."""
+
+        def __init__(self, source: object) -> None:
+            self._source = source
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._source, name)
+
+        def fetch(
+            self,
+            sample_ids: Sequence[str],
+            view_numbers: np.ndarray,
+            resolutions: Resolutions,
+            canvases: np.ndarray | None = None,
+        ) -> Raw:
+            wrong = np.where(np.array(sample_ids) == sample_ids[0], 1 - view_numbers, view_numbers)
+            return self._source.fetch(sample_ids, wrong, resolutions, canvases)  # type: ignore[attr-defined]
+
+    stage = float32.stages[0]
+    (store,) = open_stores(training_job(float32))
+    normalisers = inputs.normalisers_of(stage, [[store]])
+    feed = inputs.CachedSource({("lite0", SIDE): Reader(store, 2)}, normalisers)
+    right = Feed(feed, ImageReader(), float32.views)
+    wrong = dataclasses.replace(right, source=OffByOne(feed))
+    given = inputs.of_feeds(float32, stage, {"emoji": wrong}, normalisers, {})
+    with pytest.raises(StoreError, match=r"view \d of sample '.*' renders as .* when cached"):
+        losses(float32, given, tmp_path)
