@@ -8,6 +8,11 @@ One record a row of the shard, in row order:
     view_digest  string                 of the view's canvas pixels; null if there was no canvas
     parameters   string                 of the view, JSON; null likewise
     summary      float32 [D]            always full precision
+
+and, in stores of a quantised codec, the tokens it serves badly (cache/quantised.py):
+
+    escape_token   list of int32        places of the row's escaped tokens, rising
+    escape_values  list of float32      their features, one token after the other
 """
 
 from collections.abc import Sequence
@@ -17,12 +22,19 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cache import arrow_tables
+from cache.encoded import Escapes
 
 Floats = npt.NDArray[np.float32]
 
 
-def schema(summary_dim: int) -> pa.Schema:
-    """Return the schema for summaries of that width."""
+ESCAPE_FIELDS = (
+    ("escape_token", pa.list_(pa.int32())),
+    ("escape_values", pa.list_(pa.float32())),
+)
+
+
+def schema(summary_dim: int, escapes: bool = False) -> pa.Schema:
+    """Return the schema for summaries of that width, with or without columns of escapes."""
     return pa.schema(
         [
             ("sample_id", pa.string()),
@@ -31,6 +43,7 @@ def schema(summary_dim: int) -> pa.Schema:
             ("view_digest", pa.string()),
             ("parameters", pa.string()),
             ("summary", pa.list_(pa.float32(), summary_dim)),
+            *(ESCAPE_FIELDS if escapes else ()),
         ]
     )
 
@@ -87,6 +100,30 @@ def make(
         ],
         schema=schema(summary.shape[1]),
     )
+
+
+def with_escapes(table: pa.Table, escapes: Escapes) -> pa.Table:
+    """Return a table with the columns of escapes; those of invalid rows are left out."""
+    kept = valid(table)[escapes.row]
+    rows, dim = escapes.row[kept], escapes.values.shape[1]
+    counts = np.bincount(rows, minlength=table.num_rows)
+    offsets = np.concatenate(([0], np.cumsum(counts)))
+    lists = (
+        (offsets, escapes.token[kept].astype(np.int32)),
+        (offsets * dim, escapes.values[kept].reshape(-1)),
+    )
+    for (name, kind), (starts, values) in zip(ESCAPE_FIELDS, lists, strict=True):
+        column = pa.ListArray.from_arrays(
+            arrow_tables.from_numpy(starts.astype(np.int32)), arrow_tables.from_numpy(values)
+        )
+        table = table.append_column(pa.field(name, kind), column.cast(kind))
+    return table
+
+
+def escapes_of(table: pa.Table, row: int, dim: int) -> tuple[npt.NDArray[np.int32], Floats]:
+    """Return the escaped tokens of one row: places [k] and values [k, D]."""
+    tokens = table["escape_token"][row].values.to_numpy()
+    return tokens, table["escape_values"][row].values.to_numpy().reshape(-1, dim)
 
 
 def summaries(table: pa.Table) -> Floats:

@@ -5,31 +5,19 @@ normaliser) is another matter (law 9).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from cache.encoded import Encoded, Escapes, Floats, Moments
+from cache.quantised import BITS, FIT, QuantisedCodec
 from eupe.spec import CodecSpec
 
-Floats = npt.NDArray[np.float32]
-Moments = tuple[int, npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""count, mean [D], scatter [D, D] (sum of outer products of deviations)."""
+__all__ = ["Codec", "Encoded", "Escapes", "Moments", "PlainCodec", "default_codec", "make_codec"]
 
+PLAIN = ("float32", "float16", "bfloat16")
 BFLOAT16_NAN = 0x7FC0
-
-
-class Encoded(NamedTuple):
-    """Patches as stored.
-
-    data: [n, *storage_shape] in storage dtype.
-    valid: bool [n].
-    reasons: n entries, None where valid, else why the row cannot be stored.
-    """
-
-    data: npt.NDArray[np.generic]
-    valid: npt.NDArray[np.bool_]
-    reasons: list[str | None]
 
 
 class Codec(Protocol):
@@ -48,6 +36,11 @@ class Codec(Protocol):
         """What absent rows read as, in Zarr's JSON form."""
         ...
 
+    @property
+    def has_escapes(self) -> bool:
+        """Whether tokens may be kept beside the codes."""
+        ...
+
     def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
         """Shape of one row of the Zarr array."""
         ...
@@ -56,8 +49,8 @@ class Codec(Protocol):
         """Encode float32 [n, N, D]."""
         ...
 
-    def decode(self, data: npt.NDArray[np.generic]) -> Floats:
-        """Decode [n, *storage_shape] to float32 [n, N, D]."""
+    def decode(self, data: npt.NDArray[np.generic], escapes: Escapes | None = None) -> Floats:
+        """Decode [n, *storage_shape], with the escapes of those rows, to float32 [n, N, D]."""
         ...
 
     def to_json_dict(self) -> dict[str, object]:
@@ -81,6 +74,11 @@ class PlainCodec:
         """NaN, for bfloat16 its bits."""
         return BFLOAT16_NAN if self.name == "bfloat16" else "NaN"
 
+    @property
+    def has_escapes(self) -> bool:
+        """No: what does not fit makes its row invalid."""
+        return False
+
     def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
         """Return (N, D): a row is stored as it is."""
         return num_tokens, dim
@@ -97,10 +95,10 @@ class PlainCodec:
             with np.errstate(over="ignore"):
                 data = patches.astype(self.storage_dtype)
         valid, reasons = _judge(patches, self.decode(data), self.name)
-        return Encoded(data, valid, reasons)
+        return Encoded(data, valid, reasons, Escapes.none(patches.shape[-1]))
 
-    def decode(self, data: npt.NDArray[np.generic]) -> Floats:
-        """Widen [n, N, D] to float32; absent rows become NaN."""
+    def decode(self, data: npt.NDArray[np.generic], escapes: Escapes | None = None) -> Floats:
+        """Widen [n, N, D] to float32; absent rows become NaN, there are no escapes."""
         if self.name == "bfloat16":
             return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return data.astype(np.float32)
@@ -114,11 +112,11 @@ def default_codec(name: str) -> CodecSpec:
     """Return the spec of a codec by name, with the rule that fits its scaling.
 
     Raises:
-        ValueError: no codec has that name, or it is not built yet.
+        ValueError: no codec has that name.
     """
-    if name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"codec = {name!r}: wants float32, float16 or bfloat16")
-    return CodecSpec(name=name, fit=None)  # type: ignore[arg-type]
+    if name not in (*PLAIN, *BITS):
+        raise ValueError(f"codec = {name!r}: wants one of {', '.join((*PLAIN, *BITS))}")
+    return CodecSpec(name=name, fit=FIT if name in BITS else None)  # type: ignore[arg-type]
 
 
 def make_codec(spec: CodecSpec, moments: Moments | None = None) -> Codec:
@@ -134,7 +132,11 @@ def make_codec(spec: CodecSpec, moments: Moments | None = None) -> Codec:
     if spec != default_codec(spec.name):
         rule = default_codec(spec.name).fit
         raise ValueError(f"codec {spec.name}: fit = {spec.fit!r}, this version knows {rule!r}")
-    return PlainCodec(spec.name)
+    if spec.fit is None:
+        return PlainCodec(spec.name)
+    if moments is None:
+        raise ValueError(f"codec {spec.name}: is fitted to the moments of the patches; give them")
+    return QuantisedCodec.fitted(spec.name, moments)
 
 
 def _to_bfloat16(values: Floats) -> npt.NDArray[np.uint16]:

@@ -12,8 +12,10 @@ from typing import Literal, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache import arrow_shard, arrow_tables, layout
+from cache.encoded import Escapes
 from cache.errors import Corrupt, MissingSamples, NotBuilt, StoreError
 from cache.mapped import Recent
 from cache.samples import Rows, ShardRange
@@ -36,6 +38,9 @@ class _Table:
         self.table = table
         self.valid = arrow_shard.valid(table)
         self.summary = arrow_shard.summaries(table)
+        if "escape_token" in table.schema.names:
+            lengths = pc.list_value_length(table["escape_token"])
+            self.num_escapes: npt.NDArray[np.int32] = lengths.to_numpy()
 
 
 class _Piece(NamedTuple):
@@ -185,6 +190,27 @@ class Reader:
             out[places] = self._tables.get(view, shard).valid[inside]
         return out
 
+    def escapes(self, rows: Sequence[int] | Rows, views: Views = 0) -> Escapes:
+        """Return the escaped tokens of a batch, by place in the batch; what decode wants."""
+        asked = np.asarray(rows, np.int64)
+        dim = self.store.spec.patch_dim
+        parts, places_of = [Escapes.none(dim)], [0]
+        if self.store.codec.has_escapes:
+            for view, shard, places, inside in self._groups(asked, views):
+                table = self._tables.get(view, shard)
+                for place, local in zip(places.tolist(), inside.tolist(), strict=True):
+                    if table.num_escapes[local]:
+                        token, values = arrow_shard.escapes_of(table.table, local, dim)
+                        parts.append(Escapes(np.zeros(len(token), np.int64), token, values))
+                        places_of.append(place)
+        return Escapes.joined(parts, places_of)
+
+    def decoded(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.float32]:
+        """Return features as float32 [n, N, D], escapes put in; NaN for invalid rows."""
+        out = self.store.codec.decode(self.take(rows, views), self.escapes(rows, views))
+        out[~self.valid(rows, views)] = np.nan
+        return out
+
     def view_digests(self, rows: Sequence[int] | Rows, views: Views = 0) -> list[str | None]:
         """Return the digest of each view's canvas, None where there was no canvas."""
         return self._texts("view_digest", rows, views)
@@ -264,19 +290,20 @@ class Reader:
         if lowest < 0 or highest >= num_shards * per_shard:
             row = lowest if lowest < 0 else highest
             raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
-        key = rows + self._positions(views) * (num_shards * per_shard)
-        order = np.argsort(key, kind="stable")
-        ordered = key[order]
-        cells = ordered // per_shard  # a cell is a shard of a view
+        shards, inside = np.divmod(rows, per_shard)
+        cells = shards + self._positions(views) * num_shards  # a cell is a shard of a view
+        absent = inside >= self._lengths.reshape(-1)[cells]
+        if absent.any():
+            place = int(absent.argmax())
+            position, shard = divmod(int(cells[place]), num_shards)
+            self._refuse(self.views[position], shard, int(rows[place]))
+        order = np.argsort(cells, kind="stable")  # places stay in order inside a cell
+        cells, inside = cells[order], inside[order]
         cuts = np.flatnonzero(cells[1:] != cells[:-1]) + 1
         start = 0
         for stop in (*cuts.tolist(), len(rows)):
-            cell = int(cells[start])
-            inside = ordered[start:stop] - cell * per_shard
-            position, shard = divmod(cell, num_shards)
-            if inside[-1] >= self._lengths[position, shard]:
-                self._refuse(self.views[position], shard, int(inside[-1]))
-            yield self.views[position], shard, order[start:stop], inside
+            position, shard = divmod(int(cells[start]), num_shards)
+            yield self.views[position], shard, order[start:stop], inside[start:stop]
             start = stop
 
     def _positions(self, views: Views) -> int | Rows:
@@ -293,9 +320,8 @@ class Reader:
             )
         return positions
 
-    def _refuse(self, view: int, shard: int, inside: int) -> NoReturn:
+    def _refuse(self, view: int, shard: int, row: int) -> NoReturn:
         """Say why a row cannot be had."""
-        row = shard * self.store.samples.rows_per_shard + inside
         if row >= self._stops[shard]:
             raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
         raise MissingSamples(
@@ -340,7 +366,7 @@ class Reader:
             table = arrow_tables.map_table(path, int(self._record(view, shard, "rows_bytes")))
         except NotBuilt as error:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
-        if table.schema != arrow_shard.schema(self.store.spec.summary_dim):
+        if table.schema != self.store.rows_schema:
             raise Corrupt(f"{path}: columns {table.schema.names} are not those of a table of rows")
         return _Table(table)
 

@@ -25,7 +25,7 @@ class ShardRows(Protocol):
     dense: bool
 
     def copy(self, slots: Rows, into: Bytes, places: Rows) -> None:
-        """Copy slots [k] to into[places], into being [n, row_bytes]."""
+        """Copy slots [k] to into[places], places rising, into being [n, row_bytes]."""
         ...
 
     def is_resident(self, slot: int) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import arrow_tables, atomic, layout, zarr_shard
+from cache import arrow_shard, arrow_tables, atomic, layout, zarr_shard
 from cache.codec import Codec, Moments, make_codec
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.manifest import Manifest, ShardRecord
@@ -72,6 +72,11 @@ class Store:
         """Shape of one row of the patches array, in storage dtype."""
         num_tokens = self.spec.grid[0] * self.spec.grid[1]
         return self.codec.storage_shape(num_tokens, self.spec.patch_dim)
+
+    @property
+    def rows_schema(self) -> pa.Schema:
+        """Columns of every table of rows."""
+        return arrow_shard.schema(self.spec.summary_dim, self.codec.has_escapes)
 
     def manifest(self) -> Manifest:
         """Read the manifest as it is now."""

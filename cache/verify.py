@@ -132,7 +132,7 @@ def _check_contents(
     row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
     slots = zarr_shard.parse_index(tail, row_bytes, record.patches_bytes, str(patches))
     table = arrow_tables.map_table(rows)
-    if table.schema != arrow_shard.schema(store.spec.summary_dim):
+    if table.schema != store.rows_schema:
         yield Problem(rows, f"columns {table.schema.names} are not those of a table of rows")
         return
     if table["sample_id"].to_pylist() != samples.shard(record.shard)["sample_id"].to_list():

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache import arrow_shard, arrow_tables, atomic, layout, zarr_shard
+from cache.encoded import Escapes
 from cache.errors import StoreError
 from cache.manifest import ShardRecord
 from cache.samples import ShardRange
@@ -27,6 +28,7 @@ def write_shard(
     patches: npt.NDArray[np.generic],
     rows: pa.Table | pl.DataFrame,
     provenance: Mapping[str, object],
+    escapes: Escapes | None = None,
 ) -> ShardRecord:
     """Write the files of one shard and return the record to commit.
 
@@ -39,6 +41,7 @@ def write_shard(
         rows: [n] in row order: sample_id, valid, reason, view_digest, parameters (JSON text),
             summary (list of float32). A summary that is not finite makes its row invalid.
         provenance: library versions, device, compute batch: plain data, kept in the manifest only.
+        escapes: of `Encoded`, rows counted from the shard's first; a quantised codec wants them.
 
     Raises:
         ValueError: patches or rows of another shape, dtype or order than the store's.
@@ -63,6 +66,12 @@ def write_shard(
     if table["sample_id"].to_pylist() != ids:
         raise ValueError(f"{where}: sample ids are not those of the dataset's rows, in their order")
     valid = arrow_shard.valid(table)
+    num_escapes = 0
+    if store.codec.has_escapes:
+        if escapes is None:
+            raise ValueError(f"{where}: codec {store.codec.name} wants the escapes of its tokens")
+        table = arrow_shard.with_escapes(table, escapes)
+        num_escapes = int(valid[escapes.row].sum())
 
     scratch = layout.scratch_directory(store.directory)
     patches_file = atomic.write(
@@ -81,7 +90,7 @@ def write_shard(
         start=shard.start,
         stop=shard.stop,
         num_valid=int(valid.sum()),
-        num_escapes=0,
+        num_escapes=num_escapes,
         samples_digest=store.samples.shard_digest(shard.shard),
         patches_bytes=patches_file.num_bytes,
         patches_sha256=patches_file.sha256,

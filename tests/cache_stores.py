@@ -96,7 +96,9 @@ class Toy:
             ['{"flip": false}'] * len(ids),
             np.stack([summary for _, summary in made]),
         )
-        return write_shard(store, view, shard, encoded.data, rows, {"device": "cpu"})
+        return write_shard(
+            store, view, shard, encoded.data, rows, {"device": "cpu"}, encoded.escapes
+        )
 
     def build(self, num_views: int = 2) -> Store:
         """Write and commit whatever is missing, shard by shard."""

@@ -103,6 +103,14 @@ def shared_store(tmp_path_factory):
     return toy.build(num_views=2)
 
 
+@pytest.mark.parametrize("rows", [[0, 2, 1, 3], [3, 2, 1, 0], [3, 0, 2, 1], [1, 1, 0, 3]])
+def test_rows_of_one_shard_keep_their_places(shared_store, rows):
+    reader = Reader(shared_store, 2)
+    got = reader.take(rows, 1)
+    for place, name in enumerate(reader.sample_ids(rows)):
+        np.testing.assert_array_equal(got[place], features(name, 1)[0].astype(np.float16))
+
+
 def test_reader_counts_and_reasons(shared_store):
     reader = Reader(shared_store, [1])
     assert len(reader) == 15
