@@ -1,8 +1,10 @@
 """The `eupe` command line: caches, training, evaluation and the whole flow."""
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -153,6 +155,94 @@ def cache_verify(
         raise typer.Exit(1)
 
 
+@app.command("train")
+def train(
+    recipe: RecipeName = "demo",
+    stage: Annotated[
+        str, typer.Option(help="Stage to train: stage1, stage2 or stage3 of the recipe.")
+    ] = "stage2",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one stage from its caches, here, going on from its newest checkpoint.
+
+    The same loop as `stage1`, `stage2` and `stage3`, which Ray jobs run.
+    """
+    from pipelines import evaluate, launch, recipes
+    from pipelines.stage_command import describe
+
+    asked = recipes.get(recipe, overrides or [])
+    done = launch.train(asked, asked.stage(stage), make_evaluate=evaluate.hook)
+    if as_json:
+        print_json(describe(done))
+    else:
+        print_table([describe(done)])
+
+
+@app.command("evaluate")
+def evaluate(
+    recipe: RecipeName = "demo",
+    stage: Annotated[
+        str | None, typer.Option(help="Stage whose student is judged. Left out: the last.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge the newest checkpoint of a stage on the held-out images.
+
+    kNN by a label, and cosine to the cached teachers, beside the student before training and the
+    best prediction that ignores the image. Written to evaluation.json in the run directory.
+    """
+    from pipelines import evaluate as evaluation
+    from pipelines import recipes
+
+    asked = recipes.get(recipe, overrides or [])
+    judged = asked.stage(stage) if stage else asked.stages[-1]
+    found = evaluation.evaluate(asked, judged, "cuda" if asked.workers.use_gpu else "cpu")
+    path = evaluation.write(asked.directory, found)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print(path.read_text(), end="")
+
+
+@app.command("run")
+def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run a whole recipe: teacher caches, every stage, evaluation, report.
+
+    As the Prefect flow [b]distill[/b], on the server that PREFECT_API_URL names and the Ray
+    cluster that RAY_ADDRESS names; without them on temporary ones of this machine. Steps whose
+    output is there already are not repeated.
+    """
+    from pipelines import recipes
+
+    asked = recipes.get(recipe, overrides or [])  # refused before anything is started
+    prefect_settings(recipes.home())
+    from flows import summary
+    from flows.distill import distill
+
+    found = distill(recipe, overrides or [])
+    if as_json:
+        print_json(found)
+        return
+    print_table(summary.rows(found))
+    print(summary.steps(found))
+    print(f"{asked.directory / 'summary.json'}\n{asked.directory / 'report.html'}")
+
+
+def prefect_settings(home: Path) -> None:
+    """Settle what Prefect reads at import: a home of its own, patience, and no log beside ours."""
+    if "PREFECT_API_URL" not in os.environ:
+        os.environ["PREFECT_HOME"] = str(home / "runs" / "prefect")
+    for name, value in {
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # two busy cores take 30
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors are shown once, by us
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 def root_of(root: Path | None) -> Path:
     """Return the cache root the user named, or that of the demo."""
     if root is not None:
@@ -167,7 +257,7 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(rows: Sequence[dict[str, object]]) -> None:
+def print_table(rows: Sequence[Mapping[str, object]]) -> None:
     """Print plain rows, all with the same columns, as a table on stdout."""
     table = Table()
     for name, value in rows[0].items():

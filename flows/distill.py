@@ -8,13 +8,19 @@ checkpoint.
 
 import os
 import sys
+import time
 
-from prefect import task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import artifacts
+from flows import artifacts, summary
 from flows.errors import BAD_INPUT
-from flows.ray_jobs import run_job
+from flows.parameters import Overrides, RecipeName
+from flows.ray_jobs import job_cluster, run_job
+from flows.teacher_cache import teacher_cache
+from pipelines import evaluate, recipes, report
+from pipelines.config import Recipe, StageConfig
+from pipelines.evaluate import Evaluation
 from pipelines.progress import Relay
 
 
@@ -27,18 +33,82 @@ def train(stage: str, recipe: str, overrides: list[str], address: str) -> None:
         RuntimeError: the job failed.
     """
     words = [stage, "--recipe", recipe, *(word for item in overrides for word in ("--set", item))]
-    env = {"EUPE_PROGRESS": "records", "OMP_NUM_THREADS": str(os.cpu_count())}
-    if "EUPE_HOME" in os.environ:
-        env["EUPE_HOME"] = os.environ["EUPE_HOME"]
-    last: list[str] = []
+    env = {
+        "EUPE_HOME": str(recipes.home()),
+        "EUPE_PROGRESS": "records",
+        "OMP_NUM_THREADS": str(os.cpu_count()),  # Ray gives a job's driver one thread
+    }
+    last = ""
 
     def say(line: str) -> None:
-        last[:] = [line.strip()] if line.strip() else last
+        nonlocal last
+        last = line.strip() or last
         print(line.rstrip("\n"), file=sys.stderr)
 
     with artifacts.progress(f"train-{stage}"), Relay(say) as relay:
         code = run_job(words, address, env, relay.feed)
     if code == BAD_INPUT:
-        raise ValueError(f"{stage}: {''.join(last)}")
+        raise ValueError(f"{stage}: {last}")
     if code:
         raise RuntimeError(f"{stage} failed with exit code {code}; its output is above")
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate_student(recipe: Recipe, stage: StageConfig) -> Evaluation:
+    """Compare the student with itself before training, its teachers and a constant."""
+    with artifacts.progress("evaluate"):
+        return evaluate.evaluate(recipe, stage, device(recipe))
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def write_report(
+    recipe: Recipe, stage: StageConfig, evaluation: Evaluation, seconds: dict[str, float]
+) -> dict[str, object]:
+    """Write summary.json and report.html; return the summary."""
+    return report.write(recipe, stage, evaluation, seconds, device(recipe))
+
+
+@flow(name="distill", flow_run_name="distill {recipe}")
+def distill(
+    recipe: RecipeName = "demo",
+    overrides: Overrides = [],  # noqa: B006 (Prefect shows it as the default; nobody changes it)
+) -> dict[str, object]:
+    """Run a recipe from images to report.
+
+    Args:
+        recipe: name of the recipe.
+        overrides: fields to change, path.to.field=value.
+
+    Returns:
+        the summary, which is also in the run directory.
+
+    Raises:
+        ValueError: bad input: recipe, override, images, weights or a checkpoint of another run.
+        StoreError: a store that cannot be used or written.
+        RuntimeError: a stage's job failed.
+    """
+    asked = recipes.get(recipe, overrides)
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+
+    def clock(step: str) -> None:
+        seconds[step] = time.monotonic() - started - sum(seconds.values())
+
+    with job_cluster() as address:  # one Ray for caching and training
+        clock("start ray")
+        teacher_cache(recipe, overrides)
+        clock("teacher caches")
+        for stage in asked.stages:
+            train(stage.stage, recipe, overrides, address)
+            clock(stage.stage)
+    evaluation = evaluate_student(asked, asked.stages[-1])
+    clock("evaluation")
+    found = write_report(asked, asked.stages[-1], evaluation, seconds)
+    artifacts.table("distill-summary", summary.rows(found), summary.steps(found))
+    print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
+    return found
+
+
+def device(recipe: Recipe) -> str:
+    """Return where the flow's own process computes."""
+    return "cuda" if recipe.workers.use_gpu else "cpu"

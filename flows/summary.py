@@ -1,0 +1,43 @@
+"""The closing table of a run: figures before and after training, beside others to compare."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FIGURES = ("figure", "before", "after", "compare")
+
+
+def rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Turn a run's summary (pipelines.report) into rows of text with the columns FIGURES."""
+    knn, cosine = summary["knn_top1"], summary["cosine"]
+    teachers = ", ".join(f"{name} {_percent(value)}" for name, value in knn["teacher"].items())
+    closing = [
+        (
+            f"kNN top-1 ({knn['label']}, k = {knn['k']}, {knn['queries']} held-out queries)",
+            _percent(knn["student_init"]),
+            _percent(knn["student_final"]),
+            f"{teachers}; p = {knn['p_value']:.2g}",
+        )
+    ]
+    closing += [
+        (
+            f"cosine to teachers' {kind}, held out",
+            f"{cosine[kind]['init']:.3f}",
+            f"{cosine[kind]['final']:.3f}",
+            f"ignoring the image {cosine[kind]['baseline']:.3f}",
+        )
+        for kind in ("summary", "patches")
+    ]
+    return [dict(zip(FIGURES, row, strict=True)) for row in closing]
+
+
+def steps(summary: Mapping[str, Any]) -> str:
+    """Say in one line what was done and how long each step took."""
+    seconds: Sequence[str] = [f"{name} {value:.0f} s" for name, value in summary["seconds"].items()]
+    return (
+        f"{summary['images']:,} images, {summary['rows']:,} cached rows, "
+        f"{summary['cache_bytes'] / 1e6:,.0f} MB; {', '.join(seconds)}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
