@@ -81,7 +81,7 @@ class Evaluation:
 
 
 def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "cpu") -> Evaluation:
-    """Evaluate a stage's newest checkpoint beside the student it began as.
+    """Evaluate a stage's newest checkpoint beside the student before any stage.
 
     kNN as in EUPE (arXiv:2603.22387), Sec. 4: class token, L2, majority vote. The bank is the
     train sets and the queries the held-out set, each image in its centre view.
@@ -97,7 +97,8 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
     """
     saved = checkpoint.require(start.stage_directory(recipe, stage))
     opened = inputs.from_caches(recipe, stage, saved.pins)
-    models = {name: start.initial_model(recipe, stage, opened.dims) for name in (INIT, FINAL)}
+    untrained = stage.model_copy(update={"initial": None})  # not what an earlier stage made of it
+    models = {name: start.initial_model(recipe, untrained, opened.dims) for name in (INIT, FINAL)}
     start.load(models[FINAL], saved)
     for model in models.values():
         model.eval().to(device)
@@ -232,7 +233,12 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
 
 
 def sweep(
-    recipe: Recipe, stage: StageConfig, name: str, feed: Feed, limit: int | None = None
+    recipe: Recipe,
+    stage: StageConfig,
+    name: str,
+    feed: Feed,
+    limit: int | None = None,
+    at: Scales | None = None,
 ) -> tuple[np.ndarray, Batches]:
     """Return rows of a dataset's centre views, and batches that show each of them once.
 
@@ -242,12 +248,13 @@ def sweep(
         name: of the dataset.
         feed: how it is read.
         limit: at most so many rows, spread evenly; None for all.
+        at: resolutions; None for those of an evaluation (`scales`).
     """
     rows = np.concatenate([np.arange(s.start, s.stop) for s in feed.source.shards()])
     if limit is not None and len(rows) > limit:
         rows = rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
     draw = Sweep(name, rows, recipe.evaluation.batch)
-    fixed = scales(recipe, stage)
+    fixed = at or scales(recipe, stage)
     return rows, Batches(
         {name: feed},
         draw,

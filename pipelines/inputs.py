@@ -67,7 +67,8 @@ def from_caches(
     }
     normalisers = normalisers_of(stage, [stores for _, stores in opened.values()])
     feeds = {
-        name: _feed(job, stores, normalisers, pins or {}) for name, (job, stores) in opened.items()
+        name: _feed(stage, job, stores, normalisers, pins or {})
+        for name, (job, stores) in opened.items()
     }
     identity = {
         store.spec.teacher.name: {
@@ -154,7 +155,7 @@ def centre_feeds(
         StoreError: as for `from_caches`.
     """
     return {
-        job.dataset.name: _feed(job, _stores(stage, job), normalisers, {})
+        job.dataset.name: _feed(stage, job, _stores(stage, job), normalisers, {})
         for job in jobs_of(recipe, stage)
         if job.views == recipe.held_out_views
     }
@@ -182,9 +183,13 @@ def normalisers_of(stage: StageConfig, stores: Sequence[Sequence[Store]]) -> dic
 
 
 def _stores(stage: StageConfig, job: CacheJob) -> list[Store]:
-    """Open what a stage needs of a job, by teacher and then resolution."""
+    """Open the stores of a stage's teachers, by teacher and then resolution.
+
+    All resolutions, drawn from or not: a teacher has one normaliser over all of them (law 9), so
+    stages that draw other scales learn the same targets.
+    """
     wanted = tuple(
-        teacher.model_copy(update={"resolutions": tuple(sorted(stage.teacher_scales[name]))})
+        teacher.model_copy(update={"resolutions": tuple(sorted(teacher.resolutions))})
         for name in stage.teachers
         for teacher in job.teachers
         if teacher.name == name
@@ -193,6 +198,7 @@ def _stores(stage: StageConfig, job: CacheJob) -> list[Store]:
 
 
 def _feed(
+    stage: StageConfig,
     job: CacheJob,
     stores: Sequence[Store],
     normalisers: Mapping[str, Normalisers],
@@ -203,5 +209,6 @@ def _feed(
             store, job.num_views, pins.get(str(store.spec.directory()))
         )
         for store in stores
+        if store.spec.resolution in stage.teacher_scales[store.spec.teacher.name]
     }
     return Feed(CachedSource(readers, normalisers), ImageReader(), job.views)

@@ -1,0 +1,84 @@
+"""What each stage made of its student: losses, and held-out cosine at every scale of the pyramid."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipelines import checkpoint, evaluate, inputs, start, tracking
+from pipelines.compare import look
+from pipelines.config import PROXY, Recipe, StageConfig
+from pipelines.scales import Scales
+
+LOSS = "loss/total"
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What a stage did to the network it trained.
+
+    Attributes:
+        steps: trained.
+        loss: `before` and `after`, the total of Eq. 6: means over the first and last logged steps.
+        cosine: scale in pixels -> mean held-out cosine to the stage's teachers' normalised
+            `summary` and `patches`, teacher and student both at that scale; a teacher that is not
+            cached there at its largest.
+    """
+
+    steps: int
+    loss: dict[str, float]
+    cosine: dict[str, dict[str, float]]
+
+
+def stage_figures(
+    recipe: Recipe, stage: StageConfig, device: str | torch.device = "cpu"
+) -> StageFigures:
+    """Look at a finished stage.
+
+    Stages 2 and 3 are looked at at every scale that the proxy is cached at, whichever they drew
+    from, so that what stage 3 adds can be read off (EUPE, arXiv:2603.22387, Table 2).
+
+    Args:
+        recipe: the run.
+        stage: one of its stages, trained.
+        device: to compute on.
+
+    Raises:
+        ValueError: the stage has no checkpoint.
+        StoreError: a cache cannot be read.
+    """
+    directory = recipe.stage_directory(stage.stage)
+    saved = checkpoint.require(directory)
+    whole = over_pyramid(recipe, stage)
+    opened = inputs.from_caches(recipe, whole)
+    untrained = stage.model_copy(update={"initial": None})
+    model = start.initial_model(recipe, untrained, opened.dims)
+    start.load(model, saved)
+    model.eval().to(device)
+    name = recipe.held_out.name
+    feed = inputs.centre_feeds(recipe, whole, opened.normalisers)[name]
+    cosine = {}
+    for scale in whole.student_scales:
+        at = Scales(scale, {who: _nearest(scale, of) for who, of in whole.teacher_scales.items()})
+        _, batches = evaluate.sweep(recipe, whole, name, feed, at=at)
+        seen = look(batches, {evaluate.FINAL: model}, opened, device=device)
+        both = torch.stack([seen.cosines[evaluate.FINAL, who].mean(0) for who in opened.dims])
+        summary, patches = both.mean(0).tolist()
+        cosine[str(scale)] = {"summary": summary, "patches": patches}
+    losses = [
+        line[LOSS] for line in tracking.read(directory / tracking.METRICS_FILE) if LOSS in line
+    ]
+    return StageFigures(saved.step, {"before": losses[0], "after": losses[-1]}, cosine)
+
+
+def over_pyramid(recipe: Recipe, stage: StageConfig) -> StageConfig:
+    """Return a stage that learns from the proxy as if it drew from all of the proxy's scales."""
+    if PROXY not in stage.teachers:
+        return stage
+    scales = tuple(
+        sorted({side for s in recipe.stages for side in s.teacher_scales.get(PROXY, ())})
+    )
+    return stage.model_copy(update={"teacher_scales": {PROXY: scales}, "student_scales": scales})
+
+
+def _nearest(scale: int, cached: tuple[int, ...]) -> int:
+    return scale if scale in cached else max(cached)
