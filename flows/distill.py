@@ -1,6 +1,8 @@
 """Flow `distill`: teacher caches, every stage of a recipe, evaluation and report.
 
-    teacher-cache -> each stage as a Ray job -> evaluation -> summary.json, report.html
+    teacher-cache -> stage 1 -> the proxy's caches -> stages 2 and 3 -> evaluation -> report
+
+Each stage is a Ray job; a recipe without a proxy has stage 2 alone.
 
 A step whose output is there already does nothing: caches by their manifests, a stage by its last
 checkpoint.
@@ -17,11 +19,13 @@ from flows import artifacts, summary
 from flows.errors import BAD_INPUT
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
-from flows.teacher_cache import teacher_cache
-from pipelines import evaluate, recipes, report
-from pipelines.config import Recipe, StageConfig
+from flows.teacher_cache import build, teacher_cache
+from pipelines import evaluate, pyramid, recipes, report
+from pipelines.config import PROXY, Recipe, StageConfig
 from pipelines.evaluate import Evaluation
+from pipelines.jobs import proxy_jobs
 from pipelines.progress import Relay
+from pipelines.pyramid import StageFigures
 
 
 @task(name="train", task_run_name="train {stage}", cache_policy=NO_CACHE)
@@ -60,12 +64,22 @@ def evaluate_student(recipe: Recipe, stage: StageConfig) -> Evaluation:
         return evaluate.evaluate(recipe, stage, device(recipe))
 
 
+@task(name="stage figures", task_run_name="figures of {stage.stage}", cache_policy=NO_CACHE)
+def look_at_stage(recipe: Recipe, stage: StageConfig) -> StageFigures:
+    """Measure a stage's losses and its held-out cosine at every scale."""
+    return pyramid.stage_figures(recipe, stage, device(recipe))
+
+
 @task(name="report", cache_policy=NO_CACHE)
 def write_report(
-    recipe: Recipe, stage: StageConfig, evaluation: Evaluation, seconds: dict[str, float]
+    recipe: Recipe,
+    stage: StageConfig,
+    evaluation: Evaluation,
+    seconds: dict[str, float],
+    stages: dict[str, StageFigures],
 ) -> dict[str, object]:
     """Write summary.json and report.html; return the summary."""
-    return report.write(recipe, stage, evaluation, seconds, device(recipe))
+    return report.write(recipe, stage, evaluation, seconds, stages, device(recipe))
 
 
 @flow(name="distill", flow_run_name="distill {recipe}")
@@ -98,12 +112,18 @@ def distill(
         clock("start ray")
         teacher_cache(recipe, overrides)
         clock("teacher caches")
+        cached = False
         for stage in asked.stages:
+            if PROXY in stage.teachers and not cached:
+                build(proxy_jobs(asked), f"Stores of the proxy of recipe {recipe}")
+                cached = True
+                clock("proxy caches")
             train(stage.stage, recipe, overrides, address)
             clock(stage.stage)
     evaluation = evaluate_student(asked, asked.stages[-1])
+    stages = {stage.stage: look_at_stage(asked, stage) for stage in asked.stages}
     clock("evaluation")
-    found = write_report(asked, asked.stages[-1], evaluation, seconds)
+    found = write_report(asked, asked.stages[-1], evaluation, seconds, stages)
     artifacts.table("distill-summary", summary.rows(found), summary.steps(found))
     print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
     return found

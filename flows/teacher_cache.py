@@ -68,8 +68,20 @@ def teacher_cache(
         ValueError: bad input: recipe, override, images or weights.
         StoreError: a store that cannot be used or written.
     """
+    return build(
+        cache_jobs(recipes.get(recipe, overrides)), f"Stores of recipe {recipe}", deep_verify
+    )
+
+
+def build(jobs: list[CacheJob], title: str, deep_verify: bool = False) -> Built:
+    """Build or extend the stores of some jobs, inside a flow.
+
+    Args:
+        jobs: of the same teachers.
+        title: of the table that the flow run shows.
+        deep_verify: also read every byte again and compare checksums.
+    """
     started = time.monotonic()
-    jobs = cache_jobs(recipes.get(recipe, overrides))
     indexed = [index_samples(job) for job in {job.dataset.name: job for job in jobs}.values()]
     extracted: dict[str, Extracted] = {}
     stores: list[Store] = []
@@ -80,8 +92,6 @@ def teacher_cache(
             stores += own
     verify_stores(stores, deep_verify)
     built = Built(indexed, extracted, stores, time.monotonic() - started)
-    artifacts.table(
-        "teacher-cache-stores", store_lines(jobs[0].root, stores), f"Stores of recipe {recipe}"
-    )
+    artifacts.table("teacher-cache-stores", store_lines(jobs[0].root, stores), title)
     print(built, file=sys.stderr)
     return built

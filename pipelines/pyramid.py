@@ -1,4 +1,4 @@
-"""What each stage made of its student: losses, and held-out cosine at every scale of the pyramid."""
+"""What each stage made of its student: losses, and held-out cosine at every pyramid scale."""
 
 from dataclasses import dataclass
 

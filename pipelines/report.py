@@ -10,10 +10,11 @@ import jinja2
 import torch
 
 from pipelines import evaluate, figures, start, tracking
-from pipelines.config import Recipe, StageConfig
+from pipelines.config import PROXY, Recipe, StageConfig
 from pipelines.evaluate import Cosine, Evaluation
 from pipelines.figures import TokenPicture
-from pipelines.jobs import cache_jobs, open_stores
+from pipelines.jobs import cache_jobs, open_stores, proxy_jobs
+from pipelines.pyramid import StageFigures
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 TEMPLATE = "report.html.j2"
@@ -44,7 +45,10 @@ def caches(recipe: Recipe) -> Caches:
     """
     images: dict[str, int] = {}
     rows = num_bytes = 0
-    for job in cache_jobs(recipe):
+    jobs = cache_jobs(recipe)
+    if any(PROXY in stage.teachers for stage in recipe.stages):
+        jobs += proxy_jobs(recipe)
+    for job in jobs:
         for store in open_stores(job):
             images[job.dataset.name] = len(store.samples)
             for record in store.manifest().records():
@@ -54,7 +58,11 @@ def caches(recipe: Recipe) -> Caches:
 
 
 def summarise(
-    recipe: Recipe, held: Caches, evaluation: Evaluation, seconds: Mapping[str, float]
+    recipe: Recipe,
+    held: Caches,
+    evaluation: Evaluation,
+    seconds: Mapping[str, float],
+    stages: Mapping[str, StageFigures],
 ) -> dict[str, object]:
     """Return the figures of a run as plain data: the contents of summary.json.
 
@@ -63,6 +71,7 @@ def summarise(
         held: what its caches hold.
         evaluation: of the student.
         seconds: step of the run -> how long it took, as its caller measured.
+        stages: stage -> what it did.
     """
     return {
         "recipe": recipe.name,
@@ -84,6 +93,7 @@ def summarise(
             "summary": asdict(evaluation.summary),
             "patches": asdict(evaluation.patches),
         },
+        **{name: asdict(figures) for name, figures in stages.items()},
     }
 
 
@@ -92,6 +102,7 @@ def write(
     stage: StageConfig,
     evaluation: Evaluation,
     seconds: Mapping[str, float],
+    stages: Mapping[str, StageFigures],
     device: str | torch.device = "cpu",
 ) -> dict[str, object]:
     """Write summary.json and report.html into the run directory; return the summary.
@@ -101,13 +112,14 @@ def write(
         stage: the one that is reported.
         evaluation: of its newest checkpoint.
         seconds: step of the run -> how long it took, as its caller measured.
+        stages: stage -> what it did.
         device: to draw patch tokens on.
 
     Raises:
         ValueError: no checkpoint, or weights that cannot be read.
         StoreError: a cache cannot be read.
     """
-    summary = summarise(recipe, caches(recipe), evaluation, seconds)
+    summary = summarise(recipe, caches(recipe), evaluation, seconds, stages)
     lines = tracking.read(start.stage_directory(recipe, stage) / tracking.METRICS_FILE)
     page = render(
         recipe,
