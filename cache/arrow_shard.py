@@ -122,8 +122,8 @@ def with_escapes(table: pa.Table, escapes: Escapes) -> pa.Table:
 
 def escapes_of(table: pa.Table, row: int, dim: int) -> tuple[npt.NDArray[np.int32], Floats]:
     """Return the escaped tokens of one row: places [k] and values [k, D]."""
-    tokens = table["escape_token"][row].values.to_numpy()
-    return tokens, table["escape_values"][row].values.to_numpy().reshape(-1, dim)
+    tokens = arrow_tables.to_numpy(table["escape_token"][row].values)
+    return tokens, arrow_tables.to_numpy(table["escape_values"][row].values).reshape(-1, dim)
 
 
 def summaries(table: pa.Table) -> Floats:
@@ -131,9 +131,9 @@ def summaries(table: pa.Table) -> Floats:
     column = table["summary"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0)
-    return np.asarray(column.flatten().to_numpy()).reshape(table.num_rows, -1)
+    return arrow_tables.to_numpy(column.flatten()).reshape(table.num_rows, -1)
 
 
 def valid(table: pa.Table) -> npt.NDArray[np.bool_]:
     """Return validity as bool [n]."""
-    return np.asarray(table["valid"].to_numpy(), bool)
+    return np.array(table["valid"].to_pylist(), bool)

@@ -1,6 +1,7 @@
 """Arrow IPC files, written as bytes and read without copying: every table of a cache root."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,26 @@ def from_numpy(values: npt.NDArray[np.generic]) -> pa.Array:
     values = np.ascontiguousarray(values)
     arrow_type = pa.from_numpy_dtype(values.dtype)
     return pa.Array.from_buffers(arrow_type, len(values), [None, pa.py_buffer(values)])
+
+
+_NUMPY_NAMES = {"float": "float32", "double": "float64"}
+
+
+def to_numpy(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Return a column of numbers without nulls as [n]: a view of it if it is in one piece.
+
+    The opposite of `from_numpy`, and written for the same reason.
+    """
+    dtype = np.dtype(_NUMPY_NAMES.get(str(column.type), str(column.type)))
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    parts = [
+        np.frombuffer(chunk.buffers()[1], dtype, len(chunk), chunk.offset * dtype.itemsize)
+        for chunk in chunks
+        if len(chunk)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
 def to_bytes(table: pa.Table) -> memoryview:

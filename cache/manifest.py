@@ -132,11 +132,11 @@ class Manifest:
             raise ValueError(f"version = {version}: {self.directory} has 0 to {self.version}")
         parts = [self._segment(entry) for entry in self._segments()]
         table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
-        committed = table["version"].to_numpy()
+        committed = arrow_tables.to_numpy(table["version"])
         keep = np.arange(len(committed))
         if version is not None:
             keep = keep[committed <= version]
-        view, shard = table["view"].to_numpy()[keep], table["shard"].to_numpy()[keep]
+        view, shard = (arrow_tables.to_numpy(table[name])[keep] for name in ("view", "shard"))
         order = np.lexsort((committed[keep], shard, view))
         view, shard = view[order], shard[order]
         last = np.ones(len(order), bool)

@@ -40,7 +40,7 @@ class _Table:
         self.summary = arrow_shard.summaries(table)
         if "escape_token" in table.schema.names:
             lengths = pc.list_value_length(table["escape_token"])
-            self.num_escapes: npt.NDArray[np.int32] = lengths.to_numpy()
+            self.num_escapes: npt.NDArray[np.int32] = arrow_tables.to_numpy(lengths)
 
 
 class _Piece(NamedTuple):
@@ -98,7 +98,7 @@ class Reader:
         samples = store.samples
         self._stops = samples.shard_stops()
         self._records = np.full((len(self.views), len(self._stops)), -1, np.int64)
-        of_view, of_shard = self._table["view"].to_numpy(), self._table["shard"].to_numpy()
+        of_view, of_shard = (arrow_tables.to_numpy(self._table[name]) for name in ("view", "shard"))
         for position, view in enumerate(self.views):
             records = np.flatnonzero(of_view == view)
             if not len(records):

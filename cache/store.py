@@ -94,8 +94,8 @@ class Store:
             raise Corrupt(f"{path}: wants the moments of {' and '.join(KINDS)}")
         out: dict[str, Moments] = {}
         for position, kind in enumerate(KINDS):
-            mean = np.array(table["mean"][position].values.to_numpy())
-            scatter = np.array(table["scatter"][position].values.to_numpy())
+            mean = np.array(arrow_tables.to_numpy(table["mean"][position].values))
+            scatter = np.array(arrow_tables.to_numpy(table["scatter"][position].values))
             dim = len(mean)
             out[kind] = table["count"][position].as_py(), mean, scatter.reshape(dim, dim)
         return out
@@ -110,7 +110,7 @@ class Store:
         table = self.manifest().table()
         for view, shard, stop, patches_bytes, rows_bytes in zip(
             *(
-                table[name].to_numpy().tolist()
+                arrow_tables.to_numpy(table[name]).tolist()
                 for name in ("view", "shard", "stop", "patches_bytes", "rows_bytes")
             ),
             strict=True,
@@ -295,7 +295,7 @@ def _info(directory: Path) -> StoreInfo:
     manifest = Manifest.open(directory)
     table = manifest.table()
     columns: dict[str, npt.NDArray[np.int64]] = {
-        name: table[name].to_numpy()
+        name: arrow_tables.to_numpy(table[name])
         for name in ("view", "start", "stop", "num_valid", "patches_bytes", "rows_bytes")
     }
     return StoreInfo(

@@ -87,7 +87,13 @@ def pack(
     for start, stop in _runs(present):
         yield flat[start:stop].data.cast("B") if stop > start else b""
     tail = index.tobytes()
-    yield tail + google_crc32c.value(tail).to_bytes(CHECKSUM_BYTES, "little")
+    yield tail + checksum(tail)
+
+
+def checksum(index: bytes) -> bytes:
+    """Return an index's crc32c as Zarr's crc32c codec appends it."""
+    value: int = google_crc32c.value(index)
+    return value.to_bytes(CHECKSUM_BYTES, "little")
 
 
 def parse_index(
@@ -105,7 +111,7 @@ def parse_index(
         Corrupt: the checksum does not match, or an entry does not point at a whole row.
     """
     body = bytes(tail[:-CHECKSUM_BYTES])
-    if google_crc32c.value(body) != int.from_bytes(tail[-CHECKSUM_BYTES:], "little"):
+    if checksum(body) != bytes(tail[-CHECKSUM_BYTES:]):
         raise Corrupt(f"{where}: the index does not match its crc32c; rebuild this shard")
     index = np.frombuffer(body, "<u8").reshape(-1, 2)
     absent = (index == ABSENT).all(axis=1)
