@@ -165,7 +165,7 @@ class Extractor:
                             batch.drawn, summary, encoded.reasons, strict=True
                         )
                     ]
-        made_by = provenance(self._device, compute_batch)
+        made_by = provenance(self._device, compute_batch, torch.get_num_threads())
         return [
             write_shard(
                 store,
@@ -233,11 +233,12 @@ class Extractor:
         return Drawn(pixels, drawn.digest, parameters, None)
 
 
-def provenance(device: str, compute_batch: int) -> dict[str, object]:
+def provenance(device: str, compute_batch: int, compute_threads: int) -> dict[str, object]:
     """Return what else may move a feature's last bits: recorded, never identity (law 1)."""
     kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     return {
         "compute_batch": compute_batch,
+        "compute_threads": compute_threads,
         "device": kind,
         "torch": torch.__version__,
         "timm": timm.__version__,

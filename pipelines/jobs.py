@@ -179,3 +179,8 @@ def rows_per_shard(job: CacheJob) -> int:
 def device(extraction: ExtractionConfig) -> str:
     """Return where extractors compute."""
     return "cuda" if extraction.gpus_per_actor > 0 else "cpu"
+
+
+def compute_threads(extraction: ExtractionConfig) -> int:
+    """Return how many threads an extractor computes on: the CPUs Ray reserves for it."""
+    return max(1, int(extraction.cpus_per_actor))

@@ -27,6 +27,7 @@ from pipelines.config import Recipe
 from pipelines.jobs import (
     CacheJob,
     cache_jobs,
+    compute_threads,
     device,
     rows_per_shard,
     store_specs,
@@ -95,7 +96,7 @@ def extractors(job: CacheJob) -> Pool:
         "teachers": job.teachers,
         "decode_threads": extraction.decode_threads,
         "device": device(extraction),
-        "compute_threads": max(1, int(extraction.cpus_per_actor)),
+        "compute_threads": compute_threads(extraction),
     }
     return Pool(
         Extractor,
@@ -124,7 +125,7 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
     absent = [spec for spec in specs if _open(job, spec) is None]
     if absent:
         batch = job.extraction.compute_batch
-        made_by = provenance(device(job.extraction), batch)
+        made_by = provenance(device(job.extraction), batch, compute_threads(job.extraction))
         with _borrowed(pool, job) as workers:
             moments = measure(job, absent, batch, workers)
         for spec in absent:
