@@ -59,9 +59,11 @@ def cache_build(
     gives the same bytes.
     """
     from pipelines import recipes
+
+    asked = recipes.get(recipe, overrides or [])
     from pipelines.precompute import build
 
-    built = build(recipes.get(recipe, overrides or []))
+    built = build(asked)
     if not as_json:
         print(built)
         return
@@ -168,11 +170,14 @@ def train(
 
     The same loop as `stage1`, `stage2` and `stage3`, which Ray jobs run.
     """
-    from pipelines import evaluate, launch, recipes
-    from pipelines.stage_command import describe
+    from pipelines import recipes
 
     asked = recipes.get(recipe, overrides or [])
-    done = launch.train(asked, asked.stage(stage), make_evaluate=evaluate.hook)
+    trained = asked.stage(stage)
+    from pipelines import evaluate, launch
+    from pipelines.stage_command import describe
+
+    done = launch.train(asked, trained, make_evaluate=evaluate.hook)
     if as_json:
         print_json(describe(done))
     else:
@@ -193,11 +198,12 @@ def evaluate(
     kNN by a label, and cosine to the cached teachers, beside the student before training and the
     best prediction that ignores the image. Written to evaluation.json in the run directory.
     """
-    from pipelines import evaluate as evaluation
     from pipelines import recipes
 
     asked = recipes.get(recipe, overrides or [])
     judged = asked.stage(stage) if stage else asked.stages[-1]
+    from pipelines import evaluate as evaluation
+
     found = evaluation.evaluate(asked, judged, "cuda" if asked.workers.use_gpu else "cpu")
     path = evaluation.write(asked.directory, found)
     if as_json:

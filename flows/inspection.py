@@ -59,8 +59,10 @@ def describe(directory: Path) -> dict[str, object]:
         Corrupt: it cannot be read.
     """
     here = directory.resolve()
-    root = here.parents[LEVELS_BELOW_ROOT - 1]
-    info = next((info for info in find_stores(root) if info.directory == here), None)
+    deep_enough = len(here.parents) >= LEVELS_BELOW_ROOT and here.is_dir()
+    root = here.parents[LEVELS_BELOW_ROOT - 1] if deep_enough else here
+    stores = find_stores(root) if deep_enough else []
+    info = next((info for info in stores if info.directory == here), None)
     if info is None:
         raise NotBuilt(f"{directory}: no store here; `eupe cache ls` names those of a cache root")
     store = open_store(root, info.spec)

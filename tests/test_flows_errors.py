@@ -8,10 +8,8 @@ import pytest
 
 from cache.errors import NotBuilt
 from eupe import fingerprint
+from flows.cli import main
 from flows.errors import bad_input
-
-ROOT = Path(__file__).resolve().parents[1]
-EUPE = [sys.executable, "-m", "flows.cli"]
 
 
 def raised(action) -> Exception:
@@ -64,19 +62,38 @@ def test_what_a_ray_task_raised_counts():
         (["nonsense"], "nonsense"),
     ],
 )
-def test_commands_answer_bad_input_with_a_sentence_and_exit_2(words, says, tmp_path):
-    run = subprocess.run([*EUPE, *words], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 2, run.stderr
-    assert says in run.stderr
-    assert "Traceback" not in run.stderr
-    assert run.stdout == ""
+def test_commands_answer_bad_input_with_a_sentence_and_exit_2(
+    words, says, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eupe", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert says in printed.err
+    assert printed.out == ""
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
-def test_every_command_explains_itself():
-    for words in ([], ["cache"], ["cache", "build"], ["train"], ["evaluate"], ["run"], ["demo"]):
-        run = subprocess.run(
-            [*EUPE, *words, "--help"], capture_output=True, text=True, check=False, cwd=ROOT
-        )
-        assert run.returncode == 0
-        assert "Usage" in run.stdout
+def test_the_installed_command_has_the_same_manners(tmp_path):
+    run = subprocess.run(
+        [Path(sys.executable).parent / "eupe", "cache", "build", "dmeo"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "no recipe 'dmeo'; did you mean 'demo'?\n"
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["cache"], ["cache", "build"], ["train"], ["evaluate"], ["run"]]
+)
+def test_every_command_explains_itself(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eupe", *words, "--help"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    assert "Usage" in capsys.readouterr().out
