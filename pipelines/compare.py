@@ -56,8 +56,9 @@ class Constants:
         }
 
     def _matched(self, patches: Tensor) -> Tensor:
-        like = patches.new_zeros(1, *self._grid, 1)
-        return match_grids(like, patches)[1]
+        count, _, _, width = patches.shape
+        grid = patches.new_zeros(()).expand(count, *self._grid, width)  # takes no memory
+        return match_grids(grid, patches)[1]
 
 
 @dataclass

@@ -1,0 +1,223 @@
+"""Evaluation: the baseline is the best constant, and every figure is what a plain loop gives."""
+
+import numpy as np
+import pytest
+import small_run
+import torch
+import torch.nn.functional as F
+
+from cache.reader import Reader
+from eupe.encoders import Features
+from eupe.probes import knn_predict, top1
+from eupe.teachers import load_teacher
+from eupe.views import decode, draw, render, resize
+from pipelines import checkpoint, evaluate, inputs, launch, recipes, stage_command, start, train
+from pipelines.checkpoint import Contents
+from pipelines.compare import Constants
+from pipelines.images import ImageReader
+from pipelines.jobs import cache_jobs, open_stores
+
+# Composed modules in float32 on batches of another size.
+COMPOSED = 1e-4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    made = small_run.recipe(directory)
+    small_run.build(made, directory)
+    launch.train(made, made.stages[0], make_evaluate=evaluate.hook)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return evaluate.evaluate(run, run.stages[0])
+
+
+def targets(seed: int, count: int = 40) -> dict[str, Features]:
+    generator = torch.Generator().manual_seed(seed)
+    summary = torch.randn(count, 5, generator=generator) + 0.5
+    patches = torch.randn(count, 2, 2, 3, generator=generator)
+    patches[:, 0, 1] += torch.tensor([2.0, -1.0, 0.0])  # one position has something to know
+    return {"near": Features(summary, patches)}
+
+
+def mean_cosines(constants: Constants, of: dict[str, Features]) -> tuple[float, torch.Tensor]:
+    target = of["near"]
+    guess = constants.predictions(len(target.summary))["near"]
+    patches = F.cosine_similarity(guess.patches, target.patches, dim=-1).mean(0)
+    return float(F.cosine_similarity(guess.summary, target.summary, dim=-1).mean()), patches
+
+
+def test_no_constant_does_better_than_the_baseline_at_any_position():
+    images = targets(0)
+    fitted = Constants((2, 2))
+    fitted.add(images)
+    summary, patches = mean_cosines(fitted, images)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        other = Constants((2, 2))
+        other.add(
+            {
+                "near": Features(
+                    torch.randn(1, 5, generator=generator),
+                    torch.randn(1, 2, 2, 3, generator=generator),
+                )
+            }
+        )
+        rival_summary, rival_patches = mean_cosines(other, images)
+        assert rival_summary <= summary
+        assert bool((rival_patches <= patches).all())
+
+
+def test_the_baseline_counts_images_not_lengths_and_sums_over_batches():
+    images = targets(0)["near"]
+    lengths = torch.linspace(0.1, 50, len(images.summary))
+    stretched = Features(images.summary * lengths[:, None], images.patches)
+    whole, parts = Constants((2, 2)), Constants((2, 2))
+    whole.add({"near": stretched})
+    for half in (slice(0, 13), slice(13, None)):
+        parts.add({"near": Features(images.summary[half], images.patches[half])})
+    for ours, theirs in zip(
+        whole.predictions(1)["near"], parts.predictions(1)["near"], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_baseline_is_fitted_on_the_grid_of_the_comparison():
+    constants = Constants((4, 4))
+    constants.add(targets(0))
+    assert constants.predictions(3)["near"].patches.shape == (3, 4, 4, 3)
+
+
+def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
+    readers = {
+        job.dataset.name: Reader(open_stores(job)[0])
+        for job in cache_jobs(run)
+        if job.views == run.held_out_views
+    }
+    bank, queries = readers["train"], readers["held-out"]
+    labels = {
+        name: torch.tensor(['"even"' in text for text in reader.store.samples.table["labels"]])
+        for name, reader in readers.items()
+    }
+    guessed = knn_predict(
+        torch.from_numpy(bank.summaries(range(32))),
+        labels["train"].long(),
+        torch.from_numpy(queries.summaries(range(16))),
+        run.evaluation.k,
+    )
+    assert found.knn_teacher == {"lite0": top1(guessed, labels["held-out"].long())}
+    assert (found.bank, found.queries) == (32, 16)
+
+
+def test_cosines_are_those_of_the_student_and_the_live_teacher_image_by_image(run, found):
+    stage = run.stages[0]
+    saved = checkpoint.require(start.stage_directory(run, stage))
+    opened = inputs.from_caches(run, stage)
+    model = start.initial_model(run, stage, opened.dims)
+    start.load(model, saved)
+    config = run.teachers[0]
+    teacher = load_teacher(config.name, config.encoder, config.weights)
+    feed = inputs.centre_feeds(run, stage, opened.normalisers)["held-out"]
+    reader, figures = ImageReader(), []
+    for sample in feed.source.samples.table.iter_rows(named=True):
+        image = decode(reader.read(sample))
+        view = draw(run.held_out_views, sample["sample_id"], 0, *image.size)
+        pixels = resize(render(image, run.held_out_views, view), 64)
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            ours, theirs = model.eval()(x)[1]["lite0"], teacher(x)
+            mean = opened.normalisers["lite0"]
+            patches = mean.patches(theirs.patches)
+            assert patches.shape[1:3] == (2, 2)
+            ours_small = ours.patches
+            patches = F.interpolate(patches.permute(0, 3, 1, 2), (4, 4), mode="bicubic")
+            figures.append(
+                (
+                    F.cosine_similarity(ours.summary, mean.summary(theirs.summary)).item(),
+                    F.cosine_similarity(ours_small, patches.permute(0, 2, 3, 1), dim=-1)
+                    .mean()
+                    .item(),
+                )
+            )
+    summary, patches = np.mean(figures, axis=0)
+    assert found.summary.final == pytest.approx(summary, abs=COMPOSED)
+    assert found.patches.final == pytest.approx(patches, abs=COMPOSED)
+
+
+def test_training_moved_the_student_from_where_it_began(found):
+    assert found.step == 8
+    assert found.summary.final > found.summary.init
+    assert found.patches.final > found.patches.init
+    assert 0 < found.p_value <= 1
+
+
+def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
+    stage = run.stages[0]
+    opened = inputs.from_caches(run, stage)
+    model = start.initial_model(run, stage, opened.dims)
+    untrained = run.model_copy(update={"run_directory": str(tmp_path)})
+    contents = Contents(
+        0, {}, opened.pins, model.encoder.network.state_dict(), model.heads.state_dict(), {}
+    )
+    checkpoint.save(start.stage_directory(untrained, stage), contents, keep=1)
+    found = evaluate.evaluate(untrained, stage)
+    assert found.p_value == 1
+    assert found.knn_init == found.knn_final
+    assert (found.summary.init, found.patches.init) == (found.summary.final, found.patches.final)
+
+
+def test_the_evaluation_during_training_agrees_with_the_one_after(run, found):
+    lines = train.tracking.read(start.stage_directory(run, run.stages[0]) / "metrics.jsonl")
+    seen = {line["step"]: line for line in lines if train.SCORE in line}
+    assert sorted(seen) == [4, 8]
+    assert seen[8]["held_out/cosine_summary"] == pytest.approx(found.summary.final, abs=1e-6)
+    assert seen[8]["held_out/cosine_patches"] == pytest.approx(found.patches.final, abs=1e-6)
+    assert seen[8]["held_out/knn_top1"] == found.knn_final
+
+
+def test_a_label_that_is_not_there_is_named(run):
+    asked = run.model_copy(
+        update={"evaluation": run.evaluation.model_copy(update={"label": "colour"})}
+    )
+    with pytest.raises(ValueError, match=r"label = 'colour': sample '.*' has none; .* label"):
+        evaluate.evaluate(asked, asked.stages[0])
+
+
+def test_a_stage_that_was_not_trained_says_so(run, tmp_path):
+    elsewhere = run.model_copy(update={"run_directory": str(tmp_path)})
+    with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
+        evaluate.evaluate(elsewhere, elsewhere.stages[0])
+
+
+@pytest.fixture
+def named(run, monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES, "small_run", lambda: run)
+    return run
+
+
+def test_the_command_goes_on_from_where_it_was(named, capsys):
+    assert stage_command.run("stage2", "small_run", ["--json"]) == 0
+    printed = capsys.readouterr().out
+    assert '"resumed_from": 8' in printed
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "sentence"),
+    [
+        ("stage2", ["--recipe", "smal_run"], "did you mean 'small_run'?"),
+        ("stage2", ["--set", "stages.stage2.stepps=3"], "did you mean 'steps'?"),
+        ("stage2", ["--set", "stages.stage2.steps=none"], "stages.0.steps"),
+        ("stage2", ["--set", "stages.stage2.optimizer.lr=1.0"], "stage.optimizer.lr: 1.0 != 0.003"),
+        ("stage2", ["--set", "views.seed=6"], "views"),
+        ("stage2", ["--set", "cache_root=/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(named, capsys, stage, arguments, sentence):
+    assert stage_command.run(stage, "small_run", arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert sentence in printed.err
+    assert len(printed.err.strip().splitlines()) == 1

@@ -1,0 +1,159 @@
+"""The report: the figures that were measured, in one page that loads nothing."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import small_stage
+
+from pipelines import figures, report
+from pipelines.evaluate import Cosine, Evaluation
+from pipelines.figures import TokenPicture
+from pipelines.report import Caches
+
+FOUND = Evaluation(
+    step=300,
+    label="category",
+    k=10,
+    bank=1420,
+    queries=486,
+    knn_teacher={"near": 0.7, "far": 0.65},
+    knn_init=0.51,
+    knn_final=0.58,
+    p_value=0.0123,
+    summary=Cosine(0.03, 0.001, 0.371),
+    patches=Cosine(0.37, -0.002, 0.432),
+    per_teacher={
+        "near": {"summary": Cosine(0.02, 0.0, 0.4), "patches": Cosine(0.3, 0.0, 0.44)},
+        "far": {"summary": Cosine(0.04, 0.002, 0.342), "patches": Cosine(0.44, -0.004, 0.424)},
+    },
+)
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
+PICTURE = TokenPicture(["1f600"], {"image": [PIXEL], "teacher near": [PIXEL]})
+LINES = [
+    {
+        "step": step,
+        "loss/total": 4.0 / step,
+        **{
+            f"loss/{teacher}/{term}": 1.0 / step
+            for teacher in ("near", "far")
+            for term in ("summary", "patch_cosine")
+        },
+    }
+    for step in range(1, 60)
+] + [{"step": 59, "held_out/cosine_summary": 0.3, "held_out/cosine_patches": 0.4}]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return small_stage.recipe(tmp_path)
+
+
+@pytest.fixture
+def page(run):
+    summary = report.summarise(
+        run, Caches(1906, 8532, 123_456_789), FOUND, {"caches": 80.04}, {}
+    )
+    curves = figures.loss_curves(LINES, ("near", "far"))
+    return report.render(run, summary, FOUND, curves, PICTURE)
+
+
+def test_summary_has_what_is_asked_for_and_is_json(run):
+    summary = report.summarise(
+        run, Caches(1906, 8532, 123_456_789), FOUND, {"caches": 80.04}, {}
+    )
+    assert json.loads(json.dumps(summary)) == summary
+    assert (summary["images"], summary["rows"], summary["cache_bytes"]) == (1906, 8532, 123_456_789)
+    assert summary["seconds"] == {"caches": 80.0}
+    assert summary["knn_top1"] == {
+        "teacher": {"near": 0.7, "far": 0.65},
+        "student_init": 0.51,
+        "student_final": 0.58,
+        "queries": 486,
+        "p_value": 0.0123,
+        "label": "category",
+        "k": 10,
+    }
+    assert summary["cosine"] == {
+        "summary": {"baseline": 0.03, "init": 0.001, "final": 0.371},
+        "patches": {"baseline": 0.37, "init": -0.002, "final": 0.432},
+    }
+
+
+class Links(HTMLParser):
+    """Collects everything a browser would fetch, and whether tags are balanced."""
+
+    VOID = frozenset({"meta", "img", "br", "use", "path", "circle"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.fetched += [
+            value or ""
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href") and tag != "a"
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(page):
+    links = Links()
+    links.feed(page)
+    assert not links.open
+    assert links.fetched
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links.fetched)
+    assert "<script" not in page
+    assert not re.search(r"@import|url\((?!#)", page)
+
+
+def test_the_page_says_the_figures(page):
+    for text in ("58.0 %", "51.0 %", "0.371", "+0.341", "0.432", "+0.062", "p = 0.012", "123.5 MB"):
+        assert text in page, text
+    assert "The two differ" in page
+
+
+def test_a_difference_that_is_not_shown_is_not_claimed(run):
+    shown = replace(FOUND, p_value=0.4)
+    summary = report.summarise(run, Caches(1, 1, 1), shown, {}, {})
+    page = report.render(run, summary, shown, "<svg></svg>", PICTURE)
+    assert "No difference can be shown" in page
+    assert "The two differ" not in page
+
+
+def test_names_are_escaped(run):
+    shown = replace(FOUND, label="<b>bold</b>")
+    summary = report.summarise(run, Caches(1, 1, 1), shown, {}, {})
+    page = report.render(run, summary, shown, "<svg></svg>", PICTURE)
+    assert "<b>bold" not in page
+    assert "&lt;b&gt;bold" in page
+
+
+def test_curves_follow_the_colour_of_the_page_and_do_not_change_from_run_to_run():
+    svg = figures.loss_curves(LINES, ("near", "far"))
+    assert svg == figures.loss_curves(LINES, ("near", "far"))
+    assert svg.startswith("<svg")
+    assert "currentColor" in svg
+    assert figures.INK not in svg
+    for text in ("total loss", "near", "far", "held out, mean"):
+        assert f">{text}" in svg, text
+
+
+def test_curves_of_a_single_line_are_drawn():
+    assert figures.loss_curves(LINES[:1], ("near", "far")).startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e15, "2500.0 TB")]
+)
+def test_sizes(size, text):
+    assert report._size(int(size)) == text
