@@ -9,6 +9,7 @@ from pathlib import Path
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from pipelines import family
 from pipelines.config import (
+    PROXY,
     DatasetConfig,
     EvaluationConfig,
     ExtractionConfig,
@@ -16,6 +17,7 @@ from pipelines.config import (
     Recipe,
     SourceConfig,
     StageConfig,
+    StageName,
     StudentConfig,
     WorkersConfig,
     override,
@@ -23,55 +25,99 @@ from pipelines.config import (
 
 DEFAULT = "demo"
 STAGE_2_ONLY = "demo_stage2"
+DEMO_PYRAMID = (64, 96, 128)
 
 
-def demo_stage2() -> Recipe:
-    """Return the demo's "Stage 2 only": both teachers straight into a small student.
+def demo() -> Recipe:
+    """Return the demo: three stages on real emoji with two ImageNet teachers, on two cores.
 
-    Real emoji, two ImageNet teachers that are Python packages, two cores, a few minutes.
+    The teachers are Python packages; the pyramid is (64, 96, 128), as small as the emoji are.
+    Views are mild: a run this short sees each picture some ten times.
     """
-    teachers = (family.efficientnet_lite(0, (192,)), family.efficientnet_lite(2, (160,)))
+    teachers = (family.efficientnet_lite(0, (128,)), family.efficientnet_lite(2, (160,)))
     return Recipe(
-        name=STAGE_2_ONLY,
-        run_directory=f"runs/{STAGE_2_ONLY}",
+        name=DEFAULT,
+        run_directory=f"runs/{DEFAULT}",
         cache_root="runs/cache",
         train=(family.emoji("train"),),
         held_out=family.emoji("test"),
         views=AugmentedView(
-            canvas=192, crop_area=(0.5, 1.0), blur_sigma=(0.1, 1.5), blur_probability=0.2
+            canvas=160,
+            crop_area=(0.7, 1.0),
+            jitter_probability=0.5,
+            brightness=0.2,
+            contrast=0.2,
+            blur_sigma=(0.1, 1.0),
+            blur_probability=0.2,
+            solarize_probability=0.05,
         ),
         num_views=2,
-        held_out_views=CentreView(canvas=192),
+        held_out_views=CentreView(canvas=160),
         teachers=teachers,
-        student=StudentConfig(
-            name="vit_mini",
-            encoder=EncoderSpec(
-                architecture="vit_tiny_patch16_dinov3_qkvb", model_arguments={"depth": 6}
-            ),
-        ),
+        proxy=StudentConfig(name=PROXY, encoder=_small_vit(depth=4)),
+        proxy_dtype="float32",
+        student=StudentConfig(name="vit_mini", encoder=_small_vit(depth=3)),
         stages=(
-            StageConfig(
-                stage="stage2",
-                teachers=tuple(teacher.name for teacher in teachers),
-                teacher_scales={teacher.name: teacher.resolutions for teacher in teachers},
-                student_scales=(96,),
-                steps=300,
-                global_batch=64,
-                micro_batch=64,
-                head_hidden=768,
-                optimizer=OptimizerConfig(lr=1.5e-3, weight_decay=0.05),
-                warmup_steps=20,
-                precision="float32",  # a CPU without bfloat16 units is many times slower at it
-                evaluate_every=100,
-            ),
+            _demo_stage("stage1", {t.name: t.resolutions for t in teachers}, (96,), steps=700),
+            _demo_stage("stage2", {PROXY: DEMO_PYRAMID[:1]}, DEMO_PYRAMID[:1], steps=600),
+            _demo_stage("stage3", {PROXY: DEMO_PYRAMID}, DEMO_PYRAMID, steps=500, lr=5e-4),
         ),
         extraction=ExtractionConfig(rows_per_shard=256, moments_samples=256, compute_batch=32),
         workers=WorkersConfig(),
-        evaluation=EvaluationConfig(label="category", resolution=96),
+        evaluation=EvaluationConfig(label="category", resolution=DEMO_PYRAMID[-1]),
+    )
+
+
+def demo_stage2() -> Recipe:
+    """Return the demo's "Stage 2 only": both teachers straight into the student, same caches."""
+    whole = demo()
+    scales = {teacher.name: teacher.resolutions for teacher in whole.teachers}
+    return whole.model_copy(
+        update={
+            "name": STAGE_2_ONLY,
+            "run_directory": f"runs/{STAGE_2_ONLY}",
+            "proxy": None,
+            "stages": (_demo_stage("stage2", scales, (96,), steps=700),),
+            "evaluation": whole.evaluation.model_copy(update={"resolution": 96}),
+        }
+    )
+
+
+def _small_vit(depth: int) -> EncoderSpec:
+    """Return a ViT-T/16 of fewer blocks."""
+    return EncoderSpec(
+        architecture="vit_tiny_patch16_dinov3_qkvb", model_arguments={"depth": depth}
+    )
+
+
+def _demo_stage(
+    name: StageName,
+    teacher_scales: dict[str, tuple[int, ...]],
+    student_scales: tuple[int, ...],
+    steps: int,
+    lr: float = 1e-3,
+) -> StageConfig:
+    return StageConfig(
+        stage=name,
+        teachers=tuple(teacher_scales),
+        student="proxy" if name == "stage1" else "student",
+        teacher_scales=teacher_scales,
+        student_scales=student_scales,
+        steps=steps,
+        global_batch=16,  # many small steps learn more in a minute than few large ones
+        micro_batch=16,
+        head_hidden=256,
+        optimizer=OptimizerConfig(lr=lr, weight_decay=0.05),
+        warmup_steps=steps // 10,
+        precision="float32",  # a CPU without bfloat16 units is many times slower at it
+        evaluate_every=250,
+        checkpoint_every=250,
+        initial="stage2" if name == "stage3" else None,
     )
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
+    DEFAULT: demo,
     STAGE_2_ONLY: demo_stage2,
     **{name: partial(family.full, name) for name in family.STUDENTS},
     "proxy_vitg": family.proxy,
@@ -80,9 +126,6 @@ RECIPES |= {
     f"{name}_tiny": lambda whole=RECIPES[name]: family.tiny(whole())
     for name in (*family.STUDENTS, "proxy_vitg")
 }
-RECIPES[DEFAULT] = lambda: demo_stage2().model_copy(
-    update={"name": DEFAULT, "run_directory": f"runs/{DEFAULT}"}
-)
 
 
 def get(name: str, overrides: Sequence[str] = ()) -> Recipe:
