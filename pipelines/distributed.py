@@ -22,9 +22,18 @@ def of_process_group(stage: StageConfig, device: str | torch.device) -> Workers:
     Args:
         stage: says by `strategy` how the model is spread, and in which precision.
         device: this worker's; gloo serves the CPU, nccl CUDA.
+
+    Raises:
+        ValueError: shards of a batch that does not divide by the number of workers.
     """
     if stage.strategy == "ddp":
         return Copies()
+    if stage.global_batch % dist.get_world_size():
+        # Every forward gathers: a worker with a micro-batch less would leave the others waiting.
+        raise ValueError(
+            f"{stage.stage}: global_batch = {stage.global_batch} and {dist.get_world_size()} "
+            "workers: with strategy fsdp2 each needs as many rows; make it a multiple"
+        )
     half = stage.precision == "bfloat16" and torch.device(device).type == "cuda"
     return Shards(torch.bfloat16 if half else None)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from cache.errors import StoreError
+from eupe.heads import DistillationModel
 from pipelines import checkpoint, cluster, distributed, start
 from pipelines.config import Recipe, StageConfig
 from pipelines.inputs import Inputs, from_caches
@@ -55,8 +56,9 @@ class _Job:
         """Do one worker's share."""
         inputs = self.make_inputs(self.recipe, self.stage, self.pins, workers.rank, workers.size)
         evaluate = None
-        if self.make_evaluate is not None and workers.rank == 0:
-            evaluate = self.make_evaluate(self.recipe, self.stage, inputs)
+        if self.make_evaluate is not None:  # all workers pause for it, one does it
+            make = self.make_evaluate if workers.rank == 0 else _on_rank_0
+            evaluate = make(self.recipe, self.stage, inputs)
         return train_stage(
             self.recipe,
             self.stage,
@@ -146,6 +148,13 @@ def _worker(config: dict[str, _Job]) -> StageResult:
     return job.train(distributed.of_process_group(job.stage, device), device)
 
 
+def _on_rank_0(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> Evaluate:
+    def evaluate(model: DistillationModel, step: int) -> Mapping[str, float]:
+        raise AssertionError("the model is judged on rank 0")
+
+    return evaluate
+
+
 def _check_room(recipe: Recipe) -> None:
     """Refuse workers that a Ray of this machine alone has no room for: they would wait for ever."""
     import ray
@@ -179,7 +188,9 @@ def _own_interrupts() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        raise KeyboardInterrupt from error
+        if error.code == 0:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, handler)
 

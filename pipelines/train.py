@@ -79,7 +79,8 @@ def train_stage(
         resume: go on from a checkpoint; if False, one that is there is refused, never removed.
         workers: the processes that train together; None for this one alone.
         device: to train on.
-        evaluate: called every `stage.evaluate_every` steps, and after the last.
+        evaluate: called every `stage.evaluate_every` steps, and after the last, on rank 0; the
+            other workers wait, and must be given one too.
 
     Returns:
         what was done; nothing is trained when the last step has its checkpoint already.

@@ -43,8 +43,6 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return found
 
 
-def load_optimizer_state(
-    model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
-) -> None:
+def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Put a whole state into the optimizer; each worker keeps its part of it."""
     set_optimizer_state_dict(model, optimizer, dict(state), options=_SPREAD)

@@ -1,0 +1,290 @@
+"""Several workers learn what one process learns: DDP, FSDP2, Ray Train; any may resume another."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_stage
+import torch
+import two_workers
+from two_workers import Pair, Trained
+
+from eupe.weights import state_digest
+from pipelines import checkpoint, launch, recipes, tracking
+from pipelines.config import Recipe, StudentConfig, WorkersConfig
+
+STEPS = 20
+LOG_EVERY, CHECKPOINT_EVERY, STOP_AT = 3, 4, 10  # a checkpoint falls between two logs
+# The bound that the project sets itself for 20 steps: float32 sums in another order, grown by
+# AdamW, which divides small gradients by their own size. Losses are about 3.
+LOSS_ATOL = 1e-5
+# Weights move by at most lr = 3e-3 a step; those whose gradient is nearly nothing go astray first.
+WEIGHT_ATOL = 1e-3
+STRATEGIES = ("ddp", "fsdp2")
+Alone = Callable[..., Trained]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with two_workers.pair(tmp_path_factory.mktemp("pair") / "meeting-point") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Trained]:
+    """The same run in this process, undisturbed."""
+    run = small(tmp_path_factory.mktemp("alone"))
+    return run, two_workers.train(run)
+
+
+def small(directory: Path, **stage: object) -> Recipe:
+    settings = {
+        "steps": STEPS,
+        "micro_batch": 2,
+        "log_every": LOG_EVERY,
+        "checkpoint_every": CHECKPOINT_EVERY,
+        **stage,
+    }
+    return two_workers.recipe(directory, **settings)
+
+
+def losses(run: Recipe) -> dict[int, dict[str, float]]:
+    """Return step -> every term of the loss, as tracked."""
+    lines = tracking.read(run.directory / "stage2" / tracking.METRICS_FILE)
+    return {
+        int(line["step"]): {k: v for k, v in line.items() if k.startswith("loss/")}
+        for line in lines
+        if "loss/total" in line
+    }
+
+
+def assert_same_losses(ours: Recipe, theirs: Recipe) -> None:
+    a, b = losses(ours), losses(theirs)
+    assert list(a) == list(b)
+    assert all(list(a[step]) == list(b[step]) for step in b)
+    np.testing.assert_allclose(
+        [list(line.values()) for line in a.values()],
+        [list(line.values()) for line in b.values()],
+        rtol=0,
+        atol=LOSS_ATOL,
+    )
+
+
+def order(trained: list[Trained]) -> dict[int, list[tuple[str, int]]]:
+    """Return step -> the (sample, view) pairs of its global batch, ranks in order."""
+    out: dict[int, list[tuple[str, int]]] = {}
+    for worker in trained:
+        for step, ids, views in worker.order:
+            out.setdefault(step, []).extend(zip(ids, views, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_workers_and_one_process_agree(tmp_path, pair, alone, strategy):
+    run = small(tmp_path, strategy=strategy)
+    trained = pair.run(two_workers.train, run)
+    theirs, undisturbed = alone
+    assert_same_losses(run, theirs)
+    assert order(trained) == order([undisturbed])
+    micro_batches = [len(worker.order) for worker in trained]
+    assert min(micro_batches) > STEPS, "nothing was accumulated: the test would prove less"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_does_not_show_how_many_workers_wrote_it(tmp_path, pair, alone, strategy):
+    run = small(tmp_path, strategy=strategy)
+    pair.run(two_workers.train, run)
+    ours, theirs = (checkpoint.require(each.directory / "stage2") for each in (run, alone[0]))
+    assert ours.step == theirs.step == STEPS
+    assert ours.identity == theirs.identity
+    for part in ("encoder", "heads"):
+        a, b = getattr(ours, part)(), getattr(theirs, part)()
+        assert list(a) == list(b)
+        for name, value in b.items():
+            assert a[name].dtype == torch.float32
+            torch.testing.assert_close(a[name], value, rtol=0, atol=WEIGHT_ATOL)
+    assert shape_of(ours.state()) == shape_of(theirs.state())
+
+
+def shape_of(tree: Any) -> Any:
+    """Return a state with shapes and dtypes in the place of its tensors."""
+    if isinstance(tree, dict):
+        return {key: shape_of(value) for key, value in tree.items()}
+    if isinstance(tree, torch.Tensor):
+        return tuple(tree.shape), tree.dtype
+    return tree
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_two_began_one_ends(tmp_path, pair, alone, strategy):
+    run = small(tmp_path, strategy=strategy)
+    begun = pair.run(two_workers.train, run, STOP_AT)
+    assert all(worker.result is None for worker in begun)
+    ended = two_workers.train(run)
+    assert_resumed(run, ended, [ended], alone)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_one_began_two_end(tmp_path, pair, alone, strategy):
+    run = small(tmp_path, strategy=strategy)
+    assert two_workers.train(run, STOP_AT).result is None
+    ended = pair.run(two_workers.train, run)
+    assert_resumed(run, ended[0], ended, alone)
+
+
+def assert_resumed(
+    run: Recipe, first: Trained, ended: list[Trained], alone: tuple[Recipe, Trained]
+) -> None:
+    assert first.result is not None
+    assert first.result.first_step == STOP_AT - STOP_AT % CHECKPOINT_EVERY
+    theirs, undisturbed = alone
+    wanted = order([undisturbed])
+    steps = range(first.result.first_step, STEPS)
+    assert order(ended) == {step: wanted[step] for step in steps}
+    assert_same_losses(run, theirs)
+
+
+def test_another_order_would_be_noticed(tmp_path, alone):
+    run = small(tmp_path).model_copy(update={"seed": 1})
+    other = two_workers.train(run)
+    assert order([other]) != order([alone[1]])
+    with pytest.raises(AssertionError):
+        assert_same_losses(run, alone[0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_looking_at_the_model_shows_all_of_it_and_changes_nothing(tmp_path, pair, alone, strategy):
+    run = small(tmp_path, strategy=strategy, evaluate_every=CHECKPOINT_EVERY)
+    trained = pair.run(partial(two_workers.train, look=True), run)
+    assert list(trained[0].looked_at) == list(range(CHECKPOINT_EVERY, STEPS + 1, CHECKPOINT_EVERY))
+    assert trained[1].looked_at == {}
+    for saved in checkpoint.find(run.directory / "stage2"):
+        assert trained[0].looked_at[saved.step] == state_digest(saved.encoder())
+    assert_same_losses(run, alone[0])
+
+
+def test_shards_with_activation_checkpointing_agree(tmp_path, pair, alone):
+    run = small(tmp_path, strategy="fsdp2", activation_checkpointing=True)
+    pair.run(two_workers.train, run)
+    assert_same_losses(run, alone[0])
+
+
+def test_shards_of_a_cnn_agree(tmp_path, pair):
+    both, one = (cnn(small(tmp_path / each, strategy="fsdp2", steps=4)) for each in "ab")
+    pair.run(two_workers.train, both)
+    two_workers.train(one)
+    assert_same_losses(both, one)
+
+
+def cnn(run: Recipe) -> Recipe:
+    encoder = run.student.encoder.model_copy(
+        update={
+            "architecture": "convnext_tiny",
+            "model_arguments": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
+            "summary": "average_pool",
+        }
+    )
+    stages = tuple(s.model_copy(update={"student_scales": (32,)}) for s in run.stages)
+    student = StudentConfig(name="cnn", encoder=encoder)
+    return run.model_copy(update={"student": student, "stages": stages})
+
+
+def test_a_batch_that_shards_cannot_share_evenly_is_refused(tmp_path, pair):
+    run = small(tmp_path, strategy="fsdp2", global_batch=7)
+    with pytest.raises(ValueError, match=r"global_batch = 7.* 2 workers"):
+        pair.run(two_workers.train, run)
+
+
+def test_copies_share_an_odd_batch(tmp_path, pair):
+    both, one = (small(tmp_path / each, global_batch=5, steps=6) for each in "ab")
+    pair.run(two_workers.train, both)
+    two_workers.train(one)
+    assert_same_losses(both, one)
+
+
+def test_a_proxy_of_full_width_trains(tmp_path):
+    """Every dimension of proxy_vitg and its teachers is real but the depth, 1 for 50."""
+    run = recipes.get("proxy_vitg")
+    assert run.proxy is not None
+    encoder = run.proxy.encoder
+    arguments = {**encoder.model_arguments, "depth": 1}
+    proxy = run.proxy.model_copy(
+        update={"encoder": encoder.model_copy(update={"model_arguments": arguments})}
+    )
+    stage = run.stage("stage1")
+    short = {"steps": 5, "warmup_steps": 1, "log_every": 1, "checkpoint_every": 5}
+    cheap = {"global_batch": 1, "micro_batch": 1, "precision": "float32"}
+    stage = stage.model_copy(update={**short, **cheap})
+    run = run.model_copy(
+        update={"proxy": proxy, "stages": (stage,), "run_directory": str(tmp_path)}
+    )
+    widths = ((1280, 1536, 32), (1536, 1536, 32), (1280, 1280, 16))
+    teachers = dict(zip(stage.teachers, widths, strict=True))
+    result = two_workers.train_on_random_tokens(run, stage, teachers)
+    lines = tracking.read(tmp_path / "stage1" / tracking.METRICS_FILE)
+    totals = [line["loss/total"] for line in lines]
+    assert len(totals) == 5
+    assert totals[-1] < totals[0]
+    saved = result.checkpoint.encoder()
+    assert saved["blocks.0.mlp.fc1.weight"].shape == (8960, 1536)
+
+
+@pytest.fixture
+def travelling(ray_cluster: None) -> Iterator[None]:
+    """Let Ray's workers have the modules of this folder, which are not installed."""
+    import ray.cloudpickle
+
+    for module in (two_workers, small_stage):
+        ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    for module in (two_workers, small_stage):
+        ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("travelling")
+def test_ray_train_runs_the_same_loop(tmp_path, alone):
+    run = small(tmp_path).model_copy(update={"workers": WorkersConfig(count=2)})
+    done = train_with_ray(run)
+    assert done.checkpoint == checkpoint.require(run.directory / "stage2")
+    assert done.checkpoint.step == STEPS
+    assert done.checkpoint.score is not None
+    assert_same_losses(run, alone[0])
+    # The same once more has a run of its own in Ray Train, and finds its work done.
+    assert train_with_ray(run).first_step == STEPS
+    names = [path.name for path in (run.directory / "stage2" / launch.RAY_FOLDER).iterdir()]
+    assert len(names) == 2
+    with pytest.raises(ValueError, match="rank 1 is on fire; put it out"):
+        launch.train(
+            small(tmp_path / "b").model_copy(update={"workers": run.workers}),
+            run.stages[0],
+            make_inputs=two_workers.inputs_that_fail_on_rank_1,
+        )
+
+
+def train_with_ray(run: Recipe):
+    return launch.train(
+        run,
+        run.stages[0],
+        make_inputs=two_workers.noise_inputs,
+        make_evaluate=two_workers.sum_of_weights,
+    )
+
+
+def test_one_worker_trains_here(tmp_path, alone):
+    run = small(tmp_path)
+    done = launch.train(run, run.stages[0], make_inputs=two_workers.noise_inputs)
+    assert done.checkpoint.step == STEPS
+    assert losses(run) == losses(alone[0])
+
+
+def test_the_last_step_is_read_off_a_file_that_is_being_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert launch._last_step(path) == 0
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20)) + '{"st')
+    assert launch._last_step(path) == 20

@@ -1,0 +1,303 @@
+"""Two gloo workers kept warm for a test module, and what they are asked to do in it.
+
+A worker is a process with its own interpreter; what it runs is a function of this module. The two
+meet through a file, and talk over the loopback device only.
+"""
+
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import small_stage
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from cache.samples import ShardRange
+from eupe.heads import DistillationModel
+from eupe.weights import state_digest
+from pipelines import distributed, inputs
+from pipelines.batches import Batch, Feed, Part
+from pipelines.config import Recipe, StageConfig
+from pipelines.inputs import Inputs
+from pipelines.scales import Scales
+from pipelines.sources import Normalisers, Raw, Targets
+from pipelines.train import Evaluate, StageResult, train_stage
+from pipelines.workers import OneProcess, Workers
+
+WORLD = 2
+NUM_SAMPLES = 53  # divides by nothing: epochs end inside batches
+GIVE_UP_SECONDS = 120
+
+
+class Stopped(Exception):
+    """A run was interrupted where the test wanted it."""
+
+
+class Pair:
+    """Two worker processes that have joined one process group."""
+
+    def __init__(self, workers: "list[subprocess.Popen[bytes]]") -> None:
+        self._workers = workers
+
+    def run(self, work: Callable[..., Any], *arguments: object) -> list[Any]:
+        """Run `work(*arguments)` in both at once; return what each returned, by rank.
+
+        Raises:
+            Exception: what the first of them raised.
+        """
+        for worker in self._workers:
+            assert worker.stdin is not None
+            pickle.dump((work, arguments), worker.stdin)
+            worker.stdin.flush()
+        answers = [pickle.load(worker.stdout) for worker in self._workers]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+
+@contextmanager
+def pair(meeting_point: Path) -> Iterator[Pair]:
+    """Start two workers and end them with the block."""
+    with ExitStack() as stack:
+        workers = []
+        for rank in range(WORLD):
+            command = [sys.executable, __file__, str(rank), str(meeting_point)]
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            workers.append(stack.enter_context(child))
+        yield Pair(workers)  # leaving the stack closes each one's input, at which it ends
+
+
+def _serve(rank: int, meeting_point: str) -> None:
+    """Join the process group and do what comes in, until nothing more does."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print is no answer
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = next(
+        name for _, name in socket.if_nameindex() if name.startswith("lo")
+    )
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting_point}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=GIVE_UP_SECONDS),
+    )
+    while True:
+        try:
+            work, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            break
+        try:
+            answer = work(*arguments)
+        except Exception as error:
+            answer = error
+        pickle.dump(answer, answers)
+        answers.flush()
+    dist.destroy_process_group()
+
+
+def workers_here(stage: StageConfig) -> Workers:
+    """Return the workers that this process is one of: the pair, or itself alone."""
+    if dist.is_initialized():
+        return distributed.of_process_group(stage, "cpu")
+    return OneProcess()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one worker did.
+
+    Attributes:
+        order: (step, sample ids, view numbers) of each micro-batch it was given.
+        result: None if it was stopped.
+        looked_at: steps at which the model was looked at, and its digest then.
+    """
+
+    order: list[tuple[int, list[str], list[int]]]
+    result: StageResult | None
+    looked_at: dict[int, str]
+
+
+def train(run: Recipe, stop_at: int | None = None, look: bool = False) -> Trained:
+    """Train the recipe's stage on the noise; leave off before a step if told."""
+    stage = run.stages[0]
+    workers = workers_here(stage)
+    made = noise_inputs(run, stage, None, workers.rank, workers.size)
+    order, looked_at = list[tuple[int, list[str], list[int]]](), dict[int, str]()
+
+    def told(steps: range) -> Iterator[Batch]:
+        for batch in made.batches(steps):
+            if batch.step == stop_at:
+                raise Stopped
+            order.append((batch.step, batch.sample_ids, batch.view_numbers.tolist()))
+            yield batch
+
+    def evaluate(model: DistillationModel, step: int) -> Mapping[str, float]:
+        model(torch.zeros(1, 3, 32, 32))
+        looked_at[step] = state_digest(model.encoder.network.state_dict())
+        return {}
+
+    result, chosen = None, evaluate if look else None
+    with suppress(Stopped):
+        result = train_stage(
+            run,
+            stage,
+            replace(made, batches=told),
+            Path(run.run_directory) / stage.stage,
+            workers=workers,
+            evaluate=chosen,
+        )
+    return Trained(order, result, looked_at)
+
+
+def recipe(directory: Path, **stage: object) -> Recipe:
+    """Return the small stage without drop path, which every worker draws for itself."""
+    run = small_stage.recipe(directory, **stage)
+    arguments = {**run.student.encoder.model_arguments, "drop_path_rate": 0.0}
+    encoder = run.student.encoder.model_copy(update={"model_arguments": arguments})
+    student = run.student.model_copy(update={"encoder": encoder})
+    return run.model_copy(update={"student": student})
+
+
+def noise_inputs(
+    run: Recipe, stage: StageConfig, pins: Mapping[str, int] | None, rank: int, world: int
+) -> Inputs:
+    """Return inputs drawn, mixed and batched as always, from images that are noise."""
+    normalisers = small_stage.normalisers()
+    feed = Feed(_NoiseSource(normalisers), _NoiseImages(), run.views)  # type: ignore[arg-type]
+    return inputs.of_feeds(
+        run, stage, {run.train[0].name: feed}, normalisers, {"source": "noise"}, rank, world
+    )
+
+
+def inputs_that_fail_on_rank_1(
+    run: Recipe, stage: StageConfig, pins: Mapping[str, int] | None, rank: int, world: int
+) -> Inputs:
+    """Refuse, in one of the workers, with a reason."""
+    if rank == 1:
+        raise ValueError("the cache of rank 1 is on fire; put it out")
+    return noise_inputs(run, stage, pins, rank, world)
+
+
+def sum_of_weights(run: Recipe, stage: StageConfig, made: Inputs) -> Evaluate:
+    """Make an evaluation that any launcher can send to its workers."""
+
+    def evaluate(model: DistillationModel, step: int) -> Mapping[str, float]:
+        total = sum(float(value.double().abs().sum()) for value in model.state_dict().values())
+        return {"held_out/score": total}
+
+    return evaluate
+
+
+class _NoiseSource(small_stage.MemorySource):
+    """A dataset of noise in two shards."""
+
+    @property
+    def samples(self) -> "_NoiseSource":
+        return self
+
+    def take(self, rows: np.ndarray) -> pl.DataFrame:
+        return pl.DataFrame({"sample_id": [f"noise/{row}" for row in rows.tolist()]})
+
+    def shards(self) -> list[ShardRange]:
+        return [ShardRange(0, 0, 32), ShardRange(1, 32, NUM_SAMPLES)]
+
+    def versions(self) -> dict[str, int]:
+        return {"noise": 1}
+
+
+class _NoiseImages:
+    """Reads images that are a pure function of their sample id."""
+
+    def read(self, sample: Mapping[str, Any]) -> bytes:
+        number = int(str(sample["sample_id"]).rpartition("/")[2])
+        generator = np.random.Generator(np.random.Philox(key=number))
+        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(coarse.repeat(8, axis=0).repeat(8, axis=1)).save(out, "PNG")
+        return out.getvalue()
+
+
+def train_on_random_tokens(
+    run: Recipe, stage: StageConfig, teachers: Mapping[str, tuple[int, int, int]]
+) -> StageResult:
+    """Train a stage of any size on random pixels and random tokens.
+
+    Args:
+        run: the recipe.
+        stage: one of its stages.
+        teachers: name -> (summary width, patch width, side of the patch grid).
+    """
+    workers = workers_here(stage)
+    own = stage.global_batch // workers.size
+    source = _RandomTokens(teachers)
+    feed = Feed(source, _NoiseImages(), run.views)  # type: ignore[arg-type]
+    side = stage.student_scales[0]
+
+    def batches(steps: range) -> Iterator[Batch]:
+        for step in steps:
+            for micro in range(0, own, stage.micro_batch):
+                rows = min(stage.micro_batch, own - micro)
+                generator = torch.Generator().manual_seed(
+                    (step * own + micro) * workers.size + workers.rank
+                )
+                shape = (rows, 3, side, side)
+                pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+                valid = np.ones(rows, bool)
+                raw = Raw(valid, None, {}, {})
+                yield Batch(
+                    step,
+                    micro // stage.micro_batch,
+                    -(-own // stage.micro_batch),
+                    Scales(
+                        side, {name: scales[0] for name, scales in stage.teacher_scales.items()}
+                    ),
+                    [f"{step}-{place}" for place in range(rows)],
+                    np.zeros(rows, np.int64),
+                    pixels,
+                    valid,
+                    [Part(feed, np.arange(rows), raw)],
+                )
+
+    dims = {name: widths[:2] for name, widths in teachers.items()}
+    identity = torch.nn.Identity()
+    normalisers = {name: Normalisers(identity, identity) for name in teachers}
+    made = Inputs(batches, dims, normalisers, {"source": "random"}, {})
+    directory = Path(run.run_directory) / stage.stage
+    return train_stage(run, stage, made, directory, workers=workers)
+
+
+class _RandomTokens:
+    """Serves the same random tokens for every batch."""
+
+    def __init__(self, teachers: Mapping[str, tuple[int, int, int]]) -> None:
+        self._teachers = dict(teachers)
+
+    def decode(self, raw: Raw, device: str | torch.device) -> dict[str, Targets]:
+        rows = len(raw.valid)
+        generator = torch.Generator().manual_seed(3)
+        return {
+            name: Targets(
+                torch.randn(rows, summary, generator=generator),
+                torch.randn(rows, side, side, patches, generator=generator),
+                torch.from_numpy(raw.valid),
+            )
+            for name, (summary, patches, side) in self._teachers.items()
+        }
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), sys.argv[2])
