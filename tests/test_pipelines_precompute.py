@@ -33,7 +33,7 @@ from cache.store import find_stores, open_store
 from eupe.spec import CentreView
 from pipelines import jobs, precompute
 
-START_SECONDS = 120.0  # Ray, torch and a teacher on a busy machine
+START_SECONDS = 240.0  # Ray, torch and a teacher on a busy machine
 END_SECONDS = 60.0  # Ray's processes after their driver's death
 
 
