@@ -28,6 +28,11 @@ cache_app = typer.Typer(
     help="Teacher features on disk: build them once, train from them ever after.",
 )
 app.add_typer(cache_app, name="cache")
+recipes_app = typer.Typer(
+    invoke_without_command=True,
+    help="The recipes: their networks, sizes and costs, or one in full ([b]show[/b]).",
+)
+app.add_typer(recipes_app, name="recipes")
 
 RecipeName = Annotated[str, typer.Argument(help="Name of a recipe, for instance [b]demo[/b].")]
 Overrides = Annotated[
@@ -157,6 +162,48 @@ def cache_verify(
         raise typer.Exit(1)
 
 
+@recipes_app.callback()
+def recipes_list(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the recipes: parameters and FLOPs of what each trains, the paper's figures beside."""
+    if context.invoked_subcommand is not None:
+        return
+    from pipelines import catalogue
+
+    found = catalogue.entries()
+    if as_json:
+        print_json([catalogue.plain(each) for each in found])
+    else:
+        print_table(catalogue.table(found))
+
+
+@recipes_app.command("show")
+def recipes_show(
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe; [b]eupe recipes[/b] lists them.")
+    ],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print every field of a recipe, its value, and where the value comes from.
+
+    [b]paper[/b]: stated there. [b]paper: X[/b]: stated there as X, and changed here.
+    [b]assumed[/b]: ours, since the paper does not say. [b]execution[/b]: where and how fast the
+    run works, never what it learns.
+    """
+    from pipelines import paper, recipes
+
+    settings = paper.settings(recipes.get(recipe, overrides or []))
+    if as_json:
+        print_json([setting._asdict() for setting in settings])
+        return
+    print_table(
+        [
+            {"field": each.path, "value": json.dumps(each.value), "origin": each.origin}
+            for each in settings
+        ]
+    )
+
+
 @app.command("train")
 def train(
     recipe: RecipeName = "demo",
@@ -239,7 +286,9 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
 def prefect_settings(home: Path) -> None:
     """Settle what Prefect reads at import: a home of its own, patience, and no log beside ours."""
     if "PREFECT_API_URL" not in os.environ:
-        os.environ["PREFECT_HOME"] = str(home / "runs" / "prefect")
+        private = home / "runs" / "prefect"
+        private.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder only
+        os.environ["PREFECT_HOME"] = str(private)
     for name, value in {
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # two busy cores take 30
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
