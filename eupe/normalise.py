@@ -9,7 +9,7 @@ from eupe.hadamard import hadamard
 from eupe.moments import Moments
 
 STD_FLOOR = 1e-6
-"""Of the widest coordinate's std: below it a coordinate counts as constant and is not blown up."""
+"""Of the widest coordinate's std: below it a coordinate counts as constant."""
 
 
 class Normaliser(nn.Module):
@@ -48,13 +48,14 @@ class Normaliser(nn.Module):
 
 
 def zscore(moments: Moments) -> Normaliser:
-    """Minus mean, divided by std, per coordinate: EUPE (arXiv:2603.22387), Sec. 3.
+    """Minus mean, divided by std, per coordinate: EUPE (arXiv:2603.22387), Fig. 3.
 
-    A constant coordinate stays finite: its std is taken as a millionth of the widest.
+    A coordinate that is constant in the sample is divided by the widest std: EfficientNet-Lite has
+    channels that are dead in most images, and one that fires elsewhere must not outweigh the rest.
     """
     std = moments.std()
-    widest = std.max()
-    std = np.maximum(std, STD_FLOOR * widest) if widest > 0 else np.ones_like(std)
+    widest = std.max() if std.max() > 0 else 1.0
+    std = np.where(std < STD_FLOOR * widest, widest, std)
     return Normaliser(_tensor(moments.mean), _tensor(1 / std))
 
 

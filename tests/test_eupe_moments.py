@@ -88,6 +88,9 @@ def test_zscore_of_a_constant_coordinate_stays_finite():
     normaliser = zscore(Moments.of(x))
     y = normaliser(torch.from_numpy(x))
     assert (y[:, 1] == 0).all()
+    alive_elsewhere = torch.from_numpy(x[:1]) + torch.tensor([0.0, 1.0, 0.0])
+    widest = float(Moments.of(x).std().max())
+    assert normaliser(alive_elsewhere)[0, 1].item() == pytest.approx(1 / widest, rel=1e-5)
     assert normaliser.inverse(y).isfinite().all()
     assert zscore(Moments.of(x[:1]))(torch.from_numpy(x[:1])).isfinite().all()
 
