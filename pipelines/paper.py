@@ -1,11 +1,14 @@
 """What the paper states of a recipe and what is assumed: the marks of `eupe recipes show`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from eupe.students import FAMILY
 from pipelines.config import Recipe
 
 EXECUTION = (
+    "name",
+    "stage",
     "activation_checkpointing",
     "run_directory",
     "cache_root",
@@ -31,10 +34,21 @@ STATED: dict[str, object] = {
     "teachers.pe_lang_g.encoder.architecture": "vit_pe_lang_gigantic_patch14_448",
     "teachers.dinov3_hplus.resolutions": [256],
     "teachers.dinov3_hplus.encoder.architecture": "vit_huge_plus_patch16_dinov3",
+    "teachers.dinov3_hplus.encoder.summary": "class_token",
     "proxy.encoder.model_arguments.embed_dim": 1536,
     "proxy.encoder.model_arguments.depth": 50,
     "proxy.encoder.model_arguments.num_heads": 16,
     "proxy.encoder.model_arguments.mlp_ratio": 8960 / 1536,
+    "views.kind": "augmented",
+    "student.encoder.pixel_mean": [0.485, 0.456, 0.406],
+    "student.encoder.pixel_std": [0.229, 0.224, 0.225],
+    "stages.stage1.teachers": ["pe_core_g", "pe_lang_g", "dinov3_hplus"],
+    "stages.stage1.student": "proxy",
+    "stages.stage2.teachers": ["proxy"],
+    "stages.stage2.student": "student",
+    "stages.stage3.teachers": ["proxy"],
+    "stages.stage3.student": "student",
+    "stages.stage3.initial": "stage2",
     "stages.stage1.student_scales": [256],
     "stages.stage1.teacher_scales.pe_core_g": [448],
     "stages.stage1.teacher_scales.pe_lang_g": [448],
@@ -61,7 +75,9 @@ STATED: dict[str, object] = {
     "evaluation.k": 10,
     "evaluation.resolution": 224,
 }
-"""Field -> value as EUPE (arXiv:2603.22387) prints it: the stages, Eq. 5, data and evaluation."""
+"""Field -> value as EUPE (arXiv:2603.22387) prints it: the stages, Eq. 5, data and evaluation.
+
+The student's architecture, which differs from recipe to recipe, `settings` adds."""
 
 
 class Setting(NamedTuple):
@@ -98,12 +114,16 @@ def settings(recipe: Recipe) -> list[Setting]:
     Origins: `paper` (stated, and equal), `paper: X` (stated as X, changed here), `execution`
     (never changes what is learnt), `assumed` (ours: the paper does not say).
     """
-    return [Setting(path, value, _origin(path, value)) for path, value in _leaves(recipe)]
+    stated = dict(STATED)
+    family = FAMILY.get(recipe.name.removesuffix("_tiny"))
+    if family is not None:
+        stated["student.encoder.architecture"] = family.architecture
+    return [Setting(path, value, _origin(path, value, stated)) for path, value in _leaves(recipe)]
 
 
-def _origin(path: str, value: object) -> str:
-    if path in STATED:
-        return "paper" if value == STATED[path] else f"paper: {STATED[path]}"
+def _origin(path: str, value: object, stated: Mapping[str, object]) -> str:
+    if path in stated:
+        return "paper" if value == stated[path] else f"paper: {stated[path]}"
     return "execution" if set(path.split(".")) & set(EXECUTION) else "assumed"
 
 
