@@ -1,0 +1,134 @@
+"""Run configuration: overrides reach the field that was meant, everything else is refused."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import config, recipes
+from pipelines.config import Recipe, StageConfig, override, validated
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return recipes.RECIPES["eupe_vitt16_tiny"]()
+
+
+def test_no_override_changes_nothing(recipe):
+    assert override(recipe, []) == recipe
+
+
+@pytest.mark.parametrize(
+    ("item", "value", "read"),
+    [
+        ("seed=7", 7, lambda r: r.seed),
+        ("stages.stage2.steps=11", 11, lambda r: r.stage("stage2").steps),
+        ("stages.1.steps=11", 11, lambda r: r.stages[1].steps),
+        ("stages.stage2.optimizer.lr=1e-5", 1e-5, lambda r: r.stage("stage2").optimizer.lr),
+        (
+            "stages.stage2.optimizer.clip_norm=null",
+            None,
+            lambda r: r.stage("stage2").optimizer.clip_norm,
+        ),
+        (
+            "stages.stage1.loss.gamma.efficientnet_lite0=2",
+            {"efficientnet_lite0": 2.0},
+            lambda r: r.stage("stage1").loss.gamma,
+        ),
+        (
+            "teachers.efficientnet_lite2.codec=float32",
+            "float32",
+            lambda r: r.teacher("efficientnet_lite2").codec,
+        ),
+        ("train.emoji-train.share=0.5", 0.5, lambda r: r.train[0].share),
+        ("views.crop_area=[0.2, 0.4]", (0.2, 0.4), lambda r: r.views.crop_area),
+        (
+            "student.encoder.model_arguments.depth=1",
+            1,
+            lambda r: r.student.encoder.model_arguments["depth"],
+        ),
+        ("run_directory=a=b", "a=b", lambda r: r.run_directory),
+    ],
+)
+def test_an_override_reaches_its_field_and_no_other(recipe, item, value, read):
+    changed = override(recipe, [item])
+    assert read(changed) == value
+    assert changed != recipe
+    same = changed.model_dump()
+    _restore(same, recipe.model_dump())
+    assert validated(same) == recipe
+
+
+def _restore(changed: object, original: object) -> int:
+    """Put differing leaves back; fail if more than one branch differs."""
+    count = 0
+    pairs = (
+        [(key, changed[key], original.get(key)) for key in changed]
+        if isinstance(changed, dict) and isinstance(original, dict)
+        else list(zip(range(len(changed)), changed, original, strict=True))
+        if isinstance(changed, list | tuple) and len(changed) == len(original)
+        else []
+    )
+    for key, ours, theirs in pairs:
+        if ours != theirs:
+            count += 1
+            nested = isinstance(ours, dict) and isinstance(theirs, dict) and key != "gamma"
+            if nested or (isinstance(ours, tuple) and ours and isinstance(ours[0], dict)):
+                _restore(ours, theirs)
+            else:
+                changed[key] = theirs
+    assert count <= 1
+    return count
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        ("sed=1", "no field 'sed'; did you mean 'seed'?"),
+        ("stages.stage2.step=1", "did you mean 'steps'?"),
+        ("stages.stage9.steps=1", "no field 'stage9'"),
+        ("teachers.efficientnet_lite7.codec=int8", "did you mean 'efficientnet_lite"),
+        ("seed.deeper=1", "'seed' is a plain value"),
+        ("seed", "wants path.to.field=value"),
+        ("stages.stage2.steps=soon", "steps"),
+        ("stages.stage2.steps=0", "greater than or equal to 1"),
+        ("views.crop_area=[0.9, 0.1]", "wants 0 < low <= high"),
+        ("stages.stage1.teacher_scales={efficientnet_lite0: [192]}", "every teacher needs its"),
+        (
+            "stages.stage1.teacher_scales.efficientnet_lite0=[7]",
+            "'efficientnet_lite0' is not cached at [7]",
+        ),
+        ("views={kind: centre, canvas: 64}", "a centre view has only view 0"),
+    ],
+)
+def test_a_fault_is_one_sentence_that_names_it(recipe, item, sentence):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the sentence is matched below)
+        override(recipe, [item])
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@settings(deadline=None)  # a whole recipe is validated each time
+@given(st.text(max_size=30))
+def test_whatever_is_typed_is_applied_or_refused(text):
+    recipe = recipes.RECIPES["demo"]()
+    try:
+        override(recipe, [text])
+    except ValueError:
+        return
+    assert "=" in text
+
+
+def test_stages_and_teachers_are_found_by_name(recipe):
+    assert isinstance(recipe.stage("stage2"), StageConfig)
+    with pytest.raises(ValueError, match="has no teacher 'nobody'"):
+        recipe.teacher("nobody")
+    alone = recipe.model_copy(update={"stages": recipe.stages[:1]})
+    with pytest.raises(ValueError, match="has no stage3; it has stage1"):
+        alone.stage("stage3")
+
+
+def test_every_fault_of_a_tree_is_listed():
+    tree = recipes.RECIPES["demo"]().model_dump(mode="json")
+    tree["seed"], tree["num_views"] = "x", 0
+    with pytest.raises(ValueError, match=r"seed: .*; num_views: "):
+        config.validated(tree)
