@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cache.encoded import Encoded, Escapes, Floats, Moments
+from cache.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
 from cache.quantised import BITS, FIT, QuantisedCodec
 from eupe.spec import CodecSpec
 
@@ -139,6 +139,25 @@ def make_codec(spec: CodecSpec, moments: Moments | None = None) -> Codec:
     return QuantisedCodec.fitted(spec.name, moments)
 
 
+def row_bytes(name: str, num_tokens: int, dim: int) -> int:
+    """Return the bytes of one row of N tokens [D] in a codec that is not fitted yet.
+
+    Raises:
+        ValueError: no codec has that name.
+    """
+    spec = default_codec(name)
+    unit = None if spec.fit is None else (2, np.zeros(dim), np.eye(dim))
+    codec = make_codec(spec, unit)
+    return int(np.prod(codec.storage_shape(num_tokens, dim))) * codec.storage_dtype.itemsize
+
+
+def unfit(name: str, finite: bool, largest: float) -> str:
+    """Say why a plain codec cannot keep a row, given its largest magnitude."""
+    if finite:
+        return f"patches overflow {name}: largest magnitude {largest:.6g}"
+    return NOT_FINITE
+
+
 def _to_bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
     """Round float32 to bfloat16 bits, nearest even, NaN kept."""
     bits = np.ascontiguousarray(values).view(np.uint32)
@@ -157,9 +176,5 @@ def _judge(
     kept = np.asarray(np.isfinite(decoded).all(axis=axes))
     reasons: list[str | None] = [None] * num_rows
     for row in np.flatnonzero(~(finite & kept)).tolist():
-        if finite[row]:
-            worst = float(np.abs(patches[row]).max())
-            reasons[row] = f"patches overflow {name}: largest magnitude {worst:.6g}"
-        else:
-            reasons[row] = "patches are not finite"
+        reasons[row] = unfit(name, bool(finite[row]), float(np.abs(patches[row]).max()))
     return finite & kept, reasons

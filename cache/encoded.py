@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+NOT_FINITE = "patches are not finite"
+"""Why a row cannot be stored, whatever the codec."""
 Floats = npt.NDArray[np.float32]
 Moments = tuple[int, npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """count, mean [D], scatter [D, D] (sum of outer products of deviations)."""

@@ -21,7 +21,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from cache.encoded import Encoded, Escapes, Floats, Moments
+from cache.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
 from cache.rotation import Rotation
 
 Codes = npt.NDArray[np.uint8]
@@ -98,7 +98,7 @@ class QuantisedCodec:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's packed codes."""
-        return sum(-(-len(self.mean) * width // 8) for width in _PLANES[self.bits])
+        return sum(-(-len(self.mean) * width // 8) for width in PLANES[self.bits])
 
     def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
         """Return (1, bytes of a row)."""
@@ -130,7 +130,7 @@ class QuantisedCodec:
             ],
             axis=1,
         )
-        reasons = [None if fine else "patches are not finite" for fine in finite.tolist()]
+        reasons = [None if fine else NOT_FINITE for fine in finite.tolist()]
         return Encoded(data.reshape(shape), finite, reasons, escapes)
 
     def decode(self, data: npt.NDArray[np.generic], escapes: Escapes | None = None) -> Floats:
@@ -202,14 +202,14 @@ class QuantisedCodec:
         return z * self.std + self.mean
 
 
-_PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 """Bits of each plane, lowest first."""
 
 
 def pack(codes: Codes, bits: int) -> Codes:
     """Pack codes [k, D] below 2^bits into planes [k, token_bytes]."""
     planes, below = [], 0
-    for width in _PLANES[bits]:
+    for width in PLANES[bits]:
         per_byte = 8 // width
         num_bytes = -(-codes.shape[1] // per_byte)
         field_codes = np.zeros((len(codes), per_byte * num_bytes), np.uint8)
@@ -227,7 +227,7 @@ def unpack(packed: Codes, bits: int, dim: int) -> Codes:
     """Undo `pack`: codes [k, D]."""
     codes = np.zeros((len(packed), dim), np.uint8)
     below, start = 0, 0
-    for width in _PLANES[bits]:
+    for width in PLANES[bits]:
         per_byte = 8 // width
         num_bytes = -(-dim // per_byte)
         plane = packed[:, start : start + num_bytes]

@@ -18,14 +18,17 @@ import polars as pl
 import timm
 import torch
 
+from cache.encoded import Escapes
 from cache.manifest import ShardRecord
 from cache.samples import ShardRange
 from cache.store import Store
 from cache.writer import write_shard
 from eupe import views
+from eupe.encoders import Features
 from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
+from pipelines.codec_torch import encode
 from pipelines.config import TeacherConfig
 from pipelines.forward import padded_forward
 from pipelines.images import ImageReader
@@ -35,10 +38,17 @@ Output = tuple[str, int]
 
 
 class Measured(NamedTuple):
-    """Moments of one output over some samples; None where no sample gave finite features."""
+    """What one output is over some samples.
+
+    Attributes:
+        summary: moments; None where no sample gave finite features.
+        patches: moments of the patch tokens, or None.
+        tokens: float32 [k, D], patch tokens spread evenly over the samples.
+    """
 
     summary: Moments | None
     patches: Moments | None
+    tokens: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,11 @@ class Drawn:
 
 
 class _Pass(NamedTuple):
-    """One compute batch: where it lies in the table, its views, and each output's tokens."""
+    """One compute batch: where it lies in the table, its views, each output on its device."""
 
     start: int
     drawn: list[Drawn]
-    tokens: dict[Output, tuple[np.ndarray, np.ndarray]]
+    tokens: dict[Output, Features]
 
 
 class Extractor:
@@ -99,6 +109,7 @@ class Extractor:
         samples: pl.DataFrame,
         outputs: Sequence[Output],
         compute_batch: int,
+        num_tokens: int = 0,
     ) -> dict[Output, Measured]:
         """Measure the moments of view 0 of some samples, in float64.
 
@@ -107,6 +118,7 @@ class Extractor:
             samples: rows of the sample table.
             outputs: what to measure.
             compute_batch: pictures a forward pass, padded.
+            num_tokens: patch tokens to bring along, at most.
 
         Raises:
             ValueError: weights that cannot be loaded, or an image file that is gone.
@@ -115,11 +127,13 @@ class Extractor:
         with self._computing:
             for batch in self._passes(policy, samples, 0, outputs, compute_batch):
                 decoded = np.array([drawn.reason is None for drawn in batch.drawn])
-                for output, (summary, patches) in batch.tokens.items():
+                for output, features in batch.tokens.items():
+                    summary = features.summary.cpu().numpy()
+                    patches = features.patches.flatten(1, 2).cpu().numpy()
                     finite = decoded & np.isfinite(summary).all(1)
                     finite &= np.isfinite(patches).all((1, 2))
                     parts[output].append((summary[finite], patches[finite]))
-        return {output: _measured(tokens) for output, tokens in parts.items()}
+        return {output: _measured(tokens, num_tokens) for output, tokens in parts.items()}
 
     def extract(self, stores: Sequence[Store], view: int, shard: ShardRange) -> list[ShardRecord]:
         """Compute and write one shard of one view for several stores.
@@ -147,17 +161,22 @@ class Extractor:
             np.empty((len(shard), *store.row_shape), store.codec.storage_dtype) for store in stores
         ]
         summaries: list[list[np.ndarray]] = [[] for _ in stores]
+        escapes: list[list[Escapes]] = [[] for _ in stores]
+        starts: list[int] = []
         reasons: list[list[str | None]] = [[] for _ in stores]
         with self._computing:
             for store in stores:
                 _check_teacher(self._teacher(store.spec.teacher.name).spec, store)
             for batch in self._passes(spec.views, samples, view, outputs, compute_batch):
                 drawn += batch.drawn
+                starts.append(batch.start)
                 rows = slice(batch.start, batch.start + len(batch.drawn))
                 for number, store in enumerate(stores):
-                    summary, tokens = batch.tokens[outputs[number]]
-                    encoded = store.codec.encode(tokens)
+                    features = batch.tokens[outputs[number]]
+                    encoded = encode(store.codec, features.patches.flatten(1, 2))
+                    summary = features.summary.cpu().numpy()
                     patches[number][rows] = encoded.data
+                    escapes[number].append(encoded.escapes)
                     summaries[number].append(summary)
                     reasons[number] += [
                         image.reason or _summary_reason(own) or other
@@ -174,6 +193,7 @@ class Extractor:
                 patches[number],
                 _rows(samples, drawn, reasons[number], np.concatenate(summaries[number])),
                 made_by,
+                Escapes.joined(escapes[number], starts),
             )
             for number, store in enumerate(stores)
         ]
@@ -209,11 +229,9 @@ class Extractor:
             pixels = {side: _stacked(drawn, side) for side in resolutions}
             tokens = {}
             for name, side in outputs:
-                features = padded_forward(
+                tokens[name, side] = padded_forward(
                     self._teacher(name), pixels[side], compute_batch, self._device
                 )
-                patches = features.patches.flatten(1, 2)
-                tokens[name, side] = features.summary.cpu().numpy(), patches.cpu().numpy()
             yield _Pass(start, drawn, tokens)
 
     def _draw(
@@ -288,9 +306,11 @@ def _rows(
     )
 
 
-def _measured(tokens: Sequence[tuple[np.ndarray, np.ndarray]]) -> Measured:
-    summary = np.concatenate([part for part, _ in tokens])
-    patches = np.concatenate([part.reshape(-1, part.shape[-1]) for _, part in tokens])
+def _measured(parts: Sequence[tuple[np.ndarray, np.ndarray]], num_tokens: int) -> Measured:
+    summary = np.concatenate([part for part, _ in parts])
+    patches = np.concatenate([part.reshape(-1, part.shape[-1]) for _, part in parts])
+    kept = min(num_tokens, len(patches))
+    tokens = patches[np.arange(kept) * len(patches) // max(kept, 1)]
     if not len(summary):
-        return Measured(None, None)
-    return Measured(Moments.of(summary), Moments.of(patches))
+        return Measured(None, None, tokens)
+    return Measured(Moments.of(summary), Moments.of(patches), tokens)

@@ -1,37 +1,337 @@
-"""Codecs on the device: stored bytes to float32 tensors, equal to the numpy oracle in cache.codec.
+"""Codecs on the device: stored bytes to normalised float32 tokens, and tokens to stored bytes.
 
-Plain dtypes so far; the quantised codecs join here, behind the same function.
+Equal to the numpy oracle in `cache.codec` to one float16 step. The narrow bytes cross to the
+device; there they are unpacked, looked up, rotated back and sent through ONE affine map per
+channel, the codec's own and the loss normaliser's multiplied together (DESIGN.md, law 9).
+
+The rotation is (C_m (x) H_2^k) (s * x) (`cache.rotation`). Sylvester's H_2^k is H_a (x) H_b for any
+a * b = 2^k, so the whole of it is two small matrix products, L X R with X = x as [m a, b],
+L = C_m (x) H_a and R = H_b: 2 (m a + b) operations a channel, about 4 sqrt(D), in two passes over
+memory where butterflies need k.
+
+Shapes: T tokens, D channels.
 """
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from eupe.spec import CodecSpec
+from cache.codec import Codec, Encoded, Escapes, PlainCodec, unfit
+from cache.encoded import NOT_FINITE
+from cache.quantised import PLANES, WORST_ERROR, QuantisedCodec
+from cache.rotation import Rotation, hadamard
+from eupe.normalise import Normaliser
 
-_STORED_AS: dict[str, torch.dtype] = {
+STORED_AS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+CPU_CHUNK = 1 << 18
+"""Coefficients worked on at a time on a CPU, so that intermediate results stay in its caches."""
 
 
-def decode(codec: CodecSpec, stored: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
-    """Decode rows as `cache.reader` gives them.
+class Butterfly(NamedTuple):
+    """The rotation, signs apart, as two factors: left [m a, m a] and right [b, b], symmetric."""
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, rotation: Rotation) -> "Butterfly":
+        """Split the Hadamard factor where the two products cost least."""
+        odd = len(rotation.dense)
+        sides = [1 << power for power in range(rotation.block.bit_length())]
+        outer = min(sides, key=lambda side: odd * side + rotation.block // side)
+        left = np.kron(rotation.dense, hadamard(np.eye(outer, dtype=np.float32)))
+        right = hadamard(np.eye(rotation.block // outer, dtype=np.float32))
+        return cls(torch.from_numpy(left), torch.from_numpy(right))
+
+    def forward(self, signed: Tensor) -> Tensor:
+        """Rotate [T, D] that the signs have been applied to."""
+        parts = signed.view(len(signed), len(self.left), len(self.right))
+        return (torch.matmul(self.left, parts) @ self.right).view_as(signed)
+
+    def inverse(self, rotated: Tensor) -> Tensor:
+        """Undo `forward`; the signs are still to be applied."""
+        parts = rotated.view(len(rotated), len(self.left), len(self.right))
+        return (torch.matmul(self.left.T, parts) @ self.right).view_as(rotated)
+
+
+@dataclass(frozen=True)
+class Dequantiser:
+    """Constants that turn unit codes into normalised tokens, on one device.
+
+    tokens = (inverse rotation of (levels[code] * scale)) @ mix * gain + offset; what a codec or
+    normaliser does not have is None.
+    """
+
+    levels: Tensor
+    butterfly: Butterfly | None
+    mix: Tensor | None
+    gain: Tensor | None
+    offset: Tensor
+
+    @classmethod
+    def of(cls, codec: QuantisedCodec, normaliser: Normaliser | None) -> "Dequantiser":
+        """Multiply the codec's affine map with the normaliser's, in float64."""
+        mean, gain = codec.mean.astype(np.float64), codec.std.astype(np.float64)
+        levels = np.arange(-128, 128, dtype=np.float32) if codec.levels is None else codec.levels
+        butterfly = None
+        if codec.rotation is not None:
+            gain = gain * codec.rotation.signs
+            butterfly = Butterfly.of(codec.rotation)
+        if normaliser is None:
+            return cls(_tensor(levels), butterfly, None, _tensor(gain), _tensor(mean))
+        shift = mean - normaliser.mean.double().cpu().numpy()
+        scale = normaliser.scale.double().cpu().numpy()
+        if normaliser.rotation is None:
+            return cls(
+                _tensor(levels), butterfly, None, _tensor(gain * scale), _tensor(shift * scale)
+            )
+        # A dense rotation swallows the codec's: one product [T, D] x [D, D] for both.
+        rotation = normaliser.rotation.double().cpu().numpy()
+        mix = gain[:, None] * (rotation * scale[:, None]).T
+        if codec.rotation is not None:
+            unrotate = codec.rotation.inverse(np.eye(len(gain), dtype=np.float32))
+            mix = (unrotate * codec.rotation.signs) @ mix
+        offset = (rotation @ shift) * scale
+        return cls(_tensor(levels), None, _tensor(mix), None, _tensor(offset))
+
+    def to(self, device: torch.device) -> "Dequantiser":
+        """Copy to a device."""
+        butterfly = self.butterfly and Butterfly(*(part.to(device) for part in self.butterfly))
+        mix, gain = (None if part is None else part.to(device) for part in (self.mix, self.gain))
+        return Dequantiser(self.levels.to(device), butterfly, mix, gain, self.offset.to(device))
+
+    def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Turn codes uint8 [T, D] and scales float32 [T, 1] into tokens float32 [T, D]."""
+        tokens = torch.take(self.levels, codes.long()).mul_(scales)
+        if self.butterfly is not None:
+            tokens = self.butterfly.inverse(tokens)
+        if self.mix is not None:
+            return torch.addmm(self.offset, tokens, self.mix)
+        return torch.addcmul(self.offset, tokens, self.gain, out=tokens)
+
+
+class Decoder:
+    """Decodes the rows of one store and normalises them for the loss.
 
     Args:
-        codec: of the store.
-        stored: [n, *storage_shape] in storage dtype, writable, owned by the caller.
-        device: to decode on; the narrow bytes are what crosses to it.
+        codec: of the store, fitted.
+        normaliser: what the loss wants done to patches [..., D]; None gives the teacher's features.
+            An `eupe.normalise.Normaliser` is fused with a quantised codec.
+    """
+
+    def __init__(self, codec: Codec, normaliser: nn.Module | None = None) -> None:
+        self._codec, self._normaliser = codec, normaliser
+        self._dequantiser: Dequantiser | None = None
+        self._apart = normaliser
+        if isinstance(codec, QuantisedCodec):
+            fused = normaliser if isinstance(normaliser, Normaliser) else None
+            self._dequantiser = Dequantiser.of(codec, fused)
+            self._apart = None if fused is not None else normaliser
+        self._on: dict[torch.device, Dequantiser] = {}
+        self._crossing: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
+
+    def __call__(
+        self,
+        stored: np.ndarray,
+        escapes: Escapes | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Tensor:
+        """Decode rows as `cache.reader` gives them.
+
+        Args:
+            stored: [n, *storage_shape] in storage dtype, writable.
+            escapes: of those rows; only a quantised codec has them.
+            device: to decode on; pinned memory crosses without waiting.
+
+        Returns:
+            patches, normalised, float32 [n, N, D] on the device; what rows that are not valid hold
+            does not matter.
+        """
+        device = torch.device(device)
+        narrow = self._cross(stored, device)
+        with torch.no_grad():
+            if self._dequantiser is None:
+                patches = narrow.view(STORED_AS[self._codec.name]).float()
+            else:
+                patches = self._dequantised(narrow, device)
+            if self._apart is not None:
+                patches = self._apart.to(device)(patches)
+            if escapes is not None and len(escapes.row):
+                values = torch.from_numpy(escapes.values).to(device)
+                if self._normaliser is not None:
+                    values = self._normaliser.to(device)(values)
+                row, token = (
+                    torch.from_numpy(place.astype(np.int64)).to(device)
+                    for place in (escapes.row, escapes.token)
+                )
+                patches[row, token] = values
+        return patches
+
+    def _cross(self, stored: np.ndarray, device: torch.device) -> Tensor:
+        bits = stored.view(np.int16) if stored.dtype == np.uint16 else stored
+        narrow = torch.from_numpy(bits).to(device, non_blocking=True)
+        if device.type == "cuda":
+            # The host's buffer must not be used again before the copy has left it.
+            while self._crossing and self._crossing[0][0].query():
+                self._crossing.popleft()
+            copied = torch.cuda.Event()
+            copied.record()
+            self._crossing.append((copied, stored))
+        return narrow
+
+    def _dequantised(self, narrow: Tensor, device: torch.device) -> Tensor:
+        codec = self._codec
+        assert isinstance(codec, QuantisedCodec)
+        assert self._dequantiser is not None
+        if device not in self._on:
+            self._on[device] = self._dequantiser.to(device)
+        dequantise, dim = self._on[device], len(codec.mean)
+        num_rows, num_tokens = len(narrow), narrow.shape[-1] // (codec.token_bytes + 2)
+        flat, split = narrow.view(num_rows, -1), num_tokens * codec.token_bytes
+        packed = flat[:, :split].reshape(-1, codec.token_bytes)
+        scales = flat[:, split:].contiguous().view(torch.float16).float().view(-1, 1)
+        if device.type != "cpu":
+            tokens = dequantise(unpack(packed, codec.bits, dim), scales)
+            return tokens.view(num_rows, num_tokens, dim)
+        tokens = torch.empty(len(packed), dim)
+        for part in _chunks(len(packed), dim):
+            tokens[part] = dequantise(unpack(packed[part], codec.bits, dim), scales[part])
+        return tokens.view(num_rows, num_tokens, dim)
+
+
+def encode(codec: Codec, patches: Tensor) -> Encoded:
+    """Encode patches on the device they are on; what comes to the host is what is stored.
+
+    Args:
+        codec: of the store, fitted.
+        patches: float32 [n, N, D].
 
     Returns:
-        patches, float32 [n, N, D].
-
-    Raises:
-        ValueError: a codec this version does not decode.
+        as `cache.codec.Codec.encode`: codes may differ from the oracle's where a coefficient lies
+        within rounding of the edge between two.
     """
-    dtype = _STORED_AS.get(codec.name)
-    if dtype is None:
-        raise ValueError(f"codec {codec.name!r}: wants one of {', '.join(_STORED_AS)}")
-    bits = stored.view(np.int16) if codec.name == "bfloat16" else stored
-    return torch.from_numpy(bits).to(device).view(dtype).float()
+    if isinstance(codec, PlainCodec):
+        return _encode_plain(codec, patches)
+    assert isinstance(codec, QuantisedCodec)
+    num_rows, num_tokens, dim = patches.shape
+    shape = (num_rows, *codec.storage_shape(num_tokens, dim))
+    tokens = patches.reshape(-1, dim)
+    quantise = _Quantiser(codec, patches.device)
+    whole = [slice(None)] if patches.device.type != "cpu" else _chunks(len(tokens), dim)
+    parts = [quantise(tokens[part]) for part in whole]
+    packed, scales, good = (torch.cat(column) for column in zip(*parts, strict=True))
+    finite = torch.isfinite(patches).all(-1).all(-1)
+    bad = ~good & finite.repeat_interleave(num_tokens)
+    packed[bad], scales[bad] = 0, 0
+    places = torch.nonzero(bad).view(-1)
+    row, token = np.divmod(places.cpu().numpy(), num_tokens)
+    data = torch.cat(
+        [packed.view(num_rows, -1), scales.view(num_rows, num_tokens).view(torch.uint8)], 1
+    )
+    valid = finite.cpu().numpy()
+    return Encoded(
+        data.cpu().numpy().reshape(shape),
+        valid,
+        [None if fine else NOT_FINITE for fine in valid.tolist()],
+        Escapes(row, token.astype(np.int32), tokens[places].cpu().numpy()),
+    )
+
+
+class _Quantiser:
+    """What `QuantisedCodec` does to tokens, on one device."""
+
+    def __init__(self, codec: QuantisedCodec, device: torch.device) -> None:
+        self._codec, self._allowed = codec, WORST_ERROR[codec.name] ** 2
+        self._back = Dequantiser.of(codec, None).to(device)
+        self._mean, self._std = (_tensor(part).to(device) for part in (codec.mean, codec.std))
+        if codec.rotation is not None and codec.levels is not None:
+            self._signs = _tensor(codec.rotation.signs).to(device)
+            self._edges = _tensor((codec.levels[1:] + codec.levels[:-1]) / 2).to(device)
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode [T, D]: packed codes, scales float16 [T], and whether the bound holds [T]."""
+        z = (tokens - self._mean) / self._std
+        if self._back.butterfly is None:
+            scales = (z.abs().amax(1) / 127).half()
+            codes = torch.round(z / _divisor(scales)).clip(-127, 127).nan_to_num()
+            codes = (codes + 128).to(torch.uint8)
+        else:
+            z = self._back.butterfly.forward(z * self._signs)
+            rms = z.double().square().mean(1).sqrt()
+            codes = torch.bucketize(z / _divisor(rms), self._edges, out_int32=True)
+            taken = torch.take(self._back.levels, codes.long())
+            codes = codes.to(torch.uint8)
+            # The scale that serves these codes best, in the least-squares sense.
+            scales = ((z * taken).sum(1) / (taken * taken).sum(1)).half()
+        error = self._back(codes, scales.float()[:, None]) - tokens
+        squared, size = (each.double().square().sum(1) for each in (error, tokens))
+        good = squared <= self._allowed * size  # not finite is not good
+        return pack(codes, self._codec.bits), scales, good
+
+
+def _encode_plain(codec: PlainCodec, patches: Tensor) -> Encoded:
+    narrow = patches.to(STORED_AS[codec.name])
+    finite = torch.isfinite(patches).all(-1).all(-1)
+    kept = torch.isfinite(narrow).all(-1).all(-1)
+    largest = patches.abs().amax((1, 2))
+    reasons: list[str | None] = [None] * len(patches)
+    for row in torch.nonzero(~(finite & kept)).view(-1).tolist():
+        reasons[row] = unfit(codec.name, bool(finite[row]), float(largest[row]))
+    bits = narrow.view(torch.int16) if codec.name == "bfloat16" else narrow
+    data = bits.cpu().numpy().view(codec.storage_dtype)
+    valid = (finite & kept).cpu().numpy()
+    return Encoded(data, valid, reasons, Escapes.none(patches.shape[-1]))
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """Codes uint8 [T, D] of planes uint8 [T, token_bytes] (layout: `cache.quantised`)."""
+    codes, below, start = None, 0, 0
+    for width in PLANES[bits]:
+        per_byte = 8 // width
+        num_bytes = -(-dim // per_byte)
+        plane, mask = packed[:, start : start + num_bytes], 2**width - 1
+        fields = [(plane >> width * part) & mask for part in range(per_byte)]
+        found = torch.cat(fields, 1)[:, :dim] if per_byte > 1 else plane
+        codes = found if codes is None else codes | (found << below)
+        below, start = below + width, start + num_bytes
+    assert codes is not None
+    return codes
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Undo `unpack`."""
+    planes, below = [], 0
+    for width in PLANES[bits]:
+        per_byte = 8 // width
+        num_bytes = -(-codes.shape[1] // per_byte)
+        fields = (codes >> below) & (2**width - 1)
+        fields = nn.functional.pad(fields, (0, per_byte * num_bytes - codes.shape[1]))
+        plane = fields[:, :num_bytes].clone()
+        for part in range(1, per_byte):
+            plane |= fields[:, part * num_bytes : (part + 1) * num_bytes] << width * part
+        planes.append(plane)
+        below += width
+    return torch.cat(planes, 1)
+
+
+def _chunks(num_tokens: int, dim: int) -> list[slice]:
+    size = max(1, CPU_CHUNK // dim)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)] or [slice(0)]
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    """Scales as a column to divide by: 1 where a scale is zero, as the token is then."""
+    column = scales.float()[:, None]
+    return torch.where(column > 0, column, 1.0)
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32))

@@ -1,9 +1,8 @@
 """Cache jobs: which stores a recipe needs, and opening those that are built (loads no Ray)."""
 
-import numpy as np
 import torch
 
-from cache.codec import default_codec, make_codec
+from cache.codec import default_codec, row_bytes
 from cache.errors import NotBuilt
 from cache.store import Store, open_store
 from eupe.encoders import Encoder
@@ -168,11 +167,9 @@ def rows_per_shard(job: CacheJob) -> int:
     for config in job.teachers:
         with torch.device("meta"):
             encoder = Encoder(config.encoder)
-        codec = make_codec(default_codec(config.codec))
         for resolution in config.resolutions:
             rows, columns = encoder.grid(resolution)
-            shape = codec.storage_shape(rows * columns, encoder.patch_dim)
-            largest = max(largest, int(np.prod(shape)) * codec.storage_dtype.itemsize)
+            largest = max(largest, row_bytes(config.codec, rows * columns, encoder.patch_dim))
     return max(1, SHARD_BYTES // largest)
 
 

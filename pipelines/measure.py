@@ -1,9 +1,13 @@
-"""Measuring: moments of a teacher's tokens on a fixed sample of a dataset."""
+"""Measuring: moments of a teacher's tokens, and some of them, on a fixed sample of a dataset."""
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
 
 from cache.codec import Moments as StoredMoments
+from cache.quantised import MEAN_COSINE
 from cache.samples import Samples
 from eupe.moments import Moments, merge
 from eupe.spec import StoreSpec
@@ -13,11 +17,25 @@ from pipelines.pool import Pool
 from pipelines.progress import track
 
 _KINDS = ("summary", "patches")
+SAMPLE_TOKENS = 8192
+"""Tokens that lossy codecs are tried on: their mean cosine is then known to about 0.0005."""
+
+
+class Sample(NamedTuple):
+    """What was measured of one output.
+
+    Attributes:
+        moments: "summary" and "patches" -> (count, mean [D], scatter [D, D]).
+        tokens: float32 [k, D], patch tokens spread over the sample; none for plain codecs.
+    """
+
+    moments: dict[str, StoredMoments]
+    tokens: np.ndarray
 
 
 def measure(
     job: CacheJob, specs: Sequence[StoreSpec], compute_batch: int, pool: Pool
-) -> dict[Output, dict[str, StoredMoments]]:
+) -> dict[Output, Sample]:
     """Measure what new stores are created with: moments of both token kinds, in view 0.
 
     The sample is spread evenly over the dataset and its parts are merged in a fixed order, so the
@@ -30,7 +48,7 @@ def measure(
         pool: of extractors.
 
     Returns:
-        (teacher, resolution) -> "summary" and "patches" -> (count, mean [D], scatter [D, D]).
+        (teacher, resolution) -> moments and tokens.
 
     Raises:
         ValueError: a teacher that gives no finite features.
@@ -41,17 +59,22 @@ def measure(
     outputs = [(spec.teacher.name, spec.resolution) for spec in specs]
     chunks = [chosen.slice(start, compute_batch) for start in range(0, count, compute_batch)]
     measured: dict[int, dict[Output, Measured]] = {}
-    tasks = [(job.views, chunk, outputs, compute_batch) for chunk in chunks]
+    lossy = any(spec.codec.name in MEAN_COSINE for spec in specs)
+    per_chunk = -(-SAMPLE_TOKENS // len(chunks)) if lossy else 0
+    tasks = [(job.views, chunk, outputs, compute_batch, per_chunk) for chunk in chunks]
     with track(count, f"Measuring moments of {job}") as progress:
         for number, result in pool.run("measure", tasks):
             measured[number] = result
             progress.advance(len(chunks[number]))
     in_order = [measured[number] for number in range(len(chunks))]
     return {
-        output: {
-            kind: _merged([getattr(part[output], kind) for part in in_order], output, count)
-            for kind in _KINDS
-        }
+        output: Sample(
+            {
+                kind: _merged([getattr(part[output], kind) for part in in_order], output, count)
+                for kind in _KINDS
+            },
+            np.concatenate([part[output].tokens for part in in_order]),
+        )
         for output in outputs
     }
 

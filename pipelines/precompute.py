@@ -21,7 +21,7 @@ from cache.samples import Samples, ShardRange
 from cache.store import Store, create_store, open_store
 from cache.verify import Report, verify
 from eupe.spec import DatasetSpec, StoreSpec
-from pipelines import images
+from pipelines import codec_quality, images
 from pipelines.actors import Extractor, provenance
 from pipelines.config import Recipe
 from pipelines.jobs import (
@@ -118,7 +118,8 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
         pool: of `extractors`; None: one for this call.
 
     Raises:
-        ValueError: weights that cannot be read, or a teacher without a single finite feature.
+        ValueError: weights that cannot be read, a teacher without a single finite feature, or one
+            whose features a lossy codec keeps worse than it documents.
         StoreError: the dataset is not indexed, or a store of another spec is in the way.
     """
     specs = store_specs(job)
@@ -127,9 +128,12 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
         batch = job.extraction.compute_batch
         made_by = provenance(device(job.extraction), batch, compute_threads(job.extraction))
         with _borrowed(pool, job) as workers:
-            moments = measure(job, absent, batch, workers)
-        for spec in absent:
-            create_store(job.root, spec, moments[spec.teacher.name, spec.resolution], made_by)
+            samples = measure(job, absent, batch, workers)
+        own = [samples[spec.teacher.name, spec.resolution] for spec in absent]
+        kept = [codec_quality.check(spec, sample) for spec, sample in zip(absent, own, strict=True)]
+        for spec, sample, quality in zip(absent, own, kept, strict=True):
+            measured = {} if quality is None else {"codec_quality": quality.to_json_dict()}
+            create_store(job.root, spec, sample.moments, {**made_by, **measured})
     return [open_store(job.root, spec) for spec in specs]
 
 
@@ -355,7 +359,7 @@ def _check_share(job: CacheJob, failed: int, total: int, reasons: Sequence[str])
 
 def _list_failures(job: CacheJob, failures: pl.DataFrame) -> None:
     """Keep the list of images left out beside the samples; it is news, not identity."""
-    directory = layout.samples_directory(layout.local_root(job.root), job.dataset.name)
+    directory = layout.samples_directory(layout.cache_root(job.root), job.dataset.name)
     path = directory.parent / "failures.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in failures.iter_rows(named=True)]
     if lines or path.exists():

@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cache.encoded import Escapes
 from cache.errors import StoreError
 from cache.reader import Reader
 from cache.samples import Samples, ShardRange
 from eupe import views
-from eupe.spec import AugmentedView, CentreView, CodecSpec
+from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import Teacher
-from pipelines import codec_torch
+from pipelines.buffers import Buffers
+from pipelines.codec_torch import Decoder
 from pipelines.forward import padded_forward
 from pipelines.images import ImageReader
 
@@ -48,8 +50,8 @@ class StoredTokens(NamedTuple):
 
     summary: np.ndarray
     patches: np.ndarray
-    codec: CodecSpec
-    grid: tuple[int, int]
+    escapes: Escapes
+    resolution: int
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ class CachedSource:
             raise ValueError("a cached source wants at least one store")
         _check_normalisers({teacher for teacher, _ in readers}, normalisers)
         self._readers, self._normalisers = dict(readers), dict(normalisers)
+        self._decoders = {
+            (teacher, resolution): Decoder(reader.store.codec, normalisers[teacher].patches)
+            for (teacher, resolution), reader in readers.items()
+        }
+        self._buffers = Buffers()
         self.samples: Samples = next(iter(readers.values())).store.samples
 
     def dims(self) -> dict[str, tuple[int, int]]:
@@ -168,15 +175,15 @@ class CachedSource:
         tokens = {}
         for teacher, resolution in resolutions.items():
             reader = self._reader(teacher, resolution)
-            spec = reader.store.spec
             valid &= reader.valid(rows, view_numbers)
             of_store = reader.view_digests(rows, view_numbers)
             digests = of_store if digests is None else _agreeing(digests, of_store, reader)
+            buffer = self._buffers.take((len(rows), *reader.row_shape), reader.dtype)
             tokens[teacher] = StoredTokens(
                 reader.summaries(rows, view_numbers),
-                reader.take(rows, view_numbers),
-                spec.codec,
-                spec.grid,
+                reader.take(rows, view_numbers, buffer),
+                reader.escapes(rows, view_numbers),
+                resolution,
             )
         return Raw(valid, digests, tokens, {})
 
@@ -184,10 +191,13 @@ class CachedSource:
         """Decode and normalise on the device (see `FeatureSource`)."""
         out = {}
         for teacher, stored in raw.tokens.items():
-            patches = codec_torch.decode(stored.codec, stored.patches, device)
-            patches = patches.reshape(len(patches), *stored.grid, -1)
-            summary = torch.from_numpy(stored.summary).to(device)
-            out[teacher] = _normalised(summary, patches, raw.valid, self._normalisers[teacher])
+            decode = self._decoders[teacher, stored.resolution]
+            grid = self._reader(teacher, stored.resolution).store.spec.grid
+            patches = decode(stored.patches, stored.escapes, device)
+            summary = _normalised(
+                torch.from_numpy(stored.summary).to(device), self._normalisers[teacher].summary
+            )
+            out[teacher] = _masked(summary, patches.unflatten(1, grid), raw.valid)
         return out
 
     def targets(
@@ -278,8 +288,11 @@ class LiveSource:
             summary, patches = padded_forward(
                 self._teachers[name], pixels, self._compute_batch, self._device
             )
-            out[name] = _normalised(
-                summary.to(device), patches.to(device), raw.valid, self._normalisers[name]
+            normalisers = self._normalisers[name]
+            out[name] = _masked(
+                _normalised(summary.to(device), normalisers.summary),
+                _normalised(patches.to(device), normalisers.patches),
+                raw.valid,
             )
         return out
 
@@ -313,14 +326,15 @@ class LiveSource:
         return canvases, valid
 
 
-def _normalised(
-    summary: Tensor, patches: Tensor, valid: np.ndarray, normalisers: Normalisers
-) -> Targets:
-    """Normalise tokens; rows that are not valid become zeros, since NaN times zero is NaN."""
-    keep = torch.from_numpy(valid).to(summary.device)
+def _normalised(tokens: Tensor, normaliser: nn.Module) -> Tensor:
     with torch.no_grad():
-        summary = normalisers.summary.to(summary.device)(summary)
-        patches = normalisers.patches.to(patches.device)(patches)
+        normalised: Tensor = normaliser.to(tokens.device)(tokens)
+    return normalised
+
+
+def _masked(summary: Tensor, patches: Tensor, valid: np.ndarray) -> Targets:
+    """Make targets of normalised tokens; rows that are not valid become zeros, as NaN * 0 = NaN."""
+    keep = torch.from_numpy(valid).to(summary.device)
     if not valid.all():
         summary = torch.where(keep[:, None], summary, 0)
         patches = torch.where(keep[:, None, None, None], patches, 0)

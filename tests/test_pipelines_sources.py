@@ -11,9 +11,7 @@ from cache.errors import MissingSamples, StoreError
 from cache.reader import Reader
 from eupe.moments import Moments
 from eupe.normalise import zscore
-from eupe.spec import CodecSpec
 from eupe.teachers import load_teacher
-from pipelines import codec_torch
 from pipelines.forward import padded_forward
 from pipelines.images import ImageReader
 from pipelines.sources import CachedSource, LiveSource, Normalisers
@@ -148,22 +146,6 @@ def test_padding_reaches_no_other_row(count):
         alone.patches, together.patches[:count], rtol=PADDING_RTOL, atol=PADDING_RTOL
     )
     assert alone.summary.shape == (count, 1280)
-
-
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_the_torch_decoder_is_the_oracle(name):
-    from cache.codec import default_codec, make_codec
-
-    oracle = make_codec(default_codec(name))
-    values = np.random.default_rng(1).standard_normal((3, 5, 4)).astype(np.float32) * 100
-    stored = oracle.encode(values).data
-    ours = codec_torch.decode(default_codec(name), stored)
-    np.testing.assert_array_equal(ours.numpy(), oracle.decode(stored))
-
-
-def test_a_codec_that_is_not_built_is_refused():
-    with pytest.raises(ValueError, match="'rot4': wants one of float32"):
-        codec_torch.decode(CodecSpec(name="rot4"), np.zeros((1, 1), np.uint8))
 
 
 def test_an_image_that_is_gone_is_refused_live(live, stores, tmp_path):

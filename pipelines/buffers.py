@@ -1,0 +1,52 @@
+"""Host buffers that batches are read into and that come back when nothing refers to them any more.
+
+A fresh array of some 50 MB costs a page fault every 4 kB, more than the copy that fills it; a
+buffer that was used before costs nothing. With CUDA they are pinned, so that they cross to the
+device while the host goes on.
+"""
+
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+class _Lease:
+    """Memory on loan: arrays made of it keep it alive, their views included."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self.__array_interface__ = memory.numpy().__array_interface__
+
+
+class Buffers:
+    """Buffers by size; thread-safe. As many exist as were ever in use at once.
+
+    Args:
+        pinned: page-locked memory; None: where there is a CUDA device.
+    """
+
+    def __init__(self, pinned: bool | None = None) -> None:
+        self._pinned = torch.cuda.is_available() if pinned is None else pinned
+        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def take(self, shape: Sequence[int], dtype: npt.DTypeLike) -> np.ndarray:
+        """Lend an array of that shape and dtype, C-contiguous; what it holds is left over."""
+        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        with self._lock:
+            free = self._free[num_bytes]
+            memory = free.pop() if free else None
+        if memory is None:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        lease = _Lease(memory)
+        weakref.finalize(lease, self._give_back, memory).atexit = False
+        return np.asarray(lease).view(dtype).reshape(tuple(shape))
+
+    def _give_back(self, memory: torch.Tensor) -> None:
+        # list.append is atomic; the lock could be held by the very thread that collects garbage.
+        self._free[memory.numel()].append(memory)

@@ -1,0 +1,97 @@
+"""What a lossy codec costs a teacher: measured on tokens of its own before a store is made.
+
+A codec documents the mean cosine it keeps (`cache.quantised.MEAN_COSINE`). Features that it serves
+worse would train students on something else than the teacher says, so the build refuses them.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from cache.codec import Codec, Moments, default_codec, make_codec
+from cache.quantised import BITS, MEAN_COSINE
+from eupe.spec import StoreSpec
+from pipelines.codec_torch import Decoder, encode
+from pipelines.measure import Sample
+
+DIGITS = 6  # kept in provenance
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How decoded tokens compare with the teacher's, escapes included.
+
+    Attributes:
+        codec: its name.
+        cosine: mean over tokens.
+        cosine_worst: smallest of any token.
+        r2: 1 - squared error / squared deviation from the mean token, over all coefficients.
+        bits_per_coefficient: spent, scales and escapes included.
+        tokens: measured on so many.
+    """
+
+    codec: str
+    cosine: float
+    cosine_worst: float
+    r2: float
+    bits_per_coefficient: float
+    tokens: int
+
+    def to_json_dict(self) -> dict[str, object]:
+        """Plain data, figures rounded."""
+        return {
+            name: round(value, DIGITS) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def quality(codec: Codec, tokens: np.ndarray) -> Quality:
+    """Encode and decode tokens float32 [k, D] and compare."""
+    features = torch.from_numpy(np.ascontiguousarray(tokens, np.float32))[None]
+    encoded = encode(codec, features)
+    decoded = Decoder(codec)(encoded.data, encoded.escapes)[0].double()
+    wanted = features[0].double()
+    cosine = torch.nn.functional.cosine_similarity(decoded, wanted)
+    # Zero tokens have no direction; those that come back as zeros are right.
+    cosine = torch.where((decoded == wanted).all(1), 1.0, cosine)
+    deviation = (wanted - wanted.mean(0)).square().sum()
+    return Quality(
+        codec=codec.name,
+        cosine=float(cosine.mean()),
+        cosine_worst=float(cosine.min()),
+        r2=float(1 - (decoded - wanted).square().sum() / deviation.clamp_min(1e-300)),
+        bits_per_coefficient=encoded.bits_per_coefficient(*tokens.shape),
+        tokens=len(tokens),
+    )
+
+
+def check(spec: StoreSpec, sample: Sample) -> Quality | None:
+    """Measure the codec of a store that is to be made; None for plain codecs.
+
+    Raises:
+        ValueError: the mean cosine is below what the codec documents, with the figure and the
+            codec that would serve.
+    """
+    name, fitted_on = spec.codec.name, sample.moments["patches"]
+    if name not in MEAN_COSINE:
+        return None
+    found = quality(make_codec(spec.codec, fitted_on), sample.tokens)
+    if found.cosine < MEAN_COSINE[name]:
+        raise ValueError(
+            f"teacher {spec.teacher.name} at {spec.resolution} px: codec {name} keeps a mean "
+            f"cosine of {found.cosine:.4f} on {found.tokens} of its tokens, below the "
+            f"{MEAN_COSINE[name]:g} it documents; "
+            f"{_that_serves(BITS[name], fitted_on, sample.tokens)} would serve"
+        )
+    return found
+
+
+def _that_serves(bits: int, moments: Moments, tokens: np.ndarray) -> str:
+    """Name the narrowest wider codec that keeps what it documents, with its figure."""
+    wider = sorted((wide, name) for name, wide in BITS.items() if wide > bits)
+    for _, name in wider:
+        cosine = quality(make_codec(default_codec(name), moments), tokens).cosine
+        if cosine >= MEAN_COSINE[name]:
+            return f"{name} ({cosine:.4f})"
+    return "float16"

@@ -1,0 +1,197 @@
+"""Codecs on the device agree with the numpy oracle, normaliser fused or not, and reuse buffers."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.codec import default_codec, make_codec
+from cache.quantised import BITS, WORST_ERROR, unpack
+from eupe.moments import Moments
+from eupe.normalise import phi_s, zscore
+from pipelines import codec_torch
+from pipelines.buffers import Buffers
+from pipelines.codec_torch import Decoder, encode
+
+PLAIN = ("float32", "float16", "bfloat16")
+FLOAT16_STEP = 2.0**-10
+"""Relative; of the token's root mean square, as rounding errors of a rotation spread over it."""
+FUSED_RTOL = 1e-4  # composed modules: a float64 product of affine maps against two in float32
+SAME_CODES = 0.9999  # coefficients within float32 rounding of an edge between two codes are rare
+BOUND_RTOL = 1e-4  # the bound is checked in float32 arithmetic
+WIDTHS = [7, 24, 120, 192, 768, 1280]
+
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+cuda = pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])
+devices = pytest.mark.parametrize("device", ["cpu", cuda])
+quantised = pytest.mark.parametrize("name", list(BITS))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks even in a small test."""
+    monkeypatch.setattr(codec_torch, "CPU_CHUNK", 4096)
+
+
+def features(dim: int, seed: int = 0, shape: tuple[int, ...] = (3, 10)) -> np.ndarray:
+    """Patches with channels of different spread and some heavy tails."""
+    rng = np.random.default_rng(seed)
+    spread, mean = np.exp(rng.standard_normal(dim)), 3 * rng.standard_normal(dim)
+    return (rng.standard_t(4, (*shape, dim)) * spread + mean).astype(np.float32)
+
+
+def moments_of(patches: np.ndarray) -> Moments:
+    return Moments.of(patches.reshape(-1, patches.shape[-1]))
+
+
+def oracle_of(name: str, patches: np.ndarray):
+    found = moments_of(features(patches.shape[-1], 9, (20, 40)))
+    return make_codec(default_codec(name), (found.count, found.mean, found.scatter))
+
+
+def token_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference, in root mean squares of its token."""
+    size = np.sqrt(np.square(theirs, dtype=np.float64).mean(-1, keepdims=True))
+    return float((np.abs(ours - theirs) / size).max())
+
+
+@devices
+@quantised
+@pytest.mark.parametrize("dim", WIDTHS)
+def test_decoding_is_the_oracle(name, dim, device):
+    patches = features(dim)
+    oracle = oracle_of(name, patches)
+    encoded = oracle.encode(patches)
+    ours = Decoder(oracle)(encoded.data, encoded.escapes, device).cpu().numpy()
+    assert ours.shape == patches.shape
+    assert token_error(ours, oracle.decode(encoded.data, encoded.escapes)) < FLOAT16_STEP / 8
+
+
+@devices
+@quantised
+@pytest.mark.parametrize("dim", WIDTHS)
+def test_encoding_is_the_oracle(name, dim, device):
+    patches = features(dim)
+    oracle = oracle_of(name, patches)
+    theirs, ours = oracle.encode(patches), encode(oracle, torch.from_numpy(patches).to(device))
+    assert ours.data.shape == theirs.data.shape
+    assert ours.data.dtype == theirs.data.dtype
+    split = 10 * oracle.token_bytes
+    codes = [
+        unpack(e.data.reshape(3, -1)[:, :split].reshape(30, -1), oracle.bits, dim)
+        for e in (ours, theirs)
+    ]
+    assert (codes[0] == codes[1]).mean() >= SAME_CODES
+    for field in ("row", "token", "values"):
+        np.testing.assert_array_equal(getattr(ours.escapes, field), getattr(theirs.escapes, field))
+    scales = [
+        e.data.reshape(3, -1)[:, split:].copy().view("<f2").astype(float) for e in (ours, theirs)
+    ]
+    np.testing.assert_allclose(*scales, rtol=FLOAT16_STEP)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_codecs_are_the_oracle_bit_for_bit(name):
+    patches = features(24) * 100
+    patches[1, 2, 3], patches[2, 0, 0] = 1e6, np.nan
+    oracle = make_codec(default_codec(name))
+    theirs, ours = oracle.encode(patches), encode(oracle, torch.from_numpy(patches))
+    assert ours.reasons == theirs.reasons
+    fine = ours.valid  # what invalid rows hold does not matter: NaNs differ in their spare bits
+    assert ours.data[fine].tobytes() == theirs.data[fine].tobytes()
+    np.testing.assert_array_equal(ours.valid, theirs.valid)
+    np.testing.assert_array_equal(Decoder(oracle)(ours.data).numpy(), oracle.decode(theirs.data))
+
+
+@pytest.mark.parametrize("normalise", [zscore, phi_s])
+@pytest.mark.parametrize("name", [*PLAIN, *BITS])
+def test_the_fused_normaliser_is_the_normaliser_afterwards(name, normalise):
+    patches = features(192)
+    patches[0, 3] = 0
+    patches[0, 3, 5] = 1e3  # one token for an escape
+    oracle, normaliser = oracle_of(name, patches), normalise(moments_of(patches))
+    encoded = oracle.encode(patches)
+    assert name in PLAIN or len(encoded.escapes.row) or name == "int8"
+    ours = Decoder(oracle, normaliser)(encoded.data, encoded.escapes)
+    wanted = normaliser(torch.from_numpy(oracle.decode(encoded.data, encoded.escapes)))
+    if name in PLAIN:
+        assert torch.equal(ours, wanted)
+    size = float(wanted.square().mean().sqrt())
+    torch.testing.assert_close(ours, wanted, rtol=FUSED_RTOL, atol=FUSED_RTOL * size)
+    # A normaliser of another kind is applied afterwards, to escapes too.
+    apart = Decoder(oracle, torch.nn.Sequential(normaliser))(encoded.data, encoded.escapes)
+    torch.testing.assert_close(apart, wanted, rtol=FUSED_RTOL, atol=FUSED_RTOL * size)
+
+
+def test_phi_s_with_a_rotated_codec_is_one_dense_product():
+    patches = features(192)
+    decode = Decoder(oracle_of("rot4", patches), phi_s(moments_of(patches)))
+    assert decode._dequantiser is not None
+    assert decode._dequantiser.butterfly is None
+    assert decode._dequantiser.mix is not None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(list(BITS)),
+    kind=st.sampled_from(["gauss", "tails", "zeros", "outlier", "constant"]),
+    exponent=st.integers(-44, 38),
+    dim=st.sampled_from([7, 24, 96]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_bound_holds_for_what_the_device_encoded(name, kind, exponent, dim, seed):
+    rng = np.random.default_rng(seed)
+    oracle = oracle_of(name, np.empty((1, 1, dim)))
+    tokens = rng.standard_normal((2, 3, dim))
+    if kind == "tails":
+        tokens = rng.standard_cauchy((2, 3, dim)).clip(-1e6, 1e6)
+    elif kind == "zeros":
+        tokens[:, :2] = 0
+    elif kind == "outlier":
+        tokens[0, 0, 0] = 1e6
+    elif kind == "constant":
+        tokens[:] = oracle.mean
+    largest = np.finfo(np.float32).max
+    patches = np.clip(tokens * 10.0**exponent, -largest, largest).astype(np.float32)
+    encoded = encode(oracle, torch.from_numpy(patches))
+    assert encoded.valid.all()
+    got = Decoder(oracle)(encoded.data, encoded.escapes).numpy().astype(np.float64)
+    wanted = patches.astype(np.float64)
+    error, size = np.linalg.norm(got - wanted, axis=-1), np.linalg.norm(wanted, axis=-1)
+    assert (error <= WORST_ERROR[name] * (1 + BOUND_RTOL) * size).all()
+
+
+@quantised
+def test_rows_that_are_not_finite_are_invalid_and_harm_no_other(name):
+    patches = features(24)
+    oracle = oracle_of(name, patches)
+    clean = encode(oracle, torch.from_numpy(patches))
+    patches[1, 4, 7] = np.inf
+    spoilt = encode(oracle, torch.from_numpy(patches))
+    assert spoilt.reasons == [None, "patches are not finite", None]
+    assert spoilt.valid.tolist() == [True, False, True]
+    assert 1 not in spoilt.escapes.row
+    np.testing.assert_array_equal(spoilt.data[[0, 2]], clean.data[[0, 2]])
+
+
+def test_buffers_come_back_when_the_last_view_of_them_is_gone():
+    buffers = Buffers(pinned=False)
+    first = buffers.take((4, 6), np.float16)
+    first[:] = 1
+    place = first.ctypes.data
+    kept = first[2:].T  # numpy lets a view outlive the array it was made of
+    del first
+    gc.collect()
+    other = buffers.take((4, 6), np.float16)
+    assert other.ctypes.data != place
+    other[:] = 2
+    assert (kept == 1).all()
+    del kept
+    gc.collect()
+    again = buffers.take((2, 6), np.float32)  # as many bytes
+    assert again.ctypes.data == place
+    assert again.flags.c_contiguous
+    assert again.flags.writeable
