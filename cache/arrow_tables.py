@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cache import place
 from cache.errors import Corrupt
 from cache.mapped import MappedFile
 
@@ -51,24 +52,29 @@ def to_bytes(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def map_table(path: Path, num_bytes: int | None = None) -> pa.Table:
+def map_table(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> pa.Table:
     """Map an Arrow IPC file (of a known size); columns are views of the file.
+
+    A checksum is compared where the file comes from a bucket.
 
     Raises:
         NotBuilt: there is no such file.
         Corrupt: it is no whole Arrow file, or has another size.
     """
-    return parse_table(map_file(path, num_bytes), str(path))
+    return parse_table(map_file(path, num_bytes, sha256), str(path))
 
 
-def map_file(path: Path, num_bytes: int | None = None) -> pa.Buffer:
+def map_file(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> pa.Buffer:
     """Map a whole file (of a known size) for reading.
+
+    A checksum is compared where the file comes from a bucket.
 
     Raises:
         NotBuilt: there is no such file.
         Corrupt: it is empty, or has another size.
     """
-    return pa.py_buffer(MappedFile(path, num_bytes).bytes)
+    file = place.using(path, lambda local: MappedFile(local, num_bytes), num_bytes, sha256)
+    return pa.py_buffer(file.bytes)
 
 
 def parse_table(buffer: pa.Buffer, where: str) -> pa.Table:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache import bucket
+from cache.bucket import BucketPath
 from cache.errors import StoreError
 
 _serial = itertools.count()
@@ -27,13 +29,16 @@ class Written:
     sha256: str
 
 
-def write(path: Path, buffers: Iterable[bytes | memoryview], scratch: Path) -> Written:
+def write(
+    path: Path, buffers: Iterable[bytes | memoryview], scratch: Path, new: bool = False
+) -> Written:
     """Write a file whole: readers see the old one or the new one, also after a power cut.
 
     Args:
-        path: where the file shall be; missing folders are made.
+        path: where the file shall be; missing folders are made. To a bucket it is sent whole.
         buffers: its contents, in order; each is read once, none is copied.
         scratch: folder for the temporary file, on the same file system.
+        new: in a bucket, refuse to replace an object (locally, the caller holds a lock).
 
     Returns:
         Size and sha256 of what was written. sha256 and not a faster sum: with the processor's own
@@ -41,14 +46,16 @@ def write(path: Path, buffers: Iterable[bytes | memoryview], scratch: Path) -> W
         names the content for publishing and deduplication.
 
     Raises:
+        FileExistsError: `new`, and there is such an object.
         StoreError: the file cannot be written (disk full, no permission).
     """
     digest = hashlib.sha256()
     num_bytes = 0
     try:
         make_directories(scratch)
-        make_directories(path.parent)
-        temporary = scratch / f"{_HOST}~{os.getpid()}~{next(_serial)}~{path.name}"
+        if not isinstance(path, BucketPath):
+            make_directories(path.parent)
+        temporary = scratch / temporary_name(path.name)
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
             for buffer in buffers:
@@ -57,17 +64,61 @@ def write(path: Path, buffers: Iterable[bytes | memoryview], scratch: Path) -> W
                 num_bytes += len(rest)
                 while rest:
                     rest = rest[os.write(handle, rest) :]
-            os.fsync(handle)
-            os.replace(temporary, path)
+            if isinstance(path, BucketPath):
+                bucket.send(temporary, path, new)
+                temporary.unlink()
+            else:
+                os.fsync(handle)
+                os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         finally:
             os.close(handle)
-        _sync_directory(path.parent)
+        if not isinstance(path, BucketPath):
+            _sync_directory(path.parent)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise StoreError(f"{path}: cannot be written: {error.strerror or error}") from error
     return Written(num_bytes, digest.hexdigest())
+
+
+def write_new(path: Path, content: bytes | memoryview, scratch: Path) -> tuple[str, Written]:
+    """Write a file that a HEAD will name; return its name, which may have got a number.
+
+    Locally the caller's lock keeps others away, and a file of that name was left by a killed
+    writer. In a bucket somebody else may be about to name it: it is not touched.
+    """
+    for number in itertools.count():
+        name = f"{path.stem}-{number}{path.suffix}" if number else path.name
+        there = path.with_name(name)
+        try:
+            return name, write(there, [content], scratch, new=True)
+        except FileExistsError:
+            if there.read_bytes() == content:
+                return name, Written(len(content), hashlib.sha256(content).hexdigest())
+    raise AssertionError("counting ended")
+
+
+def swap(path: Path, content: bytes, expected: bytes | None, scratch: Path) -> None:
+    """Replace a HEAD that says what is expected (None: that is not there).
+
+    Locally the caller holds a lock and has looked; a bucket looks itself, at the same moment.
+
+    Raises:
+        Busy: another process has replaced it in the bucket.
+        StoreError: it cannot be written.
+    """
+    if isinstance(path, BucketPath):
+        bucket.swap(path, content, expected)
+    else:
+        write(path, [content], scratch)
+
+
+def temporary_name(name: str) -> str:
+    """Return a name for a temporary file that tells `sweep` who writes it."""
+    return f"{_HOST}~{os.getpid()}~{next(_serial)}~{name}"
 
 
 def make_directories(path: Path) -> None:

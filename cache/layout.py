@@ -2,21 +2,20 @@
 
 from pathlib import Path
 
+from cache import place
 from eupe.spec import StoreSpec
 
 HEAD = "HEAD"
 SCRATCH = ".tmp"
 
 
-def local_root(root: str | Path) -> Path:
-    """Return the cache root as an absolute local path.
+def cache_root(root: str | Path) -> Path:
+    """Return the cache root, a folder or `s3://bucket/prefix`, as an absolute path.
 
     Raises:
-        ValueError: a remote URI, which this build cannot read or write yet.
+        ValueError: a URI of another kind.
     """
-    if "://" in str(root):
-        raise ValueError(f"root = {str(root)!r}: remote roots are not built yet; give a local path")
-    return Path(root).expanduser().absolute()
+    return place.root(root)
 
 
 def samples_directory(root: Path, dataset: str) -> Path:
@@ -65,5 +64,5 @@ def rows_file(store: Path, view: int, shard: int) -> Path:
 
 
 def scratch_directory(directory: Path) -> Path:
-    """Folder of temporary files of a store or of a sample table."""
-    return directory / SCRATCH
+    """Local folder of temporary files and locks of a store or of a sample table."""
+    return place.scratch(directory, SCRATCH)

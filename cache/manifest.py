@@ -7,6 +7,7 @@ read after segments have been merged: a run pins the version it trains on.
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from cache import arrow_tables, atomic, layout
+from cache.bucket import BucketPath
 from cache.errors import Busy, Corrupt, NotBuilt
 
 LOCK_SECONDS = 60.0
@@ -106,7 +108,7 @@ class Manifest:
         """Write the first HEAD, version 0 without shards; `pinned` fields stay in every HEAD."""
         head = {"format": 1, **pinned, "version": 0, "segments": []}
         manifest = cls(layout.manifest_directory(store), head)
-        manifest._write_head(head)
+        manifest._write_head(head, None)
         return manifest
 
     @property
@@ -166,17 +168,27 @@ class Manifest:
         atomic.make_directories(scratch)
         try:
             with FileLock(scratch / "LOCK", timeout=LOCK_SECONDS):
-                self.head = Manifest.open(self.directory.parent).head
-                version = self.version + 1
-                columns = {"version": [version] * len(records)}
-                rows = [asdict(record) for record in records]
-                columns |= {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
-                self._append(pa.table(columns, schema=SCHEMA), version, scratch)
+                return self._commit(records, scratch)
         except Timeout as error:
             raise Busy(f"{self.directory}: another process has been committing for a minute") from (
                 error
             )
-        return version
+
+    def _commit(self, records: Sequence[ShardRecord], scratch: Path) -> int:
+        """Append to the newest HEAD; in a bucket, builders of other machines move it too."""
+        rows = [asdict(record) for record in records]
+        given = time.monotonic() + LOCK_SECONDS
+        while True:
+            self.head = Manifest.open(self.directory.parent).head
+            version = self.version + 1
+            columns = {"version": [version] * len(records)}
+            columns |= {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
+            try:
+                self._append(pa.table(columns, schema=SCHEMA), version, scratch)
+                return version
+            except Busy:
+                if time.monotonic() > given:
+                    raise
 
     def _append(self, table: pa.Table, version: int, scratch: Path) -> None:
         """Write one segment, merging smaller ones of the tail into it, then HEAD."""
@@ -191,20 +203,21 @@ class Manifest:
             table = pa.concat_tables([*(self._segment(entry) for entry in tail), table])
             first = int(str(tail[0]["name"]).partition("-")[0])
             segments = segments[: -len(tail)]
-        name = f"{first:08d}-{version:08d}.arrow"
-        content = arrow_tables.to_bytes(table)
-        written = atomic.write(self.directory / name, [content], scratch)
+        path = self.directory / f"{first:08d}-{version:08d}.arrow"
+        name, written = atomic.write_new(path, arrow_tables.to_bytes(table), scratch)
         entry = {"name": name, "rows": table.num_rows, "sha256": written.sha256}
-        self._write_head({**self.head, "version": version, "segments": [*segments, entry]})
+        there = _head_bytes(self.head)
+        self._write_head({**self.head, "version": version, "segments": [*segments, entry]}, there)
+        if isinstance(self.directory, BucketPath):
+            return  # another machine may be about to name a segment, or be reading an older HEAD
         named = {str(entry["name"]) for entry in self._segments()}
         for path in self.directory.glob("*.arrow"):
             if path.name not in named:  # merged just now, or left by a killed commit
                 path.unlink(missing_ok=True)
 
-    def _write_head(self, head: dict[str, object]) -> None:
-        content = json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
+    def _write_head(self, head: dict[str, object], there: bytes | None) -> None:
         scratch = layout.scratch_directory(self.directory.parent)
-        atomic.write(self.directory / layout.HEAD, [content], scratch)
+        atomic.swap(self.directory / layout.HEAD, _head_bytes(head), there, scratch)
         self.head = head
 
     def _segments(self) -> list[dict[str, object]]:
@@ -214,13 +227,17 @@ class Manifest:
 
     def _segment(self, entry: Mapping[str, object]) -> pa.Table:
         path = self.directory / str(entry["name"])
-        buffer = arrow_tables.map_file(path)
+        buffer = arrow_tables.map_file(path, sha256=str(entry["sha256"]))
         if hashlib.sha256(buffer).hexdigest() != entry["sha256"]:  # 0.2 s for a million shards
             raise Corrupt(f"{path}: contents do not match the sha256 in HEAD; restore the file")
         table = arrow_tables.parse_table(buffer, str(path))
         if table.schema != SCHEMA:
             raise Corrupt(f"{path}: not the segment its HEAD describes")
         return table
+
+
+def _head_bytes(head: Mapping[str, object]) -> bytes:
+    return json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def _rows(entry: Mapping[str, object]) -> int:

@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +65,8 @@ class MappedFile:
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
         try:
-            size = os.fstat(handle).st_size
+            status = os.fstat(handle)
+            size = status.st_size
             if size == 0 or num_bytes not in (None, size):
                 wanted = "more than none" if num_bytes is None else f"{num_bytes}"
                 raise Corrupt(f"{path}: {size} bytes, its record says {wanted}; build again")
@@ -74,7 +76,7 @@ class MappedFile:
         if address == _FAILED:
             reason = os.strerror(ctypes.get_errno())
             raise StoreError(f"{path}: cannot be mapped: {reason}")
-        self._region = _Region(address, size)
+        self._region = _Region(address, size, (status.st_dev, status.st_ino))
         self.bytes: Bytes = np.asarray(self._region)
 
     def is_resident(self, offset: int) -> bool:
@@ -94,8 +96,10 @@ class MappedFile:
 class _Region:
     """Owns the mapped addresses; numpy keeps it alive as the base of its views."""
 
-    def __init__(self, address: int, size: int):
-        self.address, self.size = address, size
+    def __init__(self, address: int, size: int, inode: tuple[int, int]):
+        self.address, self.size, self.inode = address, size, inode
+        with _regions_lock:
+            _regions.add(self)
         self.__array_interface__ = {
             "version": 3,
             "shape": (size,),
@@ -107,6 +111,24 @@ class _Region:
         _libc.munmap(self.address, self.size)
 
 
+_regions: WeakSet[_Region] = WeakSet()
+_regions_lock = Lock()
+
+
+def live_inodes() -> set[tuple[int, int]]:
+    """Return (device, inode) of every file that this process maps."""
+    with _regions_lock:
+        return {region.inode for region in _regions}
+
+
+def let_go() -> bool:
+    """Forget the less recently used half of what every `Recent` keeps; whether there was any.
+
+    Files are unmapped as soon as nobody reads them; mapping one again takes microseconds.
+    """
+    return any([recent.forget_half() for recent in list(_recents)])
+
+
 class Recent(Generic[T]):
     """The most recently used values by (view, shard), made on demand. Thread-safe."""
 
@@ -115,9 +137,13 @@ class Recent(Generic[T]):
         self._capacity, self._make = capacity, make
         self._values: OrderedDict[tuple[int, int], T] = OrderedDict()
         self._lock = Lock()
+        _recents.add(self)
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        return key in self._values
 
     def get(self, view: int, shard: int) -> T:
         """Return the value of a shard."""
@@ -133,3 +159,14 @@ class Recent(Generic[T]):
             while len(self._values) > self._capacity:
                 self._values.popitem(last=False)  # freed when its last user lets go
         return value
+
+    def forget_half(self) -> bool:
+        """Forget the older half; whether there was anything."""
+        with self._lock:
+            count = (len(self._values) + 1) // 2
+            for _ in range(count):
+                self._values.popitem(last=False)
+        return count > 0
+
+
+_recents: WeakSet[Recent[Any]] = WeakSet()

@@ -7,6 +7,7 @@ copy. Shards are kept open in a bounded least-recently-used set. Thread-safe.
 import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
@@ -15,14 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache import arrow_shard, arrow_tables, layout
+from cache.bucket import BucketPath
 from cache.encoded import Escapes
 from cache.errors import Corrupt, MissingSamples, NotBuilt, StoreError
 from cache.mapped import Recent
+from cache.place import using, will_need
 from cache.samples import Rows, ShardRange
 from cache.shard_rows import MappedRows, PositionedRows, ShardRows
 from cache.store import Store
 
 Views = int | Sequence[int] | Rows
+File = tuple[Path, int, str]
 MAX_MAPS = 16_384
 """Shards mapped at once, patches and rows each: half of the 65,530 maps a process may have."""
 MAX_OPEN = 256
@@ -118,6 +122,11 @@ class Reader:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "cache-copy") if threads > 1 else None
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether the store lies in a bucket, so that hints spare waiting for the network."""
+        return isinstance(self.store.directory, BucketPath)
+
     def __len__(self) -> int:
         """Number of samples that are there in every view."""
         return int(self._lengths.min(axis=0).sum())
@@ -171,8 +180,18 @@ class Reader:
         return out
 
     def read_ahead(self, rows: Sequence[int] | Rows, views: Views = 0) -> None:
-        """Ask the kernel to read rows that will be taken soon, if they are not in memory."""
-        self._read_ahead(self._pieces(np.asarray(rows, np.int64), views)[0])
+        """Start bringing rows that will be taken soon: a hint.
+
+        From a local disk the kernel is asked for those that are not in memory; of a bucket the
+        rows' shards are mirrored by threads, and this returns at once.
+        """
+        asked = np.asarray(rows, np.int64)
+        if not self.mirrored:
+            self._read_ahead(self._pieces(asked, views)[0])
+            return
+        for view, shard, _, _ in self._groups(asked, views):
+            if (view, shard) not in self._patches or (view, shard) not in self._tables:
+                will_need(self._file(view, shard, kind) for kind in ("rows", "patches"))
 
     def summaries(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.float32]:
         """Return summaries as float32 [n, D]; NaN for invalid rows."""
@@ -334,6 +353,15 @@ class Reader:
         value: int | str = self._table[column][position].as_py()
         return value
 
+    def _file(self, view: int, shard: int, kind: Literal["patches", "rows"]) -> File:
+        """Return one of a shard's files: path, size and sha256."""
+        of_kind = layout.patches_file if kind == "patches" else layout.rows_file
+        return (
+            of_kind(self.store.directory, view, shard),
+            int(self._record(view, shard, f"{kind}_bytes")),
+            str(self._record(view, shard, f"{kind}_sha256")),
+        )
+
     def _check_samples(self, view: int, shard: int) -> None:
         """Refuse features of other samples than the dataset now has in these rows."""
         position = int(self._records[self.views.index(view), shard])
@@ -348,22 +376,26 @@ class Reader:
 
     def _open_patches(self, view: int, shard: int) -> ShardRows:
         self._check_samples(view, shard)
+        path, num_bytes, sha256 = self._file(view, shard, "patches")
+        rows_per_shard = self.store.samples.rows_per_shard
+        num_rows = len(self.store.samples.shard_range(shard))
         try:
-            return self._rows_class(
-                layout.patches_file(self.store.directory, view, shard),
-                int(self._record(view, shard, "patches_bytes")),
-                self.store.samples.rows_per_shard,
-                len(self.store.samples.shard_range(shard)),
-                self._row_bytes,
+            return using(
+                path,
+                lambda local: self._rows_class(
+                    local, num_bytes, rows_per_shard, num_rows, self._row_bytes
+                ),
+                num_bytes,
+                sha256,
             )
         except NotBuilt as error:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
 
     def _open_table(self, view: int, shard: int) -> _Table:
         self._check_samples(view, shard)
-        path = layout.rows_file(self.store.directory, view, shard)
+        path, num_bytes, sha256 = self._file(view, shard, "rows")
         try:
-            table = arrow_tables.map_table(path, int(self._record(view, shard, "rows_bytes")))
+            table = arrow_tables.map_table(path, num_bytes, sha256)
         except NotBuilt as error:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
         if table.schema != self.store.rows_schema:

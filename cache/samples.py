@@ -84,7 +84,7 @@ class Samples:
             NotBuilt: the dataset has no samples in this root.
             Corrupt: a segment is missing or is no Arrow file.
         """
-        directory = layout.samples_directory(layout.local_root(root), dataset)
+        directory = layout.samples_directory(layout.cache_root(root), dataset)
         head = _read_head(directory)
         if head is None:
             raise NotBuilt(f"{directory}: dataset {dataset!r} has no samples here; index it first")
@@ -113,7 +113,7 @@ class Samples:
             StoreError: a sample_id is there with another image digest.
             Busy: another process is appending.
         """
-        directory = layout.samples_directory(layout.local_root(root), dataset.name)
+        directory = layout.samples_directory(layout.cache_root(root), dataset.name)
         given = _conform(table)
         atomic.make_directories(layout.scratch_directory(directory))
         try:
@@ -167,13 +167,14 @@ class Samples:
         rows = pl.Series("row", np.arange(start, start + given.height, dtype=np.int64))
         segment = given.with_columns(rows).select(SCHEMA.names).to_arrow().cast(SCHEMA)
         segments = _segments_of(head)
-        name = f"{len(segments):08d}.arrow"
         scratch = layout.scratch_directory(directory)
-        written = atomic.write(directory / name, [arrow_tables.to_bytes(segment)], scratch)
+        name, written = atomic.write_new(
+            directory / f"{len(segments):08d}.arrow", arrow_tables.to_bytes(segment), scratch
+        )
         entry = {"name": name, "start": start, "rows": given.height, "sha256": written.sha256}
-        head = {**head, "segments": [*segments, entry]}
-        content = json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
-        atomic.write(directory / layout.HEAD, [content], scratch)
+        expected = _head_bytes(head) if segments else None
+        content = _head_bytes({**head, "segments": [*segments, entry]})
+        atomic.swap(directory / layout.HEAD, content, expected, scratch)
         return cls.open(root, dataset.name)
 
     def __len__(self) -> int:
@@ -300,7 +301,7 @@ class Samples:
 
 def segment_files(root: str | Path, dataset: str) -> list[tuple[Path, str]]:
     """Return path and sha256 of every segment of a dataset, from its HEAD alone."""
-    directory = layout.samples_directory(layout.local_root(root), dataset)
+    directory = layout.samples_directory(layout.cache_root(root), dataset)
     head = _read_head(directory) or {}
     return [(directory / str(s["name"]), str(s["sha256"])) for s in _segments_of(head)]
 
@@ -360,6 +361,10 @@ def _read_head(directory: Path) -> dict[str, object] | None:
     return head
 
 
+def _head_bytes(head: dict[str, object]) -> bytes:
+    return json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
+
+
 def _segments_of(head: dict[str, object]) -> list[dict[str, object]]:
     segments = head.get("segments", [])
     assert isinstance(segments, list)
@@ -367,7 +372,7 @@ def _segments_of(head: dict[str, object]) -> list[dict[str, object]]:
 
 
 def _map_segment(directory: Path, entry: dict[str, object]) -> pa.Table:
-    table = arrow_tables.map_table(directory / str(entry["name"]))
+    table = arrow_tables.map_table(directory / str(entry["name"]), sha256=str(entry["sha256"]))
     if table.num_rows != entry["rows"] or table.schema.names != SCHEMA.names:
         raise Corrupt(f"{directory / str(entry['name'])}: not the segment its HEAD describes")
     return table

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import arrow_shard, arrow_tables, atomic, layout, zarr_shard
+from cache import arrow_shard, arrow_tables, atomic, layout, place, zarr_shard
 from cache.codec import Codec, Moments, make_codec
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.manifest import Manifest, ShardRecord
@@ -48,6 +48,7 @@ class Store:
         provenance = manifest.head.get("provenance", {})
         assert isinstance(provenance, dict)
         self.provenance: dict[str, object] = provenance
+        self._moments_sha256 = str(manifest.head["moments_sha256"])
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travel to other processes as root and spec, and be opened there."""
@@ -89,7 +90,7 @@ class Store:
             Corrupt: the file is not one of moments.
         """
         path = layout.moments_file(self.directory)
-        table = arrow_tables.map_table(path)
+        table = arrow_tables.map_table(path, sha256=self._moments_sha256)
         if table.schema != MOMENTS_SCHEMA or table["kind"].to_pylist() != list(KINDS):
             raise Corrupt(f"{path}: wants the moments of {' and '.join(KINDS)}")
         out: dict[str, Moments] = {}
@@ -106,7 +107,8 @@ class Store:
         A shard is there when the manifest has it for these very samples and both files have the
         recorded size; a deleted or cut file is to do again (law 11).
         """
-        there: set[tuple[int, int, int]] = set()
+        recorded: list[tuple[int, int, int]] = []
+        files: list[tuple[Path, int]] = []
         table = self.manifest().table()
         for view, shard, stop, patches_bytes, rows_bytes in zip(
             *(
@@ -115,10 +117,16 @@ class Store:
             ),
             strict=True,
         ):
-            patches = layout.patches_file(self.directory, view, shard)
-            rows = layout.rows_file(self.directory, view, shard)
-            if _size(patches) == patches_bytes and _size(rows) == rows_bytes:
-                there.add((view, shard, stop))
+            recorded.append((view, shard, stop))
+            files.append((layout.patches_file(self.directory, view, shard), patches_bytes))
+            files.append((layout.rows_file(self.directory, view, shard), rows_bytes))
+        sizes = place.sizes(self.directory, [path for path, _ in files])
+        whole = [size == wanted for size, (_, wanted) in zip(sizes, files, strict=True)]
+        there = {
+            key
+            for key, patches, rows in zip(recorded, whole[::2], whole[1::2], strict=True)
+            if patches and rows
+        }
         shards = self.samples.shards()
         return [
             (view, shard)
@@ -211,7 +219,7 @@ def create_store(
         NotBuilt: the dataset has no samples.
         FingerprintMismatch: the directory holds a store of another spec.
     """
-    base = layout.local_root(root)
+    base = layout.cache_root(root)
     directory = layout.store_directory(base, spec)
     atomic.sweep(layout.scratch_directory(directory))
     if layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
@@ -265,7 +273,7 @@ def open_store(root: str | Path, spec: StoreSpec) -> Store:
         FingerprintMismatch: the directory holds another spec, or the root only has stores of the
             same teacher name and resolution with another fingerprint; with the fields that differ.
     """
-    base = layout.local_root(root)
+    base = layout.cache_root(root)
     directory = layout.store_directory(base, spec)
     try:
         manifest = Manifest.open(directory)
@@ -284,7 +292,7 @@ def find_stores(root: str | Path) -> list[StoreInfo]:
         NotBuilt: there is no such folder.
         Corrupt: a store's spec or manifest cannot be read.
     """
-    base = layout.local_root(root)
+    base = layout.cache_root(root)
     if not base.is_dir():
         raise NotBuilt(f"{base}: no such folder, so no cache root")
     return [_info(head.parent.parent) for head in sorted(base.glob("*/*/*/*/manifest/HEAD"))]
@@ -344,10 +352,3 @@ def _lists(arrays: Sequence[npt.NDArray[np.float64]]) -> pa.Array:
     return pa.ListArray.from_arrays(
         arrow_tables.from_numpy(offsets), arrow_tables.from_numpy(np.concatenate(flat))
     )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return -1

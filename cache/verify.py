@@ -126,12 +126,12 @@ def _check_contents(
     samples = store.samples
     if record.samples_digest != samples.shard_digest(record.shard):
         yield Problem(patches, "made of other samples or images than the dataset's table names")
-    with open(patches, "rb") as file:
+    with patches.open("rb") as file:
         file.seek(-zarr_shard.index_bytes(samples.rows_per_shard), 2)
         tail = file.read()
     row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
     slots = zarr_shard.parse_index(tail, row_bytes, record.patches_bytes, str(patches))
-    table = arrow_tables.map_table(rows)
+    table = arrow_tables.map_table(rows, record.rows_bytes, record.rows_sha256)
     if table.schema != store.rows_schema:
         yield Problem(rows, f"columns {table.schema.names} are not those of a table of rows")
         return
@@ -148,7 +148,7 @@ def _check_contents(
 def _compare(path: Path, sha256: str, report: Report) -> Problem | None:
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             while part := file.read(READ_BYTES):
                 digest.update(part)
                 report.num_bytes += len(part)

@@ -1,0 +1,339 @@
+"""Objects of a bucket (s3, gs, az), named and read like files; sent whole, or not at all.
+
+obstore speaks to the services; credentials and endpoints come from their usual environment
+variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME
+and so on), and requests that fail for a while (no connection, 429, 5xx) are retried by it.
+"""
+
+import errno
+import fnmatch
+import hashlib
+import os
+import re
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from pathlib import Path, PosixPath
+from typing import IO, Any
+
+import obstore
+from obstore import exceptions
+from obstore.store import ObjectStore, from_url
+
+from cache.errors import Busy, StoreError
+
+SCHEMES = ("s3", "gs", "az")
+RETRY_VARIABLE = "EUPE_BUCKET_RETRY_SECONDS"
+RETRY_SECONDS = 180.0
+"""How long one request is tried again, unless RETRY_VARIABLE says otherwise."""
+MAX_RETRIES = 30
+REQUEST_SECONDS = 900
+"""A whole request, its body included: a shard of 256 MB at 0.3 MB/s."""
+PART_BYTES = 16 << 20
+"""Larger files are sent in parts of this size; the object appears when the last part is there."""
+READ_BYTES = 8 << 20
+_URI = re.compile(rf"({'|'.join(SCHEMES)}):/+(?=[^/])")
+
+
+def is_uri(name: str) -> bool:
+    """Whether a name is one of a bucket or its objects: `s3://bucket/prefix`."""
+    return _URI.match(name) is not None
+
+
+class BucketPath(PosixPath):
+    """The name of an object, or of all objects below a prefix: `s3://bucket/prefix/key`.
+
+    Joins, compares and pickles like any path, and answers the questions of Path that a bucket can
+    answer, anew each time. To hand it to something that opens files itself is an error; such files
+    come from the mirror (cache/mirror.py).
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return _URI.sub(r"\1://", super().__str__())
+
+    def __fspath__(self) -> str:
+        raise TypeError(f"{self}: an object of a bucket is no file; take it from the mirror")
+
+    @property
+    def key(self) -> str:
+        """Name inside the bucket."""
+        return "/".join(self.parts[2:])
+
+    def read_bytes(self) -> bytes:
+        """Return the object as it is now.
+
+        Raises:
+            FileNotFoundError: there is none.
+            StoreError: it cannot be read.
+        """
+        with _asking(self, "read"):
+            return bytes(obstore.get(_store(self), self.key).bytes())
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """Return a result of which only `st_size` means something.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            StoreError: the bucket does not answer.
+        """
+        size, _ = self.describe()
+        return os.stat_result((0o100444, 0, 0, 1, 0, 0, size, 0, 0, 0))
+
+    def describe(self) -> tuple[int, str]:
+        """Return size and entity tag, which another content does not have.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            StoreError: the bucket does not answer.
+        """
+        with _asking(self, "read"):
+            found = obstore.head(_store(self), self.key)
+        return found["size"], found["e_tag"] or found["last_modified"].isoformat()
+
+    def is_file(self) -> bool:
+        """Whether there is such an object."""
+        try:
+            self.describe()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is such an object."""
+        return self.is_file()
+
+    def is_dir(self) -> bool:
+        """Whether there are objects below."""
+        found = self._children()
+        return bool(found["objects"] or found["common_prefixes"])
+
+    def resolve(self, strict: bool = False) -> "BucketPath":
+        """Return itself: nothing about it is relative."""
+        return self
+
+    def absolute(self) -> "BucketPath":
+        """Return itself."""
+        return self
+
+    def files_below(self) -> list[tuple["BucketPath", int]]:
+        """Return every object below with its size, sorted by name: a request a thousand objects.
+
+        Raises:
+            StoreError: the bucket does not answer.
+        """
+        base = type(self)(*self.parts[:2])
+        with _asking(self, "listed"):
+            found = obstore.list(_store(self), prefix=self.key or None, chunk_size=1000)
+            return sorted((base / each["path"], each["size"]) for part in found for each in part)
+
+    def glob(self, pattern: str) -> Generator["BucketPath", None, None]:
+        """Yield objects and prefixes that match, part by part; one request a prefix on the way.
+
+        Raises:
+            ValueError: the pattern has `**`.
+            StoreError: the bucket does not answer.
+        """
+        first, _, rest = pattern.partition("/")
+        if first == "**":
+            raise ValueError(f"{self}/{pattern}: ** would list the whole bucket; name the folder")
+        if not _is_pattern(first):
+            below = self / first
+            if rest:
+                yield from below.glob(rest)
+            elif below.is_file():
+                yield below
+            return
+        base = type(self)(*self.parts[:2])
+        found = self._children()
+        names = [str(name) for name in found["common_prefixes"]]
+        if not rest:
+            names += [each["path"] for each in found["objects"]]
+        for below in sorted(base / name for name in names):
+            if fnmatch.fnmatchcase(below.name, first):
+                if rest:
+                    yield from below.glob(rest)
+                else:
+                    yield below
+
+    def open(self, *args: Any, **options: Any) -> IO[Any]:  # type: ignore[override]
+        """Read the object as it is now, from the bucket: seekable, by ranges of READ_BYTES."""
+        with _asking(self, "read"):
+            return _Ranges(self)  # type: ignore[return-value]
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the object; one that is not there is none to delete."""
+        with _asking(self, "deleted"):
+            obstore.delete(_store(self), self.key)
+
+    def _children(self) -> Any:
+        with _asking(self, "listed"):
+            return obstore.list_with_delimiter(_store(self), self.key or None)
+
+
+class _Ranges:
+    """A file object over an object of a bucket, with errors of ours."""
+
+    def __init__(self, path: BucketPath):
+        self._path = path
+        self._reader = obstore.open_reader(_store(path), path.key, buffer_size=READ_BYTES)
+
+    def __enter__(self) -> "_Ranges":
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._reader.close()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to an offset from the start (0) or the end (2)."""
+        return int(self._reader.seek(offset, whence))
+
+    def read(self, size: int = -1) -> bytes:
+        """Return up to `size` bytes, all that is left by default."""
+        with _asking(self._path, "read"):
+            return bytes(self._reader.read(None if size < 0 else size))
+
+
+def receive(path: BucketPath, into: IO[bytes]) -> tuple[int, str]:
+    """Copy an object into a file; return how many bytes came and their sha256.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        OSError: the file cannot be written.
+        StoreError: the object cannot be read.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    with _asking(path, "read"):
+        for part in obstore.get(_store(path), path.key).stream(min_chunk_size=READ_BYTES):
+            into.write(part)
+            digest.update(part)
+            num_bytes += len(part)
+    return num_bytes, digest.hexdigest()
+
+
+def send(file: Path, path: BucketPath, new: bool = False) -> None:
+    """Make a local file an object: readers see the old one or the new one, whole.
+
+    Args:
+        file: its contents.
+        path: its name.
+        new: refuse to replace an object.
+
+    Raises:
+        FileExistsError: `new`, and there is such an object.
+        StoreError: it cannot be sent.
+    """
+    with _asking(path, "written"):
+        if new:
+            obstore.put(_store(path), path.key, file, mode="create", use_multipart=False)
+        else:
+            obstore.put(_store(path), path.key, file, chunk_size=PART_BYTES)
+
+
+def swap(path: BucketPath, content: bytes, expected: bytes | None) -> None:
+    """Replace an object's contents if they are as expected: compare and swap, in the bucket.
+
+    Args:
+        path: the object.
+        content: what it shall be.
+        expected: what it is; None: there is none.
+
+    Raises:
+        Busy: somebody else has written it.
+        StoreError: it cannot be written.
+    """
+    store = _store(path)
+    there: bytes | None = None
+    with _asking(path, "written"):
+        try:
+            found = obstore.get(store, path.key)
+            tag, there = found.meta["e_tag"], bytes(found.bytes())
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise
+        if there == content:
+            return
+        if there == expected:
+            mode: Any = "create" if there is None else {"e_tag": tag}
+            try:
+                obstore.put(store, path.key, content, mode=mode, use_multipart=False)
+                return
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                # An attempt whose answer was lost may have been ours.
+                if bytes(obstore.get(store, path.key).bytes()) == content:
+                    return
+    raise Busy(f"{path}: another process has replaced it meanwhile; run the same again")
+
+
+def _is_pattern(part: str) -> bool:
+    return any(sign in part for sign in "*?[")
+
+
+def _store(path: BucketPath) -> ObjectStore:
+    scheme, bucket = path.parts[0], path.parts[1]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return _connected(f"{scheme}//{bucket}", endpoint, os.environ.get(RETRY_VARIABLE))
+
+
+@cache
+def _connected(url: str, endpoint: str | None, retry_seconds: str | None) -> ObjectStore:
+    """Return the connection pool of one bucket."""
+    try:
+        seconds = float(retry_seconds or RETRY_SECONDS)
+    except ValueError as error:
+        raise ValueError(f"{RETRY_VARIABLE} = {retry_seconds!r}: wants a number") from error
+    extra: dict[str, Any] = {}
+    if endpoint and url.startswith("s3:"):
+        extra["endpoint"] = endpoint
+    return from_url(
+        url,
+        client_options={
+            # Plain http only where the user names such an endpoint (a service on this machine).
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+            "timeout": timedelta(seconds=REQUEST_SECONDS),
+            "connect_timeout": timedelta(seconds=10),
+        },
+        retry_config={
+            "max_retries": MAX_RETRIES,
+            "retry_timeout": timedelta(seconds=seconds),
+        },
+        **extra,
+    )
+
+
+@contextmanager
+def _asking(path: BucketPath, done: str) -> Iterator[None]:
+    """Turn what the service or the network says into one sentence about the object."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error):
+            raise StoreError(f"{path}: there is no bucket {path.parts[1]!r}") from error
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from error
+    except exceptions.AlreadyExistsError as error:
+        raise FileExistsError(errno.EEXIST, "there is such an object", str(path)) from error
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        raise StoreError(
+            f"{path}: may not be {done} with the credentials in the environment "
+            f"({_reason(error)}); see docs/operations.md, A bucket as cache root"
+        ) from error
+    except exceptions.BaseError as error:
+        raise StoreError(f"{path}: cannot be {done}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Shorten obstore's account of a failed request to status, code and number of retries."""
+    text = str(error).partition("\n\nDebug source:")[0]
+    status = re.search(r"status code:? (\d{3}[A-Za-z ]*)|status (\d{3}[A-Za-z ]*)", text)
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    told = [(status.group(1) or status.group(2)).strip()] if status else []
+    told += [code.group(1)] if code else []
+    if not told:
+        told = [text.splitlines()[0].rpartition(" - ")[2].strip()]
+    retries = re.search(r"after (\d+) retries", text)
+    told += [f"after {retries.group(1)} retries"] if retries else []
+    throttled = status is not None and (status.group(1) or status.group(2))[:3] in ("429", "503")
+    advice = f"; the bucket throttles: use fewer readers or raise {RETRY_VARIABLE}"
+    return ", ".join(told) + (advice if throttled else "")

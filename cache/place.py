@@ -1,0 +1,102 @@
+"""Where a cache root lies: in a local folder, or in a bucket seen through the local mirror.
+
+The one place that tells the two apart. Names are paths either way (`BucketPath` in a bucket);
+files to be mapped or opened are asked for here.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, TypeVar
+
+from cache import bucket, mirror
+from cache.bucket import BucketPath
+from cache.errors import NotBuilt
+from cache.mirror import Wanted
+
+T = TypeVar("T")
+OPEN_TRIES = 8
+"""A copy may be evicted between being filled and being opened; so often in a row it is not."""
+FEW = 16
+"""Sizes of so many objects are asked one by one; of more, by listing."""
+
+
+def root(name: str | Path) -> Path:
+    """Return a folder, or what a URI names, as an absolute path.
+
+    Raises:
+        ValueError: a URI of another kind.
+    """
+    if isinstance(name, BucketPath):
+        return name
+    text = str(name)
+    if bucket.is_uri(text):
+        return BucketPath(text)
+    if "://" in text:
+        known = ", ".join(f"{scheme}://" for scheme in bucket.SCHEMES)
+        raise ValueError(f"{text!r}: no place known here; wants a local path or one of {known}")
+    return Path(name).expanduser().absolute()
+
+
+def using(
+    path: Path, use: Callable[[Path], T], num_bytes: int | None = None, sha256: str | None = None
+) -> T:
+    """Open a file: call `use` with it, or with its mirrored copy.
+
+    Args:
+        path: the file or object.
+        use: opens it; called again if the copy was evicted before that.
+        num_bytes: its size, if known.
+        sha256: its checksum, if known; compared when the copy is filled.
+
+    Raises:
+        NotBuilt: there is no such object; or what `use` raises.
+        StoreError: see `Mirror.local`.
+    """
+    if not isinstance(path, BucketPath):
+        return use(path)
+    for _ in range(OPEN_TRIES - 1):
+        copy = mirror.default().local(Wanted(path, num_bytes, sha256))
+        try:
+            return use(copy)
+        except (NotBuilt, FileNotFoundError):
+            continue
+    return use(mirror.default().local(Wanted(path, num_bytes, sha256)))
+
+
+def opened(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> IO[bytes]:
+    """Open a file or an object's copy for reading.
+
+    Raises:
+        OSError: there is no such file.
+        StoreError: see `using`.
+    """
+    return using(path, lambda local: open(local, "rb"), num_bytes, sha256)
+
+
+def will_need(files: Iterable[tuple[Path, int | None, str | None]]) -> None:
+    """Start mirroring objects (path, size, sha256) that will be opened soon; nothing for files."""
+    wanted = [Wanted(path, *known) for path, *known in files if isinstance(path, BucketPath)]  # type: ignore[arg-type]
+    if wanted:
+        mirror.default().will_need(wanted)
+
+
+def sizes(directory: Path, paths: Sequence[Path]) -> list[int]:
+    """Return the size of each file below a directory, -1 where there is none."""
+    if isinstance(directory, BucketPath) and len(paths) > FEW:
+        there: dict[Path, int] = dict(directory.files_below())
+        return [there.get(path, -1) for path in paths]
+    return [_size(path) for path in paths]
+
+
+def scratch(directory: Path, name: str) -> Path:
+    """Return a local folder for files on their way to a directory, and for its locks."""
+    if isinstance(directory, BucketPath):
+        return mirror.default().scratch(directory)
+    return directory / name
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
