@@ -100,6 +100,8 @@ def train(
     saved = checkpoint.latest(start.stage_directory(recipe, stage))
     pins = None if saved is None else saved.pins
     job = _Job(recipe, stage, make_inputs, make_evaluate, pins, resume)
+    if saved is not None and saved.step >= stage.steps:
+        return job.train(OneProcess(), torch.device("cpu"))  # checked, and nothing to train
     if recipe.workers.count > 1:
         return _train_distributed(job)
     return job.train(OneProcess(), torch.device("cuda" if recipe.workers.use_gpu else "cpu"))
@@ -170,12 +172,8 @@ def _check_room(recipe: Recipe) -> None:
 
 def _fault(failures: Mapping[int, Exception]) -> Exception | None:
     """Return what went wrong in a worker, not what that broke in the others; None if unclear."""
-    for _, failure in sorted(failures.items()):
-        # Ray Train hands over (exception, its traceback as text) as the arguments of its own.
-        cause = failure.args[0] if failure.args else failure
-        if isinstance(cause, FAULTS):
-            return cause
-    return None
+    faults = (failures[rank] for rank in sorted(failures) if isinstance(failures[rank], FAULTS))
+    return next(faults, None)
 
 
 @contextmanager
