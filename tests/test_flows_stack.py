@@ -1,0 +1,131 @@
+"""`make up`, a flow and a job on the stack, `make down`: what a user types, and nothing left."""
+
+import json
+import os
+import shlex
+import stat
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.local_stack import running
+
+ROOT = Path(__file__).resolve().parents[1]
+STACK = [sys.executable, "-m", "flows.local_stack"]
+PATIENCE_SECONDS = 400
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
+
+# The demo, shrunk: 8 cats to learn from, 26 held-out pictures, one view, two steps.
+TINY = [
+    "num_views=1",
+    "train.emoji-train.source.where={split: train, subcategory: cat-face}",
+    "held_out.source.where={split: test, category: Activities}",
+    "extraction.moments_samples=4",
+    "extraction.compute_batch=4",
+    "stages.stage2.steps=2",
+    "stages.stage2.global_batch=4",
+    "stages.stage2.micro_batch=4",
+    "stages.stage2.warmup_steps=0",
+    "evaluation.k=1",
+]
+RUN_FLOW = (
+    "prefect deployment run teacher-cache/default --watch --watch-timeout 300 "
+    f"-p {shlex.quote('overrides=' + json.dumps(TINY))}"
+)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A running stack; its EUPE_HOME."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "examples").symlink_to(ROOT / "examples")  # the demo's images are below EUPE_HOME
+    environment = {**os.environ, "EUPE_HOME": str(home)}
+    up = subprocess.run(
+        [*STACK, "up"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    try:
+        assert up.returncode == 0, up.stderr
+        yield home
+    finally:
+        down = subprocess.run(
+            [*STACK, "down"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+    assert down.returncode == 0, down.stderr
+    assert running(home / "runs/local") == []
+
+
+def shell(home: Path, command: str) -> subprocess.CompletedProcess:
+    """Run a command as a user does who has sourced the stack's env, from another folder."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "RAY_", "EUPE_HOME"))
+    }
+    return subprocess.run(
+        ["sh", "-c", f". {home}/runs/local/env && {command}"],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+
+
+def test_the_environment_is_complete_and_the_token_private(stack):
+    named = shell(stack, "env").stdout
+    for name in ("PREFECT_API_URL", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE"):
+        assert f"\n{name}=" in named
+    token = stack / "runs/local/ray_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+def test_the_job_api_refuses_whoever_has_no_token(stack):
+    address = shell(stack, 'printf %s "$RAY_API_SERVER_ADDRESS"').stdout
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{address}/api/jobs/", timeout=10)
+    assert refused.value.code == 401
+
+
+def test_a_second_up_is_refused_and_loses_nothing(stack):
+    before = {process.pid for process in running(stack / "runs/local")}
+    again = subprocess.run(
+        [*STACK, "up"],
+        cwd=ROOT,
+        env={**os.environ, "EUPE_HOME": str(stack)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 2
+    assert "up already" in again.stderr
+    assert before <= {process.pid for process in running(stack / "runs/local")}
+
+
+def test_caches_are_built_once_and_a_student_learns_from_them(stack):
+    log = stack / "runs/local/stack.log"
+    first = shell(stack, RUN_FLOW)
+    assert first.returncode == 0, first.stdout + log.read_text()[-3000:]
+    assert "6 shards computed" in log.read_text()
+    again = shell(stack, RUN_FLOW)
+    assert again.returncode == 0, again.stdout + log.read_text()[-3000:]
+    assert " 0 shards computed" in log.read_text()
+    words = " ".join(f"--set {shlex.quote(item)}" for item in TINY)
+    job = shell(stack, f"ray job submit -- stage2 {words}")
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert (stack / "runs/demo_stage2/stage2/metrics.jsonl").is_file()
+
+
+def test_bad_input_fails_the_run_and_the_job(stack):
+    flow = shell(stack, RUN_FLOW.replace("num_views=1", "num_veiws=1"))
+    assert flow.returncode == 1
+    assert "did you mean 'num_views'" in (stack / "runs/local/stack.log").read_text()
+    job = shell(stack, "ray job submit -- stage2 --set num_veiws=1")
+    assert job.returncode == 1
+    assert "did you mean 'num_views'" in job.stdout
