@@ -115,9 +115,10 @@ def settings(recipe: Recipe) -> list[Setting]:
     (never changes what is learnt), `assumed` (ours: the paper does not say).
     """
     stated = dict(STATED)
-    family = FAMILY.get(recipe.name.removesuffix("_tiny"))
-    if family is not None:
-        stated["student.encoder.architecture"] = family.architecture
+    # A name may end in _tiny without being a twin's: eupe_convnext_tiny.
+    published = FAMILY.get(recipe.name) or FAMILY.get(recipe.name.removesuffix("_tiny"))
+    if published is not None and recipe.name.startswith("eupe_"):
+        stated["student.encoder.architecture"] = published.architecture
     return [Setting(path, value, _origin(path, value, stated)) for path, value in _leaves(recipe)]
 
 

@@ -1,4 +1,4 @@
-"""`eupe recipes`: every recipe with its size and cost; `eupe recipes show`: every field's origin."""
+"""`eupe recipes`: each recipe with its size and cost; `eupe recipes show`: each field's origin."""
 
 import json
 import sys
@@ -88,6 +88,13 @@ def test_show_marks_each_field_with_its_origin(monkeypatch, capsys):
     assert found["stages.stage1.micro_batch"]["origin"] == "execution"
     changed = found["stages.stage2.optimizer.lr"]
     assert (changed["value"], changed["origin"]) == (1e-4, "paper: 2e-05")
+
+
+@pytest.mark.parametrize("name", PARAMETERS_MILLIONS)
+def test_each_students_architecture_is_the_papers_in_twins_too(name):
+    for recipe in (name, f"{name}_tiny"):
+        origins = {each.path: each.origin for each in paper.settings(recipes.get(recipe))}
+        assert origins["student.encoder.architecture"] == "paper"
 
 
 def test_show_prints_the_whole_recipe(monkeypatch, capsys):
