@@ -23,7 +23,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.spec = spec
         self.encoder = encoder.requires_grad_(False)
-        encoder.network.to(getattr(torch, spec.dtype))  # the pixel constants stay float32
+        # The pixel constants stay float32. Channels last: a third less work for a CNN on a CPU.
+        encoder.network.to(getattr(torch, spec.dtype), memory_format=torch.channels_last)
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":

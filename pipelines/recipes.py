@@ -62,7 +62,7 @@ def demo() -> Recipe:
             _demo_stage("stage2", {PROXY: DEMO_PYRAMID[:1]}, DEMO_PYRAMID[:1], steps=600),
             _demo_stage("stage3", {PROXY: DEMO_PYRAMID}, DEMO_PYRAMID, steps=500, lr=5e-4),
         ),
-        extraction=ExtractionConfig(rows_per_shard=256, moments_samples=256, compute_batch=32),
+        extraction=ExtractionConfig(rows_per_shard=256, moments_samples=128, compute_batch=32),
         workers=WorkersConfig(),
         evaluation=EvaluationConfig(label="category", resolution=DEMO_PYRAMID[-1]),
     )
