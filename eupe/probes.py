@@ -16,7 +16,7 @@ def knn_predict(
 ) -> Int64[Tensor, " q"]:
     """Label each query by the majority of its k nearest bank vectors in L2 distance.
 
-    EUPE (arXiv:2603.22387), Sec. 4, IN1k-kNN: k = 10. Equal distances go to the earlier bank row,
+    EUPE (arXiv:2603.22387), IN1k-kNN: k = 10. Equal distances go to the earlier bank row,
     equal votes to the label of the nearest voter, so that the answer is one on every device.
 
     Args:
