@@ -12,7 +12,7 @@ Matrix = Float[npt.NDArray[np.float64], "d d"]
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What a normaliser is made of: measured once on a sample, EUPE (arXiv:2603.22387), Sec. 3.
+    """What a normaliser is made of: measured once on a sample, EUPE (arXiv:2603.22387), Fig. 3.
 
     Attributes:
         count: tokens seen.

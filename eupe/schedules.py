@@ -6,7 +6,7 @@ import math
 def warmup_cosine(step: int, *, steps: int, warmup_steps: int = 0) -> float:
     """Return the factor of the base learning rate at a step.
 
-    EUPE (arXiv:2603.22387), Sec. 4: cosine. Assumed: linear warm-up, and an end at zero.
+    EUPE (arXiv:2603.22387), Stage 2: cosine. Assumed: linear warm-up, and an end at zero.
 
     Args:
         step: number of the step, from 0.

@@ -23,7 +23,7 @@ FAMILY: dict[str, EncoderSpec] = {
         },
     ),
 }
-"""EUPE (arXiv:2603.22387), Sec. 4: the released family and the Stage-1 proxy, for RGB at the
+"""EUPE (arXiv:2603.22387): the released family and the Stage-1 proxy, for RGB at the
 ImageNet mean and std. The transformers have rotary positions, LayerScale, a class token and 4
 registers, and share timm's DINOv3 code.
 

@@ -123,7 +123,7 @@ def draw(
 ) -> ViewParameters:
     """Draw the parameters of one view; a pure function of its arguments.
 
-    EUPE (arXiv:2603.22387), Sec. 4: random resized crop, horizontal flip, colour jitter, Gaussian
+    EUPE (arXiv:2603.22387), Stage 2: random resized crop, horizontal flip, colour jitter, Gaussian
     blur, solarization, applied in this order.
 
     Deviation: within the jitter the order is fixed (brightness, contrast, saturation, hue) where

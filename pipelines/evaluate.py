@@ -83,7 +83,7 @@ class Evaluation:
 def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "cpu") -> Evaluation:
     """Evaluate a stage's newest checkpoint beside the student before any stage.
 
-    kNN as in EUPE (arXiv:2603.22387), Sec. 4: class token, L2, majority vote. The bank is the
+    kNN as in EUPE (arXiv:2603.22387), IN1k-kNN: class token, L2, majority vote. The bank is the
     train sets and the queries the held-out set, each image in its centre view.
 
     Args:

@@ -164,7 +164,7 @@ def centre_feeds(
 def normalisers_of(stage: StageConfig, stores: Sequence[Sequence[Store]]) -> dict[str, Normalisers]:
     """Make the normalisers of a stage: one a teacher and kind, over all resolutions and datasets.
 
-    EUPE (arXiv:2603.22387), Sec. 3: statistics are measured once and then fixed.
+    EUPE (arXiv:2603.22387), Fig. 3: statistics are measured once and then fixed.
 
     Args:
         stage: its teachers and which normaliser.

@@ -21,7 +21,7 @@ class Scales(NamedTuple):
 def draw(stage: StageConfig, seed: int, step: int) -> Scales:
     """Draw a step's scales, teacher and student each independently: a pure function, for all ranks.
 
-    EUPE (arXiv:2603.22387), Sec. 3 (Stage 3): per iteration teacher and student each draw a scale
+    EUPE (arXiv:2603.22387), Stage 3: per iteration teacher and student each draw a scale
     of the pyramid. A stage with one scale each draws that one.
 
     Args:
