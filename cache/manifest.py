@@ -132,7 +132,7 @@ class Manifest:
         """
         if version is not None and not 0 <= version <= self.version:
             raise ValueError(f"version = {version}: {self.directory} has 0 to {self.version}")
-        parts = [self._segment(entry) for entry in self._segments()]
+        parts = self._parts()
         table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
         committed = arrow_tables.to_numpy(table["version"])
         keep = np.arange(len(committed))
@@ -224,6 +224,20 @@ class Manifest:
         segments = self.head["segments"]
         assert isinstance(segments, list)
         return segments
+
+    def _parts(self) -> list[pa.Table]:
+        """Read the segments; where a committer has merged some since HEAD was read, its newer ones.
+
+        A merge loses no record, so what was asked of the older HEAD stands in the newer.
+        """
+        while True:
+            try:
+                return [self._segment(entry) for entry in self._segments()]
+            except (NotBuilt, Corrupt):
+                newest = Manifest.open(self.directory.parent).head
+                if newest == self.head:
+                    raise
+                self.head = newest
 
     def _segment(self, entry: Mapping[str, object]) -> pa.Table:
         path = self.directory / str(entry["name"])

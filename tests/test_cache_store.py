@@ -145,6 +145,20 @@ def test_what_is_not_committed_does_not_exist(tmp_path):
     assert len(Reader(store, version=1)) == ROWS_PER_SHARD
 
 
+def test_a_manifest_outlives_the_merging_of_its_segments(tmp_path):
+    toy = Toy(tmp_path)
+    toy.add_samples(ids(4 * ROWS_PER_SHARD))
+    store = toy.store()
+    records = [toy.write(store, view, shard) for view, shard in store.todo(3)]
+    store.commit(records[:1])
+    before = store.manifest()  # as one process read HEAD, before another one commits and merges
+    for record in records[1:]:
+        store.commit([record])
+    assert not before.segment_files[0][0].exists()
+    assert before.records(version=1) == records[:1]
+    assert len(before.records()) == len(records)
+
+
 def test_gap_rows_are_refused(tmp_path):
     toy = Toy(tmp_path)
     toy.add_samples(ids(2))
