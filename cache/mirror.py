@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
@@ -42,6 +42,8 @@ HINT_THREADS = 4
 MAX_HINTS = 256
 NUM_LOCKS = 64
 POLL_SECONDS = 0.02
+NAME_DIGITS = 2
+"""Copies are spread over 256 folders."""
 
 
 class Wanted(NamedTuple):
@@ -108,17 +110,20 @@ class Mirror:
             StoreError: it cannot be read, or the mirror is full.
         """
         self._notice_evictions()
-        wanted, copy = self._resolve(wanted)
+        if wanted.sha256 is None:
+            self._describe(wanted.path)
+        copy = self._copy(wanted)
+        assert copy is not None
         try:
-            return self._opened(copy, wanted)
+            return self._opened(copy)
         except FileNotFoundError:
             pass
         with self._one_filler(copy):
             try:
-                return self._opened(copy, wanted)
+                return self._opened(copy)
             except FileNotFoundError:
                 self._fill(wanted, copy, hint=False)
-        return self._opened(copy, wanted)
+            return self._opened(copy)
 
     def will_need(self, files: Iterable[Wanted]) -> None:
         """Start filling objects that will be asked for soon; returns at once.
@@ -144,38 +149,27 @@ class Mirror:
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(HINT_THREADS, "cache-mirror")
 
-    def _resolve(self, wanted: Wanted) -> tuple[Wanted, Path]:
-        """Find out what pins an object's contents, and where its copy lies."""
-        if wanted.sha256 is None and wanted.path not in self._tags:
-            try:
-                self._tags[wanted.path] = wanted.path.describe()
-            except FileNotFoundError as error:
-                raise NotBuilt(f"{wanted.path}: no such object") from error
-        copy = self._copy(wanted)
-        assert copy is not None
-        if wanted.num_bytes is None:
-            wanted = wanted._replace(num_bytes=self._tags[wanted.path][0])
-        return wanted, copy
+    def _describe(self, path: BucketPath) -> tuple[int, str]:
+        """Return an object's size and entity tag, asked for once a process."""
+        try:
+            return self._tags.get(path) or self._tags.setdefault(path, path.describe())
+        except FileNotFoundError as error:
+            raise NotBuilt(f"{path}: no such object") from error
 
     def _copy(self, wanted: Wanted) -> Path | None:
         """Where an object's copy lies; None if that must be asked of the bucket."""
         if wanted.sha256 is None and wanted.path not in self._tags:
             return None
-        pin = wanted.sha256 or self._tags[wanted.path][1]
+        pin = wanted.sha256 or "{} bytes, {}".format(*self._tags[wanted.path])
         name = hashlib.sha256(f"{wanted.path}\0{pin}".encode()).hexdigest()[:32]
         readable = "-".join(wanted.path.parts[-3:])[-64:].encode("ascii", "replace").decode()
-        return self.folder / name[:2] / f"{name}-{readable.replace('?', '_')}"
+        return self.folder / name[:NAME_DIGITS] / f"{name}-{readable.replace('?', '_')}"
 
-    def _opened(self, copy: Path, wanted: Wanted) -> Path:
-        """Note that a copy is used now."""
-        status = os.stat(copy)
-        if status.st_size != wanted.num_bytes:  # not of our making: renamed files are whole
-            raise Corrupt(f"{copy}: {status.st_size} bytes, wants {wanted.num_bytes}; delete it")
-        try:
-            os.utime(copy, ns=(time.time_ns(), status.st_mtime_ns))
-        finally:
-            with self._lock:
-                self._awaited.discard(str(copy))
+    def _opened(self, copy: Path) -> Path:
+        """Note that a copy is used now; FileNotFoundError if there is none."""
+        os.utime(copy, ns=(time.time_ns(), os.stat(copy).st_mtime_ns))
+        with self._lock:
+            self._awaited.discard(str(copy))
         return copy
 
     def _one_filler(self, copy: Path) -> FileLock:
@@ -197,7 +191,7 @@ class Mirror:
         """Bring an object: claim its room, copy, compare, sync, rename."""
         path, num_bytes, sha256 = wanted
         if num_bytes is None:
-            return
+            num_bytes, _ = self._describe(path)
         temporary = self._claim(wanted, num_bytes, hint)
         if temporary is None:
             return
@@ -281,35 +275,40 @@ class Mirror:
                 return False
             live = mapped.live_inodes()
             free = [c for c in copies if c.inode not in live and not (hint and c.awaited)]
-            self._evict(free, over + (0 if hint else int(SPARE_SHARE * self.max_bytes)))
+            spare = 0 if hint or target < self.max_bytes else int(SPARE_SHARE * self.max_bytes)
+            self._evict(free, over + spare)
             if self._total + num_bytes <= target:
                 return True
             if hint or not mapped.let_go():
                 return False
 
     def _search(self) -> list[_Copy]:
-        """List all copies, and those being filled, which cannot be evicted, as in use."""
+        """List all copies, those being filled included.
+
+        Fills come first: what is renamed meanwhile may be seen twice, which its inode tells, but
+        it is never missed.
+        """
         with self._lock:
             awaited = set(self._awaited)
-        copies = []
-        for part in os.scandir(self.folder):
-            if part.name in ("locks", "scratch") or not part.is_dir():
-                continue
-            for file in os.scandir(part.path):
+        copies: dict[tuple[int, int], _Copy] = {}
+        for folder in self._folders():
+            for file in os.scandir(folder):
                 try:
                     status = file.stat()
                 except FileNotFoundError:
                     continue
-                copies.append(
-                    _Copy(
-                        file.path in awaited,
-                        status.st_atime_ns,
-                        status.st_size,
-                        file.path,
-                        (status.st_dev, status.st_ino),
-                    )
+                inode = status.st_dev, status.st_ino
+                copies[inode] = _Copy(
+                    file.path in awaited, status.st_atime_ns, status.st_size, file.path, inode
                 )
-        return copies
+        return list(copies.values())
+
+    def _folders(self) -> Iterator[str]:
+        """Yield the folders that hold copies, that of fills first."""
+        yield str(self.folder / "fill")
+        for part in os.scandir(self.folder):
+            if len(part.name) == NAME_DIGITS and part.is_dir():
+                yield part.path
 
     def _evict(self, copies: list[_Copy], num_bytes: int) -> None:
         """Delete the least recently opened copies until so many bytes are freed."""

@@ -5,15 +5,13 @@ copy. Shards are kept open in a bounded least-recently-used set. Thread-safe.
 """
 
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from cache import arrow_shard, arrow_tables, layout
 from cache.bucket import BucketPath
@@ -22,29 +20,18 @@ from cache.errors import Corrupt, MissingSamples, NotBuilt, StoreError
 from cache.mapped import Recent
 from cache.place import using, will_need
 from cache.samples import Rows, ShardRange
-from cache.shard_rows import MappedRows, PositionedRows, ShardRows
+from cache.shard_rows import MappedRows, PositionedRows, ShardRows, TableRows
 from cache.store import Store
 
 Views = int | Sequence[int] | Rows
-File = tuple[Path, int, str]
+Kind = Literal["patches", "rows"]
+T = TypeVar("T")
 MAX_MAPS = 16_384
 """Shards mapped at once, patches and rows each: half of the 65,530 maps a process may have."""
 MAX_OPEN = 256
 """Shards open at once for positioned reads: a quarter of the usual limit of descriptors."""
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
-
-
-class _Table:
-    """One mapped table of rows, its columns as arrays."""
-
-    def __init__(self, table: pa.Table):
-        self.table = table
-        self.valid = arrow_shard.valid(table)
-        self.summary = arrow_shard.summaries(table)
-        if "escape_token" in table.schema.names:
-            lengths = pc.list_value_length(table["escape_token"])
-            self.num_escapes: npt.NDArray[np.int32] = arrow_tables.to_numpy(lengths)
 
 
 class _Piece(NamedTuple):
@@ -191,7 +178,7 @@ class Reader:
             return
         for view, shard, _, _ in self._groups(asked, views):
             if (view, shard) not in self._patches or (view, shard) not in self._tables:
-                will_need(self._file(view, shard, kind) for kind in ("rows", "patches"))
+                will_need([self._file(view, shard, "rows"), self._file(view, shard, "patches")])
 
     def summaries(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.float32]:
         """Return summaries as float32 [n, D]; NaN for invalid rows."""
@@ -353,14 +340,13 @@ class Reader:
         value: int | str = self._table[column][position].as_py()
         return value
 
-    def _file(self, view: int, shard: int, kind: Literal["patches", "rows"]) -> File:
+    def _file(self, view: int, shard: int, kind: Kind) -> tuple[Path, int, str]:
         """Return one of a shard's files: path, size and sha256."""
-        of_kind = layout.patches_file if kind == "patches" else layout.rows_file
-        return (
-            of_kind(self.store.directory, view, shard),
-            int(self._record(view, shard, f"{kind}_bytes")),
-            str(self._record(view, shard, f"{kind}_sha256")),
+        named = layout.patches_file if kind == "patches" else layout.rows_file
+        num_bytes, sha256 = (
+            self._record(view, shard, f"{kind}_{what}") for what in ("bytes", "sha256")
         )
+        return named(self.store.directory, view, shard), int(num_bytes), str(sha256)
 
     def _check_samples(self, view: int, shard: int) -> None:
         """Refuse features of other samples than the dataset now has in these rows."""
@@ -374,33 +360,29 @@ class Reader:
             )
         self._checked[position] = True
 
-    def _open_patches(self, view: int, shard: int) -> ShardRows:
+    def _use(self, view: int, shard: int, kind: Kind, use: Callable[[Path, int], T]) -> T:
+        """Open one of a shard's files, given as path and size."""
         self._check_samples(view, shard)
-        path, num_bytes, sha256 = self._file(view, shard, "patches")
-        rows_per_shard = self.store.samples.rows_per_shard
-        num_rows = len(self.store.samples.shard_range(shard))
+        path, num_bytes, sha256 = self._file(view, shard, kind)
         try:
-            return using(
-                path,
-                lambda local: self._rows_class(
-                    local, num_bytes, rows_per_shard, num_rows, self._row_bytes
-                ),
-                num_bytes,
-                sha256,
-            )
+            return using(path, lambda local: use(local, num_bytes), num_bytes, sha256)
         except NotBuilt as error:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
 
-    def _open_table(self, view: int, shard: int) -> _Table:
-        self._check_samples(view, shard)
-        path, num_bytes, sha256 = self._file(view, shard, "rows")
-        try:
-            table = arrow_tables.map_table(path, num_bytes, sha256)
-        except NotBuilt as error:
-            raise Corrupt(f"{error}, though the manifest has it; build again") from error
+    def _open_patches(self, view: int, shard: int) -> ShardRows:
+        sizes = self.store.samples.rows_per_shard, len(self.store.samples.shard_range(shard))
+
+        def use(path: Path, num_bytes: int) -> ShardRows:
+            return self._rows_class(path, num_bytes, *sizes, self._row_bytes)
+
+        return self._use(view, shard, "patches", use)
+
+    def _open_table(self, view: int, shard: int) -> TableRows:
+        table = self._use(view, shard, "rows", arrow_tables.map_table)
         if table.schema != self.store.rows_schema:
+            path = layout.rows_file(self.store.directory, view, shard)
             raise Corrupt(f"{path}: columns {table.schema.names} are not those of a table of rows")
-        return _Table(table)
+        return TableRows(table)
 
 
 def _split(pieces: list[_Piece], num_rows: int) -> list[_Piece]:

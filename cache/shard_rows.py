@@ -1,4 +1,4 @@
-"""The rows of one shard file, reached through a map or through positioned reads."""
+"""The rows of one shard: its patches, mapped or read by position, and its table."""
 
 import os
 import weakref
@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from cache import zarr_shard
+from cache import arrow_shard, arrow_tables, zarr_shard
 from cache.errors import Corrupt, NotBuilt
 from cache.mapped import Bytes, MappedFile
 from cache.samples import Rows
@@ -112,6 +115,19 @@ class PositionedRows:
         for slot in slots.tolist():
             offset = slot * self._row_bytes
             os.posix_fadvise(self._handle, offset, self._row_bytes, os.POSIX_FADV_WILLNEED)
+
+
+class TableRows:
+    """One mapped table of rows, its columns as arrays."""
+
+    def __init__(self, table: pa.Table):
+        """Keep the columns that batches ask for as arrays."""
+        self.table = table
+        self.valid = arrow_shard.valid(table)
+        self.summary = arrow_shard.summaries(table)
+        if "escape_token" in table.schema.names:
+            lengths = pc.list_value_length(table["escape_token"])
+            self.num_escapes: npt.NDArray[np.int32] = arrow_tables.to_numpy(lengths)
 
 
 def _parse(

@@ -300,11 +300,13 @@ def prefect_settings(home: Path) -> None:
 
 def root_of(root: Path | None) -> Path:
     """Return the cache root the user named, or that of the demo."""
+    from cache import layout
+
     if root is not None:
-        return root.resolve()
+        return layout.cache_root(root).resolve()
     from pipelines import recipes
 
-    return Path(recipes.get("demo").cache_root)
+    return layout.cache_root(recipes.get("demo").cache_root)
 
 
 def print_json(value: object) -> None:

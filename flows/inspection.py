@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cache import layout
 from cache.errors import NotBuilt
 from cache.reader import Reader
 from cache.store import Store, StoreInfo, find_stores, open_store
@@ -24,7 +25,7 @@ def store_lines(root: str | Path, only: Sequence[Store] | None = None) -> list[d
         NotBuilt: there is no such folder.
         Corrupt: a store's spec or manifest cannot be read.
     """
-    base = Path(root).resolve()
+    base = layout.cache_root(root).resolve()
     wanted = None if only is None else {store.directory.resolve() for store in only}
     return [
         {
@@ -58,7 +59,7 @@ def describe(directory: Path) -> dict[str, object]:
         NotBuilt: there is no store.
         Corrupt: it cannot be read.
     """
-    here = directory.resolve()
+    here = layout.cache_root(directory).resolve()
     deep_enough = len(here.parents) >= LEVELS_BELOW_ROOT and here.is_dir()
     root = here.parents[LEVELS_BELOW_ROOT - 1] if deep_enough else here
     stores = find_stores(root) if deep_enough else []

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
 
 import numpy as np
@@ -26,6 +27,12 @@ from pipelines.images import ImageReader
 from pipelines.scales import Scales
 from pipelines.sources import CachedSource, LiveSource, Raw, Targets
 
+HINTED_BATCHES = 32
+"""Micro-batches whose shards and images are asked of a bucket ahead of those being made."""
+
+Address = tuple[int, int, int, Drawn]
+"""Step, micro-batch, micro-batches of the step, rows."""
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -40,6 +47,29 @@ class Feed:
     source: CachedSource | LiveSource
     images: ImageReader
     policy: CentreView | AugmentedView
+
+    @cached_property
+    def mirrored(self) -> bool:
+        """Whether its features or its images lie in a bucket."""
+        return self.source.mirrored or self._mirrors_images
+
+    def will_need(self, rows: np.ndarray, view_numbers: np.ndarray, scales: Scales) -> None:
+        """Start mirroring what a batch will want; returns at once.
+
+        Args:
+            rows: int64 [n], of the dataset.
+            view_numbers: int64 [n].
+            scales: of the batch.
+        """
+        self.source.will_need(rows, view_numbers, scales.teachers)
+        if self._mirrors_images:
+            self.images.will_need(self.source.samples.take(rows).iter_rows(named=True))
+
+    @cached_property
+    def _mirrors_images(self) -> bool:
+        """Whether the images lie in a bucket; the first of them tells."""
+        first = self.source.samples.arrow.slice(0, 1).to_pylist()[0]
+        return self.images.mirrors(first)
 
 
 @dataclass(frozen=True)
@@ -155,7 +185,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the micro-batches in order; the threads end with the iteration."""
-        addresses = self._addresses()
+        addresses = self._announced(self._addresses())
         with _Pool(self._threads) as pool:
             ahead: deque[Future[Batch]] = deque()
             for step, micro, num_micro, drawn in addresses:
@@ -165,7 +195,7 @@ class Batches:
             while ahead:
                 yield self._counted(ahead.popleft())
 
-    def _addresses(self) -> Iterator[tuple[int, int, int, Drawn]]:
+    def _addresses(self) -> Iterator[Address]:
         """Walk over (step, micro, num_micro, rows): cheap, done by the consuming thread."""
         for step in self._steps:
             drawn = self._draw(step)
@@ -181,6 +211,22 @@ class Batches:
             for micro, first in enumerate(starts):
                 rows = slice(first, min(first + size, stop))
                 yield step, micro, len(starts), Drawn(*(column[rows] for column in drawn))
+
+    def _announced(self, addresses: Iterator[Address]) -> Iterator[Address]:
+        """Say what is wanted HINTED_BATCHES ahead to feeds that are read through a mirror."""
+        if not any(feed.mirrored for feed in self._feeds):
+            yield from addresses
+            return
+        ahead: deque[Address] = deque()
+        for address in addresses:
+            step, _, _, drawn = address
+            for number, feed in enumerate(self._feeds):
+                places = np.flatnonzero(drawn.datasets == number)
+                feed.will_need(drawn.rows[places], drawn.views[places], self._scales(step))
+            ahead.append(address)
+            if len(ahead) > HINTED_BATCHES:
+                yield ahead.popleft()
+        yield from ahead
 
     def _counted(self, future: "Future[Batch]") -> Batch:
         started = time.perf_counter()

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cache import place
+from cache.bucket import BucketPath
 from pipelines.config import SourceConfig
 
 # Part of the key rule (identity), hence a fixed list and not what the installed Pillow can read.
@@ -85,15 +87,21 @@ class Walk(Protocol):
 
 
 def _folder(config: SourceConfig, known: Collection[str]) -> tuple[int | None, Iterator[Candidate]]:
-    root = Path(config.path).expanduser().absolute()
+    root = place.root(config.path)
     if not root.is_dir():
         raise ValueError(f"{config.path}: no such folder; source.path wants a folder of images")
-    files, others = [], 0
-    for directory, subdirectories, names in os.walk(root, followlinks=True):
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        images = [name for name in names if _is_image(name)]
-        others += len(names) - len(images)
-        files += [Path(directory, name) for name in sorted(images)]
+    sizes: dict[Path, int] = {}
+    if isinstance(root, BucketPath):
+        sizes = _in_walking_order(root, dict(root.files_below()))
+        files = [file for file in sizes if _is_image(file.name)]
+        others = len(sizes) - len(files)
+    else:
+        files, others = [], 0
+        for directory, subdirectories, names in os.walk(root, followlinks=True):
+            subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+            images = [name for name in names if _is_image(name)]
+            others += len(names) - len(images)
+            files += [Path(directory, name) for name in sorted(images)]
     if not files:
         raise ValueError(
             f"{config.path}: no image in this folder ({others} other files); images are known by "
@@ -103,10 +111,21 @@ def _folder(config: SourceConfig, known: Collection[str]) -> tuple[int | None, I
     def candidates() -> Iterator[Candidate]:
         for file in files:
             relative = file.relative_to(root).as_posix()
-            size = file.stat().st_size
+            size = sizes[file] if sizes else file.stat().st_size
             yield Candidate(sample_id(relative), str(file), 0, size, _class(relative))
 
     return len(files), candidates()
+
+
+def _in_walking_order(root: Path, sizes: Mapping[BucketPath, int]) -> dict[Path, int]:
+    """Order a bucket's objects as a folder is walked: files first, then folders; none hidden."""
+
+    def order(path: Path) -> list[tuple[bool, str]]:
+        *folders, name = path.relative_to(root).parts
+        return [*((True, folder) for folder in folders), (False, name)]
+
+    shown = [p for p in sizes if not any(f[0] == "." for f in p.relative_to(root).parts[:-1])]
+    return {path: sizes[path] for path in sorted(shown, key=order)}
 
 
 def _webdataset(
@@ -117,7 +136,7 @@ def _webdataset(
     def candidates() -> Iterator[Candidate]:
         for file in files:
             try:
-                with tarfile.open(file, "r:") as tar:
+                with place.opened(file) as data, tarfile.open(fileobj=data, mode="r:") as tar:
                     yield from _tar_candidates(tar, str(file), known)
             except (tarfile.TarError, EOFError) as error:
                 raise ValueError(f"{file}: no whole uncompressed tar file ({error})") from error
@@ -151,7 +170,7 @@ def _parquet(
 ) -> tuple[int | None, Iterator[Candidate]]:
     files = _files(config, ".parquet")
     try:
-        total = sum(pq.read_metadata(file).num_rows for file in files)
+        total = sum(place.using(file, pq.read_metadata).num_rows for file in files)
     except pa.ArrowException as error:
         raise ValueError(f"{config.path}: no whole Parquet file ({error})") from error
 
@@ -168,7 +187,7 @@ def _parquet_candidates(
     labels = sorted({*config.label_columns, *config.where})
     key = config.key_column or f"{config.image_column}.path"
     uri = f"{PARQUET_SCHEME}:{quote(config.image_column, safe='')}:{path}"
-    with pq.ParquetFile(path) as file:
+    with place.using(path, pq.ParquetFile) as file:
         have = {part for name in _leaves(file.schema_arrow) for part in (name, name.split(".")[0])}
         for column in (config.image_column, key, *labels):
             if column not in have:
@@ -208,11 +227,18 @@ WALKS: dict[str, Walk] = {
 
 def _files(config: SourceConfig, suffix: str) -> list[Path]:
     """Return the files of a source in a fixed order: of a folder, a glob, or the one named."""
-    path = Path(config.path).expanduser().absolute()
+    path = place.root(config.path)
     if path.is_dir():
-        found = sorted(path.rglob(f"*{suffix}"))
+        found = (
+            [file for file, _ in path.files_below() if file.suffix == suffix]
+            if isinstance(path, BucketPath)
+            else sorted(path.rglob(f"*{suffix}"))
+        )
     elif path.is_file():
         found = [path]
+    elif isinstance(path, BucketPath):
+        bucket = type(path)(*path.parts[:2])
+        found = sorted(bucket.glob(path.key))
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     if not found:

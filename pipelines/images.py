@@ -12,7 +12,7 @@ import struct
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -25,6 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from cache import place
+from cache.bucket import BucketPath
+from cache.errors import NotBuilt
 from eupe.views import ImageError
 from pipelines.config import SourceConfig
 from pipelines.image_walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
@@ -156,10 +159,10 @@ class ImageReader:
             if uri.startswith(f"{PARQUET_SCHEME}:"):
                 data = self._read_row(uri, offset)
             else:
-                with open(uri, "rb") as file:
+                with place.opened(*_file_of(sample)) as file:
                     file.seek(offset)
                     data = file.read(size)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, NotBuilt) as error:
             raise ValueError(
                 f"sample {sample['sample_id']!r}: its image cannot be read again: {error}"
             ) from error
@@ -170,11 +173,20 @@ class ImageReader:
             )
         return data
 
+    def mirrors(self, sample: Mapping[str, Any]) -> bool:
+        """Whether a sample lies in a bucket and is read through the mirror."""
+        return isinstance(_file_of(sample)[0], BucketPath)
+
+    def will_need(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Start mirroring those that lie in a bucket: a hint that returns at once."""
+        place.will_need(_file_of(sample) for sample in samples)
+
     def _read_row(self, uri: str, row: int) -> bytes:
-        _, column, path = uri.split(":", 2)
+        _, column, name = uri.split(":", 2)
+        path = place.root(name)
         starts = self._starts.get(uri)
         if starts is None:
-            metadata = pq.read_metadata(path)
+            metadata = place.using(path, pq.read_metadata)
             lengths = (metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
             starts = self._starts[uri] = list(accumulate(lengths, initial=0))
         if row >= starts[-1]:
@@ -186,13 +198,23 @@ class ImageReader:
             if array is not None:
                 self._groups.move_to_end(key)
         if array is None:  # read outside the lock: two threads may read one group, to no harm
-            with pq.ParquetFile(path) as file:
+            with place.using(path, pq.ParquetFile) as file:
                 array = image_bytes(file.read_row_group(group, [unquote(column)]).column(0))
             with self._lock:
                 self._groups[key] = array
                 while len(self._groups) > self._kept:
                     self._groups.popitem(last=False)
         return array[row - starts[group]].as_py() or b""
+
+
+def _file_of(sample: Mapping[str, Any]) -> tuple[Path, int | None, str | None]:
+    """Return the file a sample lies in, with size and sha256 where it is the whole file."""
+    uri, offset = str(sample["uri"]), int(sample["offset"])
+    if uri.startswith(f"{PARQUET_SCHEME}:"):
+        return place.root(uri.split(":", 2)[2]), None, None
+    if offset:  # a tar's members have a header before them
+        return place.root(uri), None, None
+    return place.root(uri), int(sample["bytes"]), str(sample["digest"])
 
 
 def _inspect(candidate: Candidate) -> tuple[str, int, int] | str:
@@ -202,7 +224,7 @@ def _inspect(candidate: Candidate) -> tuple[str, int, int] | str:
     try:
         data = candidate.data
         if data is None:
-            data = Path(candidate.uri).read_bytes()
+            data = place.root(candidate.uri).read_bytes()
         return (_sha256(data), *_upright_size(data))
     except (ImageError, OSError) as error:
         return str(error)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from cache import atomic, layout
+from cache import arrow_tables, atomic, layout
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.samples import Samples, ShardRange
 from cache.store import Store, create_store, open_store
@@ -339,7 +339,8 @@ def _reasons(store: Store) -> list[str]:
     reasons = []
     for record in store.manifest().records():
         if record.num_invalid:
-            rows = pl.read_ipc(layout.rows_file(store.directory, record.view, record.shard))
+            path = layout.rows_file(store.directory, record.view, record.shard)
+            rows = pl.DataFrame(arrow_tables.map_table(path, record.rows_bytes, record.rows_sha256))
             invalid = rows.filter(~pl.col("valid")).iter_rows(named=True)
             reasons += [f"{row['sample_id']}: {row['reason']}" for row in invalid]
         if len(reasons) >= REASONS_SHOWN:

@@ -157,6 +157,24 @@ class CachedSource:
             str(reader.store.spec.directory()): reader.version for reader in self._readers.values()
         }
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether a store lies in a bucket, so that it pays to say what will be fetched."""
+        return any(reader.mirrored for reader in self._readers.values())
+
+    def will_need(self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions) -> None:
+        """Start mirroring the shards of rows that will be fetched soon; returns at once.
+
+        Args:
+            rows: int64 [n].
+            views: int64 [n].
+            resolutions: as they will be fetched.
+        """
+        for teacher, resolution in resolutions.items():
+            reader = self._reader(teacher, resolution)
+            if reader.mirrored:
+                reader.read_ahead(rows, views)
+
     def fetch(
         self,
         sample_ids: Sequence[str],
@@ -263,6 +281,14 @@ class LiveSource:
     def versions(self) -> dict[str, int]:
         """Return no store: nothing is read from a cache."""
         return {}
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a store lies in a bucket: there is no store."""
+        return False
+
+    def will_need(self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions) -> None:
+        """Do nothing: there is no store to mirror."""
 
     def fetch(
         self,
