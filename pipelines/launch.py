@@ -115,7 +115,7 @@ def _train_distributed(job: _Job) -> StageResult:
     job = replace(job, pins=dict(inputs.pins))
     with cluster.connect():
         _check_room(job.recipe)
-        # Ray starts a process for a worker only now: it is slow to import.
+        # Imported only now: Ray reads its settings then, and `connect` settles them.
         from ray.train import RunConfig, ScalingConfig, WorkerGroupError
         from ray.train.torch import TorchTrainer
 

@@ -24,6 +24,8 @@ LOG_EVERY, CHECKPOINT_EVERY, STOP_AT = 3, 4, 10  # a checkpoint falls between tw
 LOSS_ATOL = 1e-5
 # Weights move by at most lr = 3e-3 a step; those whose gradient is nearly nothing go astray first.
 WEIGHT_ATOL = 1e-3
+# Three steps in bfloat16, which has 8 bits: half a unit in the last place is 0.2 %.
+BFLOAT16_RTOL = 0.03
 STRATEGIES = ("ddp", "fsdp2")
 Alone = Callable[..., Trained]
 
@@ -171,6 +173,19 @@ def test_shards_with_activation_checkpointing_agree(tmp_path, pair, alone):
     run = small(tmp_path, strategy="fsdp2", activation_checkpointing=True)
     pair.run(two_workers.train, run)
     assert_same_losses(run, alone[0])
+
+
+def test_shards_gathered_in_bfloat16_keep_float32_weights(tmp_path, pair, alone):
+    run = small(tmp_path, precision="bfloat16", strategy="fsdp2", steps=6)
+    pair.run(partial(two_workers.train, gathered=torch.bfloat16), run)
+    for value in checkpoint.require(run.directory / "stage2").encoder().values():
+        assert value.dtype == torch.float32
+        lost = (value - value.bfloat16().float()).abs().max()
+        assert lost > 0 or value.unique().numel() < 3, "no weight has more digits than bfloat16"
+    first, exact = losses(run)[LOG_EVERY], losses(alone[0])[LOG_EVERY]
+    for name, value in exact.items():
+        assert first[name] == pytest.approx(value, rel=BFLOAT16_RTOL)
+    assert first != exact
 
 
 def test_shards_of_a_cnn_agree(tmp_path, pair):

@@ -131,10 +131,22 @@ class Trained:
     looked_at: dict[int, str]
 
 
-def train(run: Recipe, stop_at: int | None = None, look: bool = False) -> Trained:
-    """Train the recipe's stage on the noise; leave off before a step if told."""
+def train(
+    run: Recipe,
+    stop_at: int | None = None,
+    look: bool = False,
+    gathered: torch.dtype | None = None,
+) -> Trained:
+    """Train the recipe's stage on the noise.
+
+    Args:
+        run: of this module's `recipe`.
+        stop_at: leave off before this step.
+        look: evaluate, which remembers what the model was like.
+        gathered: dtype of gathered shards, which is otherwise CUDA's affair.
+    """
     stage = run.stages[0]
-    workers = workers_here(stage)
+    workers = workers_here(stage) if gathered is None else distributed.Shards(gathered)
     made = noise_inputs(run, stage, None, workers.rank, workers.size)
     order, looked_at = list[tuple[int, list[str], list[int]]](), dict[int, str]()
 
@@ -177,7 +189,7 @@ def noise_inputs(
 ) -> Inputs:
     """Return inputs drawn, mixed and batched as always, from images that are noise."""
     normalisers = small_stage.normalisers()
-    feed = Feed(_NoiseSource(normalisers), _NoiseImages(), run.views)  # type: ignore[arg-type]
+    feed = _Here(_NoiseSource(normalisers), _NoiseImages(), run.views)  # type: ignore[arg-type]
     return inputs.of_feeds(
         run, stage, {run.train[0].name: feed}, normalisers, {"source": "noise"}, rank, world
     )
@@ -200,6 +212,12 @@ def sum_of_weights(run: Recipe, stage: StageConfig, made: Inputs) -> Evaluate:
         return {"held_out/score": total}
 
     return evaluate
+
+
+class _Here(Feed):
+    """A feed of which nothing lies in a bucket."""
+
+    mirrored = False
 
 
 class _NoiseSource(small_stage.MemorySource):
@@ -244,7 +262,7 @@ def train_on_random_tokens(
     workers = workers_here(stage)
     own = stage.global_batch // workers.size
     source = _RandomTokens(teachers)
-    feed = Feed(source, _NoiseImages(), run.views)  # type: ignore[arg-type]
+    feed = _Here(source, _NoiseImages(), run.views)  # type: ignore[arg-type]
     side = stage.student_scales[0]
 
     def batches(steps: range) -> Iterator[Batch]:
