@@ -35,9 +35,10 @@ POOL = "local"
 DEPLOYMENTS = {"teacher-cache/default", "distill/default"}
 MARK = "EUPE_LOCAL_STACK"
 PORTS = ("PREFECT", "RAY", "RAY_CLIENT", "RAY_DASHBOARD", "RAY_AGENT")
-UP_SECONDS = 180  # a busy two-core machine takes 40
+UP_SECONDS = 600  # two idle cores take 30, overloaded ones minutes; what dies is seen at once
 STOP_SECONDS = 20  # honcho itself waits five before it kills
 POLL_SECONDS = 0.5
+ANSWER_SECONDS = 30  # Ray waits ten for its job agent before it says no
 PUBLIC = (
     "PREFECT_API_URL",
     "PREFECT_HOME",
@@ -202,11 +203,11 @@ def worker_is_online(environment: dict[str, str]) -> bool:
 
 
 def ray_answers(environment: dict[str, str]) -> bool:
-    """Say whether the Ray head's job API answers, with the token."""
+    """Say whether the Ray head takes jobs, by giving it one that does nothing."""
     token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     headers = {"Authorization": f"Bearer {token}"}
     url = environment["RAY_API_SERVER_ADDRESS"]
-    return ask(f"{url}/api/jobs/", headers=headers) is not None
+    return ask(f"{url}/api/jobs/", {"entrypoint": "true"}, headers) is not None
 
 
 def ask(url: str, body: object = None, headers: dict[str, str] | None = None) -> object:
@@ -218,7 +219,7 @@ def ask(url: str, body: object = None, headers: dict[str, str] | None = None) ->
     try:
         # Loopback: never through a proxy that the environment names.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=5) as answer:
+        with opener.open(request, timeout=ANSWER_SECONDS) as answer:
             return json.load(answer)
     except (urllib.error.URLError, OSError, ValueError):
         return None

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
+
 from flows.loopback import free_ports
 from pipelines import cluster
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 10.0
+AGENT_SECONDS = 180.0  # a machine five times overloaded took more than ten, which Ray itself waits
 NEVER_RAN = 1
 """Exit code reported for a job whose entry point never started."""
 
@@ -41,7 +44,16 @@ def run_job(
 
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     client = JobSubmissionClient(address)
-    job = client.submit_job(entrypoint=shlex.join(entrypoint), runtime_env={"env_vars": dict(env)})
+    for attempt in Retrying(
+        retry=retry_if_exception(_no_agent_yet),
+        stop=stop_after_delay(AGENT_SECONDS),
+        wait=wait_fixed(POLL_SECONDS),
+        reraise=True,
+    ):
+        with attempt:
+            job = client.submit_job(
+                entrypoint=shlex.join(entrypoint), runtime_env={"env_vars": dict(env)}
+            )
     try:
         asyncio.run(_stream(client, job, say))
         # The log ends a moment before the job manager has noted the exit.
@@ -60,6 +72,11 @@ def run_job(
         return 0
     say(f"job {job} {info.status.value.lower()}: {info.message}\n")
     return NEVER_RAN
+
+
+def _no_agent_yet(error: BaseException) -> bool:
+    """Say whether the cluster is up and its job agent, which starts after it, is not."""
+    return isinstance(error, RuntimeError) and "No available agent" in str(error)
 
 
 async def _stream(client: object, job: str, say: Callable[[str], None]) -> None:
