@@ -1,7 +1,7 @@
 """Meters of the training loop: means of the losses between two logs, and the pace of the data."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -114,3 +114,21 @@ class Pace:
     def _passed(self) -> float:
         before, self._now = self._now, time.perf_counter()
         return self._now - before
+
+
+def in_words(figures: Mapping[str, float], teachers: Iterable[str]) -> str:
+    """Return what a running stage says of itself: losses by teacher and term, lr, speed, waiting.
+
+    Args:
+        figures: of the last logged steps, as they go to the trackers.
+        teachers: whose losses to name.
+    """
+    losses = []
+    for name in teachers:
+        terms = (f"{figures[f'loss/{name}/{term}']:.3f}" for term in TERMS[:-1])
+        losses.append(f"{name} {' / '.join(terms)}")
+    return (
+        f"loss {figures['loss/total']:.3f} ({', '.join(losses)}), lr {figures['lr']:.1e}, "
+        f"{figures['images_per_second']:.0f} images/s, "
+        f"{100 * figures['data_wait_share']:.0f} % waiting for data"
+    )

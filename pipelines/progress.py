@@ -46,6 +46,7 @@ class Reading:
         total: units wanted; None when not known beforehand.
         seconds: wall time since the start.
         finished: the step has ended, well or not.
+        note: what the step last said of itself: losses, say.
     """
 
     description: str
@@ -54,6 +55,7 @@ class Reading:
     total: int | None
     seconds: float
     finished: bool = False
+    note: str = ""
 
     @property
     def rate(self) -> float:
@@ -71,8 +73,10 @@ class Reading:
         total = "" if self.total is None else f"/{self.total}"
         text = f"{self.description}: {self.done}{total} {self.unit}, {self.rate:.1f} {self.unit}/s"
         if self.finished:
-            return f"{text}, {self.seconds:.1f} s"
-        return text if self.eta_seconds is None else f"{text}, {self.eta_seconds:.0f} s left"
+            text += f", {self.seconds:.1f} s"
+        elif self.eta_seconds is not None:
+            text += f", {self.eta_seconds:.0f} s left"
+        return f"{text}; {self.note}" if self.note else text
 
 
 Listener = Callable[[Reading], None]
@@ -92,7 +96,7 @@ class Progress:
 
     def __init__(self, description: str, unit: str, total: int | None, shown: Listener) -> None:
         self._description, self._unit, self._total = description, unit, total
-        self._done, self._started = 0, time.monotonic()
+        self._done, self._started, self._note = 0, time.monotonic(), ""
         self._shown, self._listener, self._told = shown, _listener.get(), -LISTEN_EVERY_SECONDS
 
     def advance(self, count: int = 1) -> None:
@@ -100,10 +104,16 @@ class Progress:
         self._done += count
         self._tell(self.reading())
 
+    def note(self, text: str) -> None:
+        """Say something of the step, shown from its next count on."""
+        self._note = text
+
     def reading(self, finished: bool = False) -> Reading:
         """Return how far the step has come."""
         seconds = time.monotonic() - self._started
-        return Reading(self._description, self._unit, self._done, self._total, seconds, finished)
+        return Reading(
+            self._description, self._unit, self._done, self._total, seconds, finished, self._note
+        )
 
     def finish(self) -> None:
         """Tell everyone of the last reading."""
@@ -238,10 +248,11 @@ def _bar(console: Console, total: int | None, description: str, unit: str) -> It
         _RateColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with RichProgress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda reading: bar.update(task, completed=reading.done)
+        task = bar.add_task(description, total=total, note="")
+        yield lambda reading: bar.update(task, completed=reading.done, note=reading.note)
 
 
 class _RateColumn(ProgressColumn):

@@ -27,7 +27,7 @@ from pipelines.batches import Batch
 from pipelines.checkpoint import Checkpoint, Contents
 from pipelines.config import Recipe, StageConfig
 from pipelines.inputs import Inputs
-from pipelines.meters import TERMS, Pace, Window
+from pipelines.meters import TERMS, Pace, Window, in_words
 from pipelines.progress import track
 from pipelines.workers import OneProcess, Workers
 
@@ -142,7 +142,9 @@ class _Run:
                     progress.advance()
                     last, held_out = done == stage.steps, dict[str, float]()
                     if done % stage.log_every == 0 or last:
-                        trackers.log(done, self._figures(done, pace))
+                        figures = self._figures(done, pace)
+                        trackers.log(done, figures)
+                        progress.note(in_words(figures, self.inputs.dims))
                     if evaluate and (last or _due(done, stage.evaluate_every)):
                         held_out = self._evaluate(evaluate, done)
                         trackers.log(done, held_out)

@@ -57,3 +57,12 @@ def test_a_process_that_dies_halfway_ends_its_step(heard, capsys):
             '"seconds": 0.5, "finished": false}\n'
         )
     assert [reading.done for reading in heard] == [1]
+
+
+def test_a_step_says_how_it_goes(heard):
+    with track(2, "Training", "steps") as progress:
+        progress.note("loss 1.500")
+        progress.advance()
+    assert heard[-1].note == "loss 1.500"
+    reading = Reading("Training", "steps", 1, 2, 4.0, note="loss 1.500")
+    assert str(reading) == "Training: 1/2 steps, 0.2 steps/s, 4 s left; loss 1.500"
