@@ -77,7 +77,7 @@ STATED: dict[str, object] = {
 }
 """Field -> value as EUPE (arXiv:2603.22387) prints it: the stages, Eq. 5, data and evaluation.
 
-The student's architecture, which differs from recipe to recipe, `settings` adds."""
+`settings` adds the network of each recipe's student."""
 
 
 class Setting(NamedTuple):
@@ -117,7 +117,10 @@ def settings(recipe: Recipe) -> list[Setting]:
     stated = dict(STATED)
     # A name may end in _tiny without being a twin's: eupe_convnext_tiny.
     published = FAMILY.get(recipe.name) or FAMILY.get(recipe.name.removesuffix("_tiny"))
-    if published is not None and recipe.name.startswith("eupe_"):
+    if recipe.student == recipe.proxy:  # the proxy's own recipe trains it as its student
+        ours = {k: v for k, v in stated.items() if k.startswith("proxy.")}
+        stated |= {k.replace("proxy", "student", 1): v for k, v in ours.items()}
+    elif published is not None:
         stated["student.encoder.architecture"] = published.architecture
     return [Setting(path, value, _origin(path, value, stated)) for path, value in _leaves(recipe)]
 
