@@ -7,10 +7,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    import bucket_server
 
 ROOT = Path(__file__).resolve().parents[1]
 SESSION = secrets.token_hex(8)
@@ -95,3 +99,32 @@ def ray_cluster() -> Iterator[None]:
 def emoji() -> Path:
     """The demo's images."""
     return ROOT / "examples/emoji/emoji.parquet"
+
+
+@pytest.fixture(scope="session")
+def bucket_running() -> "Iterator[bucket_server.Bucket]":
+    """Start one S3 on loopback for all tests that need it."""
+    import bucket_server
+
+    with bucket_server.serve() as running:
+        yield running
+
+
+@pytest.fixture
+def s3(
+    bucket_running: "bucket_server.Bucket", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> "bucket_server.Bucket":
+    """Return the bucket, behaving, as the environment names it, with a mirror of its own."""
+    settings = {
+        "AWS_ENDPOINT_URL": bucket_running.endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "EUPE_MIRROR": str(tmp_path / "mirror"),
+        "EUPE_MIRROR_BYTES": str(1 << 26),
+        "EUPE_BUCKET_RETRY_SECONDS": "60",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    bucket_running.behave()
+    return bucket_running

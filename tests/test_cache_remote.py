@@ -32,30 +32,6 @@ CHILD = Path(__file__).parent / "bucket_child.py"
 WAIT_SECONDS = 60
 
 
-@pytest.fixture(scope="module")
-def server():
-    with bucket_server.serve() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(server: Bucket, tmp_path, monkeypatch):
-    """The bucket, behaving, as the environment names it, with a mirror of its own."""
-    settings = {
-        "AWS_ENDPOINT_URL": server.endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "EUPE_MIRROR": str(tmp_path / "mirror"),
-        "EUPE_MIRROR_BYTES": str(1 << 26),
-        "EUPE_BUCKET_RETRY_SECONDS": "60",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    server.behave()
-    return server
-
-
 @pytest.fixture
 def root(s3: Bucket, request) -> BucketPath:
     """A prefix of its own in the bucket."""

@@ -1,0 +1,107 @@
+"""Images and caches in a bucket: the same features and the same training as from a local disk."""
+
+from pathlib import Path
+
+import pipelines_caches
+import pytest
+import small_run
+import torch
+from bucket_server import NAME
+from cache_stores import files_under
+
+from cache import bucket, place
+from cache.bucket import BucketPath
+from pipelines import images, inputs
+from pipelines.config import SourceConfig
+from pipelines.jobs import cache_jobs
+
+NUM_IMAGES = 20
+STEPS = range(3)
+
+
+@pytest.fixture
+def root(s3, request) -> BucketPath:
+    path = place.root(f"s3://{NAME}/{request.node.name}")
+    assert isinstance(path, BucketPath)
+    return path
+
+
+def upload(folder: Path, to: BucketPath) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            bucket.send(file, to / file.relative_to(folder).as_posix())
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
+def test_images_in_a_bucket_are_those_on_disk(root, tmp_path, emoji, kind):
+    pictures = pipelines_caches.pictures(emoji, NUM_IMAGES)
+    local = tmp_path / "images"
+    local.mkdir()
+    if kind == "folder":
+        source = pipelines_caches.write_folder(local, pictures)
+    elif kind == "webdataset":
+        source = pipelines_caches.write_tar(local / "a.tar", pictures)
+    else:
+        source = pipelines_caches.write_parquet(local / "a.parquet", pictures)
+    upload(local, root)
+    inside = Path(source.path).relative_to(local)
+    remote = source.model_copy(update={"path": str(root / inside)})
+    ours, theirs = images.index(remote), images.index(source)
+    assert ours.records.drop("uri").equals(theirs.records.drop("uri"))
+    reader = images.ImageReader()
+    samples = ours.records.to_dicts()
+    assert all(reader.mirrors(sample) for sample in samples)
+    reader.will_need(samples)
+    assert [reader.read(sample, verify=True) for sample in samples] == [
+        images.ImageReader().read(sample) for sample in theirs.records.iter_rows(named=True)
+    ]
+
+
+def test_a_pattern_names_files_in_a_bucket(root, tmp_path, emoji):
+    pictures = list(pipelines_caches.pictures(emoji, 6).items())
+    for name, part in (("x-0", pictures[:3]), ("x-1", pictures[3:5]), ("y-0", pictures[5:])):
+        pipelines_caches.write_tar(tmp_path / f"{name}.tar", dict(part))
+    upload(tmp_path, root)
+    found = images.index(SourceConfig(kind="webdataset", path=str(root / "x-*.tar")))
+    assert found.records.height == 5
+    with pytest.raises(ValueError, match=r"no \.tar file there"):
+        images.index(SourceConfig(kind="webdataset", path=str(root / "z-*.tar")))
+
+
+def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
+    pipelines_caches.write_folder(tmp_path, pipelines_caches.pictures(emoji, 2))
+    upload(tmp_path, root)
+    sample = images.index(SourceConfig(kind="folder", path=str(root))).records.row(0, named=True)
+    BucketPath(sample["uri"]).unlink()
+    with pytest.raises(ValueError, match=r"its image cannot be read again: .*no such object"):
+        images.ImageReader().read(sample)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_bucket_is_that_from_a_disk(root, tmp_path, emoji):
+    """Images, caches, batches: features byte for byte, and equal targets at every step."""
+    pictures = pipelines_caches.pictures(emoji, NUM_IMAGES)
+    pipelines_caches.write_parquet(tmp_path / "train.parquet", pictures)
+    bucket.send(tmp_path / "train.parquet", root / "train.parquet")
+    local = small_run.recipe(tmp_path).model_copy(update={"num_views": 1})
+    (train,) = local.train
+    source = train.source.model_copy(update={"path": str(root / "train.parquet")})
+    moved = train.model_copy(update={"source": source})
+    remote = local.model_copy(update={"cache_root": str(root / "cache"), "train": (moved,)})
+    for run in (local, remote):
+        (job,) = (each for each in cache_jobs(run) if each.views == run.views)
+        pipelines_caches.build(job)
+    cache = root / "cache"
+    there = {str(path.relative_to(cache)): path for path, _ in cache.files_below()}
+    here = files_under(tmp_path / "cache")
+    features = {name for name in here if "samples" not in Path(name).parts}
+    assert features == {n for n in there if not {"samples", "manifest"} & set(Path(n).parts)}
+    assert all(there[name].read_bytes() == here[name] for name in features)
+
+    (stage,) = local.stages
+    both = [inputs.from_caches(run, stage).batches(STEPS) for run in (local, remote)]
+    for ours, theirs in zip(*both, strict=True):
+        assert ours.sample_ids == theirs.sample_ids
+        assert torch.equal(ours.pixels, theirs.pixels)
+        for a, b in zip(ours.targets()["lite0"], theirs.targets()["lite0"], strict=True):
+            assert torch.equal(a, b)
