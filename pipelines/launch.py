@@ -17,6 +17,7 @@ from eupe.heads import DistillationModel
 from pipelines import checkpoint, cluster, distributed, start
 from pipelines.config import Recipe, StageConfig
 from pipelines.inputs import Inputs, from_caches
+from pipelines.meters import in_words
 from pipelines.progress import track
 from pipelines.tracking import METRICS_FILE
 from pipelines.train import Evaluate, StageResult, train_stage
@@ -205,7 +206,10 @@ def _followed(job: _Job) -> Iterator[None]:
             while not over:
                 over = ended.wait(LOOK_EVERY_SECONDS)
                 # Lines after the checkpoint are there until the workers drop them: it may go back.
-                step = max(first, _last_step(job.directory / METRICS_FILE))
+                figures = _last_figures(job.directory / METRICS_FILE)
+                step = max(first, int(figures.get("step", 0)))
+                if step > first and "loss/total" in figures:
+                    progress.note(in_words(figures, job.stage.teachers))
                 progress.advance(step - seen)
                 seen = step
 
@@ -218,12 +222,12 @@ def _followed(job: _Job) -> Iterator[None]:
             thread.join()
 
 
-def _last_step(path: Path) -> int:
-    """Return the step of the last whole line of figures, 0 if there is none."""
+def _last_figures(path: Path) -> dict[str, float]:
+    """Return the last whole line of a file of figures, nothing if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
-        return 0
-    return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
+        return {}
+    return json.loads(lines[-2]) if len(lines) > 1 else {}

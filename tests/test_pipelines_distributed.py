@@ -293,8 +293,8 @@ def test_one_worker_trains_here(tmp_path, alone):
     assert losses(run) == losses(alone[0])
 
 
-def test_the_last_step_is_read_off_a_file_that_is_being_written(tmp_path):
+def test_figures_are_read_off_a_file_that_is_being_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert launch._last_step(path) == 0
+    assert launch._last_figures(path) == {}
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20)) + '{"st')
-    assert launch._last_step(path) == 20
+    assert launch._last_figures(path) == {"step": 20}
