@@ -48,7 +48,7 @@ def test_output_streams_and_the_exit_code_is_the_drivers_own():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_driver_leaves_no_job_behind(number, tmp_path):
     pid_file = tmp_path / "pid"
-    code = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     driver = subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(code=code), "--one"],
         cwd=ROOT,
