@@ -53,17 +53,13 @@ def run(tmp_path):
 
 @pytest.fixture
 def page(run):
-    summary = report.summarise(
-        run, Caches(1906, 8532, 123_456_789), FOUND, {"caches": 80.04}, {}
-    )
+    summary = report.summarise(run, Caches(1906, 8532, 123_456_789), FOUND, {"caches": 80.04}, {})
     curves = figures.loss_curves(LINES, ("near", "far"))
     return report.render(run, summary, FOUND, curves, PICTURE)
 
 
 def test_summary_has_what_is_asked_for_and_is_json(run):
-    summary = report.summarise(
-        run, Caches(1906, 8532, 123_456_789), FOUND, {"caches": 80.04}, {}
-    )
+    summary = report.summarise(run, Caches(1906, 8532, 123_456_789), FOUND, {"caches": 80.04}, {})
     assert json.loads(json.dumps(summary)) == summary
     assert (summary["images"], summary["rows"], summary["cache_bytes"]) == (1906, 8532, 123_456_789)
     assert summary["seconds"] == {"caches": 80.0}
