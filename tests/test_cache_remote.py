@@ -29,7 +29,7 @@ from cache.store import find_stores, open_store
 from cache.verify import verify
 
 CHILD = Path(__file__).parent / "bucket_child.py"
-WAIT_SECONDS = 60
+WAIT_SECONDS = 240  # two busy cores may take a minute to start a child
 
 
 @pytest.fixture
@@ -160,7 +160,11 @@ def run_child(s3: Bucket, *arguments: str, **behaviour) -> int:
         env={**os.environ, "POLARS_MAX_THREADS": "1"},
     )
     s3.behave(victim=child.pid, **behaviour)
-    child.communicate(b"go\n", timeout=WAIT_SECONDS)
+    try:
+        child.communicate(b"go\n", timeout=WAIT_SECONDS)
+    finally:
+        child.kill()  # outlives no test; nothing where it has ended
+        child.wait()
     return child.returncode
 
 
