@@ -24,7 +24,7 @@ class Teacher(nn.Module):
         self.spec = spec
         self.encoder = encoder.requires_grad_(False)
         # The pixel constants stay float32. Channels last: a third less work for a CNN on a CPU.
-        encoder.network.to(getattr(torch, spec.dtype), memory_format=torch.channels_last)
+        encoder.network.to(getattr(torch, spec.dtype)).to(memory_format=torch.channels_last)
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
