@@ -12,7 +12,7 @@ PATIENCE_SECONDS = 500
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 
-# "Stage 2 only" of the demo, shrunk: 8 cats to learn from, 26 held-out pictures, one view, 2 steps.
+# "Stage 2 only" of the demo, shrunk: 8 cats to learn from, 26 held-out pictures, two steps.
 TINY = [
     "num_views=1",
     "train.emoji-train.source.where={split: train, subcategory: cat-face}",
