@@ -13,7 +13,7 @@ help:  ## list the commands
 
 install: $(INSTALLED)  ## create .venv and install everything into it (about 5.5 GB with torch)
 
-demo: $(INSTALLED)  ## the whole idea on real images in six minutes: cache two teachers, train a student
+demo: $(INSTALLED)  ## the whole recipe on real images in about ten minutes: two teachers, a proxy, a student
 	$(BIN)/eupe run demo
 
 test: $(INSTALLED)  ## every test; leaves no process behind
