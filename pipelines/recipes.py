@@ -57,9 +57,9 @@ def demo() -> Recipe:
         proxy_dtype="float32",
         student=StudentConfig(name="vit_mini", encoder=_small_vit(depth=3)),
         stages=(
-            _demo_stage("stage1", {t.name: t.resolutions for t in teachers}, (96,), steps=900),
-            _demo_stage("stage2", {PROXY: DEMO_PYRAMID[:1]}, DEMO_PYRAMID[:1], steps=300),
-            _demo_stage("stage3", {PROXY: DEMO_PYRAMID}, DEMO_PYRAMID, steps=500),
+            _demo_stage("stage1", {t.name: t.resolutions for t in teachers}, (96,), steps=1200),
+            _demo_stage("stage2", {PROXY: DEMO_PYRAMID[:1]}, DEMO_PYRAMID[:1], steps=700),
+            _demo_stage("stage3", {PROXY: DEMO_PYRAMID}, DEMO_PYRAMID, steps=800, lr=7e-4),
         ),
         extraction=ExtractionConfig(rows_per_shard=256, moments_samples=128, compute_batch=32),
         workers=WorkersConfig(),
