@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.errors import one_sentence
+from pipelines.errors import one_sentence
 
 app = typer.Typer(
     name="eupe",

@@ -16,12 +16,12 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import artifacts, summary
-from flows.errors import BAD_INPUT
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build, teacher_cache
 from pipelines import evaluate, pyramid, recipes, report
 from pipelines.config import PROXY, Recipe, StageConfig
+from pipelines.errors import BAD_INPUT
 from pipelines.evaluate import Evaluation
 from pipelines.jobs import proxy_jobs
 from pipelines.progress import Relay

@@ -2,19 +2,16 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
-from cache.errors import StoreError
 from pipelines import evaluate, launch, recipes
 from pipelines.config import StageName
+from pipelines.errors import one_sentence
 from pipelines.train import StageResult
-
-BAD_INPUT = 2
 
 
 def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -> int:
-    """Train a stage and return the exit code: 0 done, 2 bad input in one sentence on stderr.
+    """Train a stage and return 0; bad input exits with 2 and one sentence on stderr.
 
     Args:
         name: of the stage.
@@ -38,12 +35,9 @@ def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     asked = parser.parse_args(arguments)
-    try:
+    with one_sentence():
         recipe = recipes.get(asked.recipe, asked.overrides)
         done = launch.train(recipe, recipe.stage(name), make_evaluate=evaluate.hook)
-    except (ValueError, StoreError) as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
     described = describe(done)
     if asked.json:
         print(json.dumps(described, indent=2))

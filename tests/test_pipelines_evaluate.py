@@ -216,7 +216,9 @@ def test_the_command_goes_on_from_where_it_was(named, capsys):
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(named, capsys, stage, arguments, sentence):
-    assert stage_command.run(stage, "small_run", arguments) == 2
+    with pytest.raises(SystemExit) as exit_code:
+        stage_command.run(stage, "small_run", arguments)
+    assert exit_code.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert sentence in printed.err

@@ -9,7 +9,7 @@ import pytest
 from cache.errors import NotBuilt
 from eupe import fingerprint
 from flows.cli import main
-from flows.errors import bad_input
+from pipelines.errors import bad_input
 
 
 def raised(action) -> Exception:
