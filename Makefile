@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PEERS := .venv-peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -30,11 +31,11 @@ up: $(INSTALLED)  ## start Prefect, a worker and a Ray head here; then: . runs/l
 down:  ## stop what `make up` started
 	@test ! -x $(BIN)/python || $(BIN)/python -m flows.local_stack down
 
-bench: $(INSTALLED)  ## the store's reading speed beside numpy.memmap, tensorstore and zarr-python
-	$(BIN)/python -m benchmarks.read
+bench: $(PEERS)/installed  ## the store's reading speed beside numpy.memmap and eight other readers
+	$(PEERS)/bin/python -m benchmarks.read
 
 clean: down  ## remove .venv and what the tools cached; runs/ (your caches and results) stays
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info build
+	rm -rf $(VENV) $(PEERS) .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info build
 
 # Installed again when pyproject.toml has changed since.
 $(INSTALLED): pyproject.toml
@@ -43,4 +44,10 @@ $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install python3-venv (apt-get install python3-venv)" >&2; exit 2; }
 	$(BIN)/pip install -e '.[demo,dev,bench]'
+	@touch $@
+
+# An environment of its own: mosaicml-streaming wants an older numpy than the rest.
+$(PEERS)/installed: pyproject.toml
+	@test -x $(PEERS)/bin/pip || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -e '.[bench,peers]'
 	@touch $@

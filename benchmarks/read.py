@@ -97,8 +97,8 @@ def check_and_warm(opened: Opened, num_rows: int) -> None:
     """Read every row once through a peer, and refuse to time one that gives other bytes."""
     opened.prepare()
     out = np.zeros((BATCH, *SHAPE), np.float16)
-    for start in range(0, num_rows, BATCH):
-        rows = np.arange(start, min(start + BATCH, num_rows))
+    whole = [np.arange(start, min(start + BATCH, num_rows)) for start in range(0, num_rows, BATCH)]
+    for rows in (batches("random", num_rows)[0], *whole):
         opened.gather(rows, out[: len(rows)])
         if not np.array_equal(out[: len(rows)], make_rows(rows)):
             raise RuntimeError(f"{opened.cls.name} gives other bytes than were written")
@@ -135,7 +135,10 @@ def measure(
 def run(arguments: argparse.Namespace, folder: Path, console: Console) -> list[dict[str, object]]:
     """Write what is missing, then measure every peer in every mode."""
     num_rows = max(2 * BATCH, int(arguments.gigabytes * 1e9 / ROW_BYTES))
-    chosen = [cls for cls in PEERS if not arguments.peers or cls.name in arguments.peers]
+    asked = [cls for cls in PEERS if not arguments.peers or cls.name in arguments.peers]
+    chosen = [cls for cls in asked if cls.version is not None]
+    if missing := [cls.name for cls in asked if cls.version is None]:
+        console.print(f"not installed, so not measured: {', '.join(missing)} (`make bench` does)")
     peers: list[tuple[type[Peer], Path]] = []
     rows: np.ndarray | None = None
     with Progress(console=console, transient=True) as progress:

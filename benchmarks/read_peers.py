@@ -1,11 +1,14 @@
 """The readers that `benchmarks.read` compares: how each stores rows and gathers a batch.
 
 A peer writes the rows once, as its own documentation advises, and then fills one buffer of the
-caller's with the rows asked for, in the order asked for. To add one, write a class and list it.
+caller's with the rows asked for, in the order asked for. Nothing is compressed: features are noise
+to a compressor. A peer that reads ranges is asked for runs of neighbours as one. To add a peer,
+write a class and list it.
 """
 
 import json
-from importlib.metadata import version
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -23,11 +26,26 @@ Rows = np.ndarray
 GRID, DIM, ROWS_PER_SHARD = (16, 16), 768, 640  # ViT-B at 256 pixels: 393 KB a row, 252 MB a shard
 
 
+def installed(distribution: str) -> str | None:
+    """Return the version of an installed distribution, None if it is not there."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def runs(rows: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Split row numbers into runs of neighbours: (places in the batch, rows)."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    for start, stop in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):
+        yield slice(start, stop), slice(int(rows[start]), int(rows[start]) + stop - start)
+
+
 class Peer(Protocol):
     """One way to keep rows [n, N, D] float16 and to gather some of them."""
 
     name: str
-    version: str
+    version: str | None  # None: not installed here
 
     def write(self, rows: Rows, folder: Path) -> None:
         """Write the rows below a folder."""
@@ -110,7 +128,7 @@ class Ours:
 class Tensorstore(Ours):
     """tensorstore on the very files of `Ours`; indexes cached, nothing rechecked."""
 
-    name, version = "tensorstore", version("tensorstore")
+    name, version = "tensorstore", installed("tensorstore")
 
     def open(self, folder: Path) -> None:
         """Open view 0 as a Zarr v3 array, with a cache that holds every shard's index."""
@@ -133,7 +151,7 @@ class Tensorstore(Ours):
 
 
 class ZarrPython(Ours):
-    """zarr-python on the very files of `Ours`, row by row: 15 x faster than its oindex."""
+    """zarr-python on the very files of `Ours`, run by run: 15 x faster than its oindex."""
 
     name, version = "zarr-python", version("zarr")
 
@@ -145,9 +163,184 @@ class ZarrPython(Ours):
         self.array = zarr.open_array(str(path), mode="r")
 
     def gather(self, rows: Rows, out: np.ndarray) -> None:
-        """Read each row and copy it into the buffer."""
+        """Read each run and copy it into the buffer."""
+        for places, run in runs(rows):
+            out[places] = self.array[run]
+
+
+class Zarrs(ZarrPython):
+    """zarrs, the codec pipeline in Rust, under zarr-python on the very files of `Ours`."""
+
+    name, version = "zarrs", installed("zarrs")
+
+    def open(self, folder: Path) -> None:
+        """Open view 0 with zarrs' pipeline; an array keeps the one it was opened with."""
+        import zarr
+        import zarrs  # noqa: F401  registers its pipeline
+
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            super().open(folder)
+
+
+class Lance:
+    """A Lance dataset, a fixed-size list of halffloats a row, read by `take`."""
+
+    name, version = "lance", installed("pylance")
+    column = "patches"
+
+    def write(self, rows: Rows, folder: Path) -> None:
+        """Write batches of rows without copying them."""
+        import lance
+        import pyarrow as pa
+
+        width = rows[0].size
+        kind = pa.list_(pa.float16(), width)
+        schema = pa.schema({self.column: kind})
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for start in range(0, len(rows), ROWS_PER_SHARD):
+                part = pa.array(rows[start : start + ROWS_PER_SHARD].reshape(-1))
+                column = pa.FixedSizeListArray.from_arrays(part, width)
+                yield pa.record_batch([column], schema=schema)
+
+        lance.write_dataset(batches(), str(folder / "rows.lance"), schema=schema)
+
+    def open(self, folder: Path) -> None:
+        """Open the dataset."""
+        import lance
+
+        self.rows = lance.dataset(str(folder / "rows.lance"))
+
+    def gather(self, rows: Rows, out: np.ndarray) -> None:
+        """Take, then copy what came into the buffer."""
+        place = 0
+        for chunk in self.rows.take(rows.tolist(), columns=[self.column])[self.column].chunks:
+            values = chunk.flatten().to_numpy(zero_copy_only=False)
+            out[place : place + len(chunk)] = values.reshape(len(chunk), *out.shape[1:])
+            place += len(chunk)
+
+
+class Safetensors:
+    """One tensor in one safetensors file, mapped by the library, slice by slice."""
+
+    name, version = "safetensors", version("safetensors")
+    key = "patches"
+
+    def write(self, rows: Rows, folder: Path) -> None:
+        """Write one file."""
+        from safetensors.numpy import save_file
+
+        save_file({self.key: rows}, folder / "rows.safetensors")
+
+    def open(self, folder: Path) -> None:
+        """Map it."""
+        from safetensors import safe_open
+
+        self.file = safe_open(folder / "rows.safetensors", framework="numpy")
+        self.rows = self.file.get_slice(self.key)
+
+    def gather(self, rows: Rows, out: np.ndarray) -> None:
+        """Slice each run and copy it into the buffer."""
+        for places, run in runs(rows):
+            out[places] = self.rows[run]
+
+
+class MosaicMl:
+    """MDS shards of MosaicML Streaming, read where they lie by its LocalDataset."""
+
+    name, version = "mosaicml-streaming", installed("mosaicml-streaming")
+    column = "patches"
+
+    def write(self, rows: Rows, folder: Path) -> None:
+        """Write shards of the default size."""
+        from streaming import MDSWriter
+
+        shape = ",".join(str(size) for size in rows.shape[1:])
+        columns = {self.column: f"ndarray:float16:{shape}"}
+        with MDSWriter(out=str(folder / "mds"), columns=columns) as writer:
+            for row in rows:
+                writer.write({self.column: row})
+
+    def open(self, folder: Path) -> None:
+        """Open the shards."""
+        from streaming import LocalDataset
+
+        self.rows = LocalDataset(str(folder / "mds"))
+
+    def gather(self, rows: Rows, out: np.ndarray) -> None:
+        """Read row by row."""
         for place, row in enumerate(rows.tolist()):
-            out[place] = self.array[row]
+            out[place] = self.rows[row][self.column]
 
 
-PEERS: tuple[type[Peer], ...] = (Memmap, Ours, Tensorstore, ZarrPython)
+class Litdata:
+    """Chunks of litdata, read by its StreamingDataset from the folder they lie in."""
+
+    name, version = "litdata", installed("litdata")
+
+    def write(self, rows: Rows, folder: Path) -> None:
+        """Write chunks of 64 MB, litdata's advice."""
+        from litdata.streaming.cache import Cache
+
+        cache = Cache(str(folder / "chunks"), chunk_bytes="64MB")
+        for number, row in enumerate(rows):
+            cache[number] = row
+        cache.done()
+        cache.merge(1)
+
+    def open(self, folder: Path) -> None:
+        """Open the chunks."""
+        from litdata import StreamingDataset
+
+        self.rows = StreamingDataset(str(folder / "chunks"), shuffle=False)
+
+    def gather(self, rows: Rows, out: np.ndarray) -> None:
+        """Read row by row."""
+        for place, row in enumerate(rows.tolist()):
+            out[place] = self.rows[row]
+
+
+class Webdataset:
+    """Tars of .npy files, read by WebDataset's own indexed reader, wids."""
+
+    name, version = "webdataset", installed("webdataset")
+
+    def write(self, rows: Rows, folder: Path) -> None:
+        """Write tars and the index that wids wants."""
+        import webdataset
+
+        shards: list[dict[str, object]] = []
+        for start in range(0, len(rows), ROWS_PER_SHARD):
+            path = folder / f"rows-{start:08d}.tar"
+            part = rows[start : start + ROWS_PER_SHARD]
+            with webdataset.TarWriter(str(path)) as writer:
+                for number, row in enumerate(part, start):
+                    writer.write({"__key__": f"{number:08d}", "npy": row})
+            shards.append({"url": str(path), "nsamples": len(part)})
+        (folder / "index.json").write_text(json.dumps(shards))
+
+    def open(self, folder: Path) -> None:
+        """Open the tars that the index names."""
+        import wids
+
+        shards = json.loads((folder / "index.json").read_text())
+        self.rows = wids.ShardListDataset(shards, keep=True)
+
+    def gather(self, rows: Rows, out: np.ndarray) -> None:
+        """Read row by row."""
+        for place, row in enumerate(rows.tolist()):
+            out[place] = self.rows[row][".npy"]
+
+
+PEERS: tuple[type[Peer], ...] = (
+    Memmap,
+    Ours,
+    Tensorstore,
+    ZarrPython,
+    Zarrs,
+    Lance,
+    Safetensors,
+    MosaicMl,
+    Litdata,
+    Webdataset,
+)

@@ -16,7 +16,7 @@ from eupe.spec import CodecSpec
 
 __all__ = ["Codec", "Encoded", "Escapes", "Moments", "PlainCodec", "default_codec", "make_codec"]
 
-PLAIN = ("float32", "float16", "bfloat16")
+PLAIN = ("float32", "float16", "bfloat16", "uint8")
 BFLOAT16_NAN = 0x7FC0
 
 
@@ -60,7 +60,10 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class PlainCodec:
-    """Features rounded to a float type: float32, float16, or bfloat16 as its 16 bits in uint16."""
+    """Features rounded to a plain type: float32, float16, bfloat16 as its 16 bits in uint16, uint8.
+
+    uint8 is for pixels: it keeps whole numbers from 0 to 255 exactly.
+    """
 
     name: str
 
@@ -71,8 +74,8 @@ class PlainCodec:
 
     @property
     def fill_value(self) -> int | str:
-        """NaN, for bfloat16 its bits."""
-        return BFLOAT16_NAN if self.name == "bfloat16" else "NaN"
+        """NaN, for bfloat16 its bits; 0 for uint8, which has none."""
+        return {"bfloat16": BFLOAT16_NAN, "uint8": 0}.get(self.name, "NaN")
 
     @property
     def has_escapes(self) -> bool:
@@ -86,19 +89,26 @@ class PlainCodec:
     def encode(self, patches: Floats) -> Encoded:
         """Round float32 [n, N, D] to nearest even.
 
-        A row that is not finite, or becomes infinite by rounding, is invalid, with the reason.
+        A row that is not finite, or leaves the type's range by rounding, is invalid, with the
+        reason.
         """
         patches = np.asarray(patches, np.float32)
+        kept: Floats | None = None
         if self.name == "bfloat16":
             data: npt.NDArray[np.generic] = _to_bfloat16(patches)
+        elif self.name == "uint8":
+            rounded = np.rint(patches)
+            inside = (rounded >= 0) & (rounded <= 255)
+            data = np.where(inside, rounded, 0).astype(np.uint8)
+            kept = np.where(inside, rounded, np.inf)
         else:
             with np.errstate(over="ignore"):
                 data = patches.astype(self.storage_dtype)
-        valid, reasons = _judge(patches, self.decode(data), self.name)
+        valid, reasons = _judge(patches, self.decode(data) if kept is None else kept, self.name)
         return Encoded(data, valid, reasons, Escapes.none(patches.shape[-1]))
 
     def decode(self, data: npt.NDArray[np.generic], escapes: Escapes | None = None) -> Floats:
-        """Widen [n, N, D] to float32; absent rows become NaN, there are no escapes."""
+        """Widen [n, N, D] to float32; absent rows become NaN (uint8: 0), there are no escapes."""
         if self.name == "bfloat16":
             return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return data.astype(np.float32)

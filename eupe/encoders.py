@@ -1,4 +1,4 @@
-"""Encoders: a timm or open_clip network read as pixels -> (summary, patches)."""
+"""Encoders: a timm or open_clip network, or none, read as pixels -> (summary, patches)."""
 
 import difflib
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from jaxtyping import Float, Real
 from open_clip.model import _build_vision_tower  # no public way builds a tower without its text
 from torch import Tensor, nn
 
+from eupe.pixels import PIXELS, Pixels
 from eupe.spec import EncoderSpec
 
 # The timm families whose positions follow the input's size when asked (dynamic_img_size).
@@ -141,7 +142,7 @@ class Encoder(nn.Module):
             ValueError: the network does not take that resolution.
         """
         self.check_resolution(pixels.shape[-1])
-        dtype = next(self.network.parameters()).dtype
+        dtype = next(self.network.parameters(), self.pixel_scale).dtype
         # Normalised in float32 whatever the network computes in: 8 bits of bfloat16 lose pixels.
         x = (pixels.float() * self.pixel_scale.float() + self.pixel_offset.float()).to(dtype)
         if hasattr(self._trunk, "forward_features"):
@@ -220,6 +221,10 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
         elif spec.summary != "attention_pool":
             arguments.setdefault("num_classes", 0)
         return _timm_network(spec.architecture, arguments)
+    if spec.library == "pixels":
+        if spec.architecture != PIXELS.architecture:
+            raise ValueError(_unknown("pixels", spec.architecture, [PIXELS.architecture]))
+        return Pixels()
     return _open_clip_tower(spec.architecture, spec.model_arguments)
 
 

@@ -10,16 +10,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
 
 import numpy as np
 import PIL
+import polars as pl
 import torch
 from torch import Tensor
 
 from cache.errors import StoreError
+from cache.reader import Reader
 from eupe import views
 from eupe.spec import AugmentedView, CentreView
 from pipelines.draws import Draw, Drawn
@@ -42,11 +44,21 @@ class Feed:
         source: of its teacher tokens; its `samples` say where the images lie.
         images: reads their bytes.
         policy: of the views, the one the features were made of.
+        pixels: student's scale -> reader of the views' own pixels; at other scales images are
+            decoded and views drawn again.
     """
 
     source: CachedSource | LiveSource
     images: ImageReader
     policy: CentreView | AugmentedView
+    pixels: Mapping[int, Reader] = field(default_factory=dict)
+
+    def versions(self) -> dict[str, int]:
+        """Return store directory (below the cache root) -> manifest version that is read."""
+        own = {
+            str(reader.store.spec.directory()): reader.version for reader in self.pixels.values()
+        }
+        return self.source.versions() | own
 
     @cached_property
     def mirrored(self) -> bool:
@@ -62,7 +74,9 @@ class Feed:
             scales: of the batch.
         """
         self.source.will_need(rows, view_numbers, scales.teachers)
-        if self._mirrors_images:
+        if (stored := self.pixels.get(scales.student)) is not None:
+            stored.read_ahead(rows, view_numbers)
+        elif self._mirrors_images:
             self.images.will_need(self.source.samples.take(rows).iter_rows(named=True))
 
     @cached_property
@@ -262,29 +276,50 @@ class Batches:
 def _serve(
     feed: Feed, places: np.ndarray, rows: np.ndarray, view_numbers: np.ndarray, scales: Scales
 ) -> tuple[Part, list[str], np.ndarray, np.ndarray]:
-    """Draw the views of one dataset's rows and fetch their tokens.
+    """Fetch the student's pixels and the teachers' tokens of one dataset's rows.
 
     Returns:
         the part, sample ids, valid bool [n], and the student's pixels uint8 [n, R, R, 3].
     """
     table = feed.source.samples.take(rows)
     ids = table["sample_id"].to_list()
+    stored = feed.pixels.get(scales.student)
+    if stored is not None:
+        pixels, digests = _stored(stored, rows, view_numbers, scales.student)
+        raw = feed.source.fetch(ids, view_numbers, scales.teachers)
+    else:
+        canvases, digests = _drawn(feed, table, view_numbers)
+        pixels = np.stack([views.resize(canvas, scales.student) for canvas in canvases])
+        raw = feed.source.fetch(ids, view_numbers, scales.teachers, canvases)
+    valid = raw.valid & np.array([digest is not None for digest in digests])
+    if raw.view_digests is not None:
+        _check_digests(ids, view_numbers, digests, raw.view_digests)
+    return Part(feed, places, replace(raw, valid=valid)), ids, valid, pixels
+
+
+def _drawn(
+    feed: Feed, table: pl.DataFrame, view_numbers: np.ndarray
+) -> tuple[np.ndarray, list[str | None]]:
+    """Read, decode and draw: canvases uint8 [n, C, C, 3] and digests, None for what is no image."""
     side = feed.policy.canvas
-    canvases = np.zeros((len(ids), side, side, 3), np.uint8)
-    digests: list[str | None] = [None] * len(ids)
+    canvases = np.zeros((len(table), side, side, 3), np.uint8)
+    digests: list[str | None] = [None] * len(table)
     for place, sample in enumerate(table.iter_rows(named=True)):
         data = feed.images.read(sample)
         try:
-            view = views.make_view(data, feed.policy, ids[place], int(view_numbers[place]))
+            view = views.make_view(data, feed.policy, sample["sample_id"], int(view_numbers[place]))
         except views.ImageError:
             continue  # recorded with its reason when the store was built; counted as invalid here
         canvases[place], digests[place] = view.canvas, view.digest
-    raw = feed.source.fetch(ids, view_numbers, scales.teachers, canvases)
-    if raw.view_digests is not None:
-        _check_digests(ids, view_numbers, digests, raw.view_digests)
-    valid = raw.valid & np.array([digest is not None for digest in digests])
-    pixels = np.stack([views.resize(canvas, scales.student) for canvas in canvases])
-    return Part(feed, places, replace(raw, valid=valid)), ids, valid, pixels
+    return canvases, digests
+
+
+def _stored(
+    reader: Reader, rows: np.ndarray, view_numbers: np.ndarray, side: int
+) -> tuple[np.ndarray, list[str | None]]:
+    """Read cached pixels, uint8 [n, R, R, 3], and the digests of the canvases they came from."""
+    pixels = reader.take(rows, view_numbers).reshape(len(rows), side, side, 3)
+    return pixels, reader.view_digests(rows, view_numbers)
 
 
 def _check_digests(

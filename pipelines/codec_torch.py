@@ -30,6 +30,7 @@ STORED_AS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
 }
 CPU_CHUNK = 1 << 18
 """Coefficients worked on at a time on a CPU, so that intermediate results stay in its caches."""
@@ -278,9 +279,15 @@ class _Quantiser:
 
 
 def _encode_plain(codec: PlainCodec, patches: Tensor) -> Encoded:
-    narrow = patches.to(STORED_AS[codec.name])
     finite = torch.isfinite(patches).all(-1).all(-1)
-    kept = torch.isfinite(narrow).all(-1).all(-1)
+    if codec.name == "uint8":
+        rounded = patches.round()
+        inside = (rounded >= 0) & (rounded <= 255)
+        narrow = torch.where(inside, rounded, 0).to(torch.uint8)
+        kept = inside.all(-1).all(-1)
+    else:
+        narrow = patches.to(STORED_AS[codec.name])
+        kept = torch.isfinite(narrow).all(-1).all(-1)
     largest = patches.abs().amax((1, 2))
     reasons: list[str | None] = [None] * len(patches)
     for row in torch.nonzero(~(finite & kept)).view(-1).tolist():

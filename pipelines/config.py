@@ -28,6 +28,8 @@ from eupe.spec import (
 StageName = Literal["stage1", "stage2", "stage3"]
 PROXY = "proxy"
 """Name under which a stage lists the proxy as its teacher."""
+PIXELS = "pixels"
+"""Name under which the views' own pixels are cached."""
 
 
 class SourceConfig(Spec):
@@ -168,6 +170,9 @@ class Recipe(Spec):
     name: Name
     run_directory: str = Field(description="everything but caches is written below it")
     cache_root: str
+    pixels: tuple[int, ...] = Field(
+        (), description="student scales at which the views themselves are cached too, as uint8"
+    )
     proxy_directory: str | None = Field(
         None,
         description="where stage 1 is kept, for recipes that share a proxy; None: with the run",
@@ -192,6 +197,11 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         cached = {teacher.name: set(teacher.resolutions) for teacher in self.teachers}
+        if PIXELS in cached:
+            raise ValueError(f"a teacher is named {PIXELS!r}: that name is the views' own")
+        drawn = {scale for stage in self.stages for scale in stage.student_scales}
+        if unused := set(self.pixels) - drawn:
+            raise ValueError(f"pixels at {sorted(unused)}: no stage has a student at that scale")
         for stage in self.stages:
             for name in stage.teachers:
                 if name == PROXY:

@@ -13,7 +13,7 @@ from pipelines.batches import Batch, Batches, Feed
 from pipelines.config import Recipe, StageConfig
 from pipelines.draws import TrainingDraw
 from pipelines.images import ImageReader
-from pipelines.jobs import CacheJob, jobs_of, open_stores
+from pipelines.jobs import CacheJob, jobs_of, open_stores, pixel_jobs
 from pipelines.mix import Mix
 from pipelines.sources import CachedSource, Normalisers
 
@@ -67,7 +67,7 @@ def from_caches(
     }
     normalisers = normalisers_of(stage, [stores for _, stores in opened.values()])
     feeds = {
-        name: _feed(stage, job, stores, normalisers, pins or {})
+        name: _feed(recipe, stage, job, stores, normalisers, pins or {})
         for name, (job, stores) in opened.items()
     }
     identity = {
@@ -132,7 +132,7 @@ def of_feeds(
     widths = [feed.source.dims() for feed in feeds.values()]
     if any(other != widths[0] for other in widths):
         raise ValueError(f"teachers' widths differ between datasets: {widths}")
-    pins = {name: version for f in feeds.values() for name, version in f.source.versions().items()}
+    pins = {name: version for feed in feeds.values() for name, version in feed.versions().items()}
     dims = {teacher: widths[0][teacher] for teacher in stage.teachers}
     return Inputs(batches, dims, normalisers, identity, pins)
 
@@ -155,7 +155,7 @@ def centre_feeds(
         StoreError: as for `from_caches`.
     """
     return {
-        job.dataset.name: _feed(stage, job, _stores(stage, job), normalisers, {})
+        job.dataset.name: _feed(recipe, stage, job, _stores(stage, job), normalisers, {})
         for job in jobs_of(recipe, stage)
         if job.views == recipe.held_out_views
     }
@@ -198,17 +198,25 @@ def _stores(stage: StageConfig, job: CacheJob) -> list[Store]:
 
 
 def _feed(
+    recipe: Recipe,
     stage: StageConfig,
     job: CacheJob,
     stores: Sequence[Store],
     normalisers: Mapping[str, Normalisers],
     pins: Mapping[str, int],
 ) -> Feed:
+    def reader(store: Store) -> Reader:
+        return Reader(store, job.num_views, pins.get(str(store.spec.directory())))
+
     readers = {
-        (store.spec.teacher.name, store.spec.resolution): Reader(
-            store, job.num_views, pins.get(str(store.spec.directory()))
-        )
+        (store.spec.teacher.name, store.spec.resolution): reader(store)
         for store in stores
         if store.spec.resolution in stage.teacher_scales[store.spec.teacher.name]
     }
-    return Feed(CachedSource(readers, normalisers), ImageReader(), job.views)
+    pixels = {
+        store.spec.resolution: reader(store)
+        for other in pixel_jobs(recipe, stage)
+        if (other.dataset, other.views) == (job.dataset, job.views)
+        for store in open_stores(other)
+    }
+    return Feed(CachedSource(readers, normalisers), ImageReader(), job.views, pixels)

@@ -5,11 +5,13 @@ import torch
 from cache.codec import default_codec, row_bytes
 from cache.errors import NotBuilt
 from cache.store import Store, open_store
+from eupe import pixels
 from eupe.encoders import Encoder
 from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
 from eupe.weights import load_state_dict, state_digest
 from pipelines import checkpoint
 from pipelines.config import (
+    PIXELS,
     PROXY,
     DatasetConfig,
     ExtractionConfig,
@@ -39,9 +41,16 @@ def cache_jobs(recipe: Recipe) -> list[CacheJob]:
     """List what a recipe needs of its expert teachers.
 
     The train sets in their training views and in one centre view (the bank of the kNN probe), and
-    the held-out set in one centre view.
+    the held-out set in one centre view. Where the recipe wants its views' pixels cached, they come
+    out of the same pass as the teachers' features.
     """
-    return _jobs(recipe, recipe.teachers)
+    return _jobs(recipe, (*recipe.teachers, *_pixels(recipe, recipe.pixels)))
+
+
+def pixel_jobs(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
+    """List the jobs whose stores hold a stage's pixels at its student's scales, if any do."""
+    scales = tuple(scale for scale in recipe.pixels if scale in stage.student_scales)
+    return _jobs(recipe, _pixels(recipe, scales)) if scales else []
 
 
 def proxy_jobs(recipe: Recipe) -> list[CacheJob]:
@@ -78,6 +87,21 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
         dtype=recipe.proxy_dtype,
         resolutions=tuple(sorted(scales)),
         codec=recipe.proxy_codec,
+    )
+
+
+def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...]:
+    """Return the views' own pixels as a teacher, none where no scale is wanted."""
+    if not scales:
+        return ()
+    return (
+        TeacherConfig(
+            name=PIXELS,
+            encoder=pixels.PIXELS,
+            weights="random:0",  # it has none
+            resolutions=tuple(sorted(scales)),
+            codec="uint8",
+        ),
     )
 
 

@@ -13,6 +13,7 @@ EXECUTION = (
     "run_directory",
     "cache_root",
     "proxy_directory",
+    "pixels",
     "extraction",
     "workers",
     "log_every",
