@@ -11,7 +11,7 @@ from eupe import interchange
 from eupe.encoders import Encoder
 from eupe.spec import EncoderSpec
 from eupe.students import FAMILY, build_student
-from eupe.teachers import load_teacher
+from eupe.teachers import Teacher, load_teacher
 from eupe.weights import load_state_dict, state_digest
 
 LITE0 = EncoderSpec(
@@ -249,9 +249,10 @@ def test_released_files_load_with_bit_equal_forward(tmp_path, name, keys, count)
     student = build_student(FAMILY[name], f"file:{tmp_path}/released.pth").eval()
     assert same_forward(ours, student)
     teacher = load_teacher("released", FAMILY[name], f"file:{tmp_path}/released.pth")
-    # A teacher runs channels last, which rounds otherwise: it is held to the weights, bit by bit.
     loaded = teacher.encoder.network.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in ours.network.state_dict().items())
+    # Teachers run channels last, which rounds otherwise: the peer is a teacher too.
+    assert same_forward(teacher, Teacher(teacher.spec, ours))
     again = interchange.to_released(teacher.encoder.network)
     assert state_digest(again) == state_digest(released)
 
