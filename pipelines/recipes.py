@@ -32,7 +32,7 @@ def demo() -> Recipe:
     """Return the demo: three stages on real emoji with two ImageNet teachers, on two cores.
 
     The teachers are Python packages; the pyramid is (64, 96, 128), as small as the emoji are.
-    Views are mild: a run this short sees each picture some ten times, and with the paper's stronger
+    Views are mild: a run this short sees each picture some five times, and with the paper's stronger
     ones it learns less in the same time (docs/log.md).
     """
     teachers = (family.efficientnet_lite(0, (128,)), family.efficientnet_lite(2, (160,)))
@@ -57,9 +57,9 @@ def demo() -> Recipe:
         proxy_dtype="float32",
         student=StudentConfig(name="vit_mini", encoder=_small_vit(depth=3)),
         stages=(
-            _demo_stage("stage1", {t.name: t.resolutions for t in teachers}, (96,), steps=1200),
-            _demo_stage("stage2", {PROXY: DEMO_PYRAMID[:1]}, DEMO_PYRAMID[:1], steps=700),
-            _demo_stage("stage3", {PROXY: DEMO_PYRAMID}, DEMO_PYRAMID, steps=800, lr=7e-4),
+            _demo_stage("stage1", {t.name: t.resolutions for t in teachers}, (96,), steps=500),
+            _demo_stage("stage2", {PROXY: DEMO_PYRAMID[:1]}, DEMO_PYRAMID[:1], steps=300),
+            _demo_stage("stage3", {PROXY: DEMO_PYRAMID}, DEMO_PYRAMID, steps=400, lr=7e-4),
         ),
         extraction=ExtractionConfig(rows_per_shard=256, moments_samples=128, compute_batch=32),
         workers=WorkersConfig(),
@@ -109,8 +109,8 @@ def _demo_stage(
         optimizer=OptimizerConfig(lr=lr, weight_decay=0.05),
         warmup_steps=steps // 10,
         precision="float32",  # a CPU without bfloat16 units is many times slower at it
-        evaluate_every=400,
-        checkpoint_every=400,
+        evaluate_every=250,
+        checkpoint_every=250,
         initial="stage2" if name == "stage3" else None,
     )
 
