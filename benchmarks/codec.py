@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
 from benchmarks.training import TrainingStep, features, pictures, targets_of
 from cache.codec import default_codec, make_codec
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resolution", type=int, default=256, help="pixels")
     parser.add_argument("--json", type=Path, help="write the rows of the table here")
     arguments = parser.parse_args(argv)
-    console = Console()
+    console = tables.console()
     table = rows_of(
         "efficientnet_lite2",
         lite2(arguments.resolution),

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
 from cache.store import Store
 from eupe import views
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         interval = f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}" if "ratio_low" in row else ""
         figures = f"{row['images_per_s']:.2f}", f"{row['ratio_to_loop']:.3f}"
         shown.add_row(str(row["name"]), *figures, interval)
-    Console().print(shown)
+    tables.console().print(shown)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(table, indent=2) + "\n")
     return 0

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
 from benchmarks.read_peers import DIM, GRID, PEERS, Memmap, Peer
 
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="keep the data here (default: a fresh folder)")
     parser.add_argument("--json", type=Path, help="write the rows of the table here")
     arguments = parser.parse_args(argv)
-    console = Console()
+    console = tables.console()
     if arguments.folder is not None:
         table = run(arguments, arguments.folder, console)
     else:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import tables
 from benchmarks.read_peers import DIM, GRID, Ours
 from cache import arrow_shard, arrow_tables, layout, zarr_shard
 from cache.manifest import ShardRecord
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.open is not None:
         print(json.dumps(open_and_read(arguments.open)))
         return 0
-    console = Console()
+    console = tables.console()
     with tempfile.TemporaryDirectory(prefix="eupe-scale-") as fresh:
         folder = arguments.folder or Path(fresh)
         folder.mkdir(parents=True, exist_ok=True)

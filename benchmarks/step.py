@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import proxy_step
+from benchmarks import proxy_step, tables
 from benchmarks.pairs import bootstrap
 from benchmarks.training import TrainingStep, targets_of
 from cache.codec import default_codec
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--proxy-depth", type=int, default=3, help="blocks of the proxy that run")
     parser.add_argument("--json", type=Path, help="write the rows of the table here")
     arguments = parser.parse_args(argv)
-    console = Console()
+    console = tables.console()
     table: list[dict[str, object]] = []
     for name in arguments.teachers:
         with tempfile.TemporaryDirectory(prefix="eupe-step-") as folder:

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from itertools import islice
 from typing import Any, Self
 
+from cache.errors import StoreError
 from pipelines.cluster import connect
 
 IN_FLIGHT = 2  # a call writes its files while the next one computes
@@ -103,8 +104,9 @@ class Pool:
         try:
             return ray.get(reference)
         except RayTaskError as error:
-            # The cause alone: Ray's message is another process's traceback, the cause a sentence.
-            raise error.cause from None
+            # Of bad input the sentence alone; of a bug the other process's traceback too.
+            bad_input = isinstance(error.cause, ValueError | StoreError)
+            raise error.cause from (None if bad_input else error)
         except RayActorError as error:
             raise RuntimeError(
                 f"{self._make.__name__} died more than {MAX_RESTARTS} times; what was finished is "

@@ -32,8 +32,8 @@ def demo() -> Recipe:
     """Return the demo: three stages on real emoji with two ImageNet teachers, on two cores.
 
     The teachers are Python packages; the pyramid is (64, 96, 128), as small as the emoji are.
-    Views are mild: a run this short sees each picture some five times, and with the paper's stronger
-    ones it learns less in the same time (docs/log.md).
+    Views are mild: a run this short sees each picture some five times, and with the paper's
+    stronger ones it learns less in the same time (docs/log.md).
     """
     teachers = (family.efficientnet_lite(0, (128,)), family.efficientnet_lite(2, (160,)))
     return Recipe(
