@@ -1,14 +1,15 @@
 """Read a store by (row, view): one copy from the page cache into the caller's buffer.
 
 A shard's index is parsed once when the shard is first touched; from then on a row costs one memory
-copy. Shards are kept open in a bounded least-recently-used set. Thread-safe.
+copy. Rows that are not in memory are read by position, several at a time: page faults would fetch a
+few pages each. Shards are kept open in a bounded least-recently-used set. Thread-safe.
 """
 
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,15 @@ from cache.errors import Corrupt, MissingSamples, NotBuilt, StoreError
 from cache.mapped import Recent
 from cache.place import using, will_need
 from cache.samples import Rows, ShardRange
-from cache.shard_rows import MappedRows, PositionedRows, ShardRows, TableRows
+from cache.shard_rows import (
+    MappedRows,
+    Piece,
+    PositionedRows,
+    ShardRows,
+    TableRows,
+    copy_all,
+    read_all,
+)
 from cache.store import Store
 
 Views = int | Sequence[int] | Rows
@@ -32,14 +41,6 @@ MAX_OPEN = 256
 """Shards open at once for positioned reads: a quarter of the usual limit of descriptors."""
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
-
-
-class _Piece(NamedTuple):
-    """Rows of a batch that lie in one shard."""
-
-    shard: ShardRows
-    slots: Rows
-    places: Rows
 
 
 class Reader:
@@ -153,14 +154,11 @@ class Reader:
                 f"out: {out.dtype}{list(out.shape)}, wants C-contiguous {self.dtype}{list(shape)}"
             )
         pieces, absent = self._pieces(asked, views)
-        self._read_ahead(pieces)
         into = out.reshape(len(asked), int(np.prod(self.row_shape))).view(np.uint8)
-        if self._pool is None:
-            for piece in pieces:
-                piece.shard.copy(piece.slots, into, piece.places)
+        if self._resident(pieces):
+            copy_all(pieces, into, self._pool, self._threads)
         else:
-            work = _split(pieces, -(-len(asked) // self._threads))
-            list(self._pool.map(lambda p: p.shard.copy(p.slots, into, p.places), work))
+            read_all(pieces, into)
         if len(absent):
             fill = self.store.codec.fill_value
             out[absent] = np.nan if fill == "NaN" else fill
@@ -174,7 +172,10 @@ class Reader:
         """
         asked = np.asarray(rows, np.int64)
         if not self.mirrored:
-            self._read_ahead(self._pieces(asked, views)[0])
+            pieces, _ = self._pieces(asked, views)
+            if not self._resident(pieces):
+                for piece in pieces:
+                    piece.shard.will_need(piece.slots)
             return
         for view, shard, _, _ in self._groups(asked, views):
             if (view, shard) not in self._patches or (view, shard) not in self._tables:
@@ -242,7 +243,7 @@ class Reader:
                 out[place] = values[local].as_py()
         return out
 
-    def _pieces(self, rows: Rows, views: Views) -> tuple[list[_Piece], Rows]:
+    def _pieces(self, rows: Rows, views: Views) -> tuple[list[Piece], Rows]:
         """Find a batch's rows in their files; also the places of those that are absent."""
         pieces, absent = [], [np.empty(0, np.int64)]
         for view, shard, places, inside in self._groups(rows, views):
@@ -253,19 +254,17 @@ class Reader:
                 there = slots >= 0
                 absent.append(places[~there])
                 places, slots = places[there], slots[there]
-            pieces.append(_Piece(patches, slots, places))
+            pieces.append(Piece(patches, slots, places))
         return pieces, np.concatenate(absent)
 
-    def _read_ahead(self, pieces: list[_Piece]) -> None:
-        """Start reading all rows of a batch at once if a few of them show that it is not there.
+    def _resident(self, pieces: list[Piece]) -> bool:
+        """Say whether a batch is in memory, as far as a few of its rows tell.
 
-        Page faults read a few pages at a time: 0.04 GB/s from a cold disk, 0.6 with these hints.
-        Hinting a batch that is in memory would cost a tenth of the copy, so a few rows are asked
-        about first; and not even that while no fault of this process goes to the disk.
+        Not even those are asked while no fault of this process goes to the disk.
         """
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         if faults == self._faults:
-            return
+            return True
         step = max(1, len(pieces) // PROBES)
         probes = [piece for piece in pieces[::step] if len(piece.slots)]
         per_piece = max(1, PROBES // max(1, len(probes)))
@@ -274,12 +273,8 @@ class Reader:
             for piece in probes
             for slot in piece.slots[:: max(1, len(piece.slots) // per_piece)].tolist()
         )
-        if resident:
-            self._faults = faults
-            return
-        self._faults = -1  # the next batch is asked about too
-        for piece in pieces:
-            piece.shard.will_need(piece.slots)
+        self._faults = faults if resident else -1  # -1: the next batch is asked about too
+        return resident
 
     def _groups(self, rows: Rows, views: Views) -> Iterator[tuple[int, int, Rows, Rows]]:
         """Yield (view, shard, places in the batch, rows inside the shard) of a batch.
@@ -383,12 +378,3 @@ class Reader:
             path = layout.rows_file(self.store.directory, view, shard)
             raise Corrupt(f"{path}: columns {table.schema.names} are not those of a table of rows")
         return TableRows(table)
-
-
-def _split(pieces: list[_Piece], num_rows: int) -> list[_Piece]:
-    """Cut pieces so that none has more than num_rows rows."""
-    return [
-        _Piece(shard, slots[start : start + num_rows], places[start : start + num_rows])
-        for shard, slots, places in pieces
-        for start in range(0, len(slots), num_rows)
-    ]

@@ -2,8 +2,11 @@
 
 import os
 import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,9 @@ from cache import arrow_shard, arrow_tables, zarr_shard
 from cache.errors import Corrupt, NotBuilt
 from cache.mapped import Bytes, MappedFile
 from cache.samples import Rows
+
+DISK_READS = 4
+"""Rows read from a disk at once: a disk, local or not, is slow one by one."""
 
 
 class ShardRows(Protocol):
@@ -29,6 +35,10 @@ class ShardRows(Protocol):
 
     def copy(self, slots: Rows, into: Bytes, places: Rows) -> None:
         """Copy slots [k] to into[places], places rising, into being [n, row_bytes]."""
+        ...
+
+    def read(self, slots: Rows, into: Bytes, places: Rows) -> None:
+        """Do what `copy` does for rows that are not in memory, places in any order."""
         ...
 
     def is_resident(self, slot: int) -> bool:
@@ -47,7 +57,7 @@ class MappedRows:
         self, path: Path, num_bytes: int, rows_per_shard: int, num_rows: int, row_bytes: int
     ):
         """Map a shard file and parse its index; see `zarr_shard`."""
-        self._file = MappedFile(path, num_bytes)
+        self._path, self._file = path, MappedFile(path, num_bytes)
         content = self._file.bytes
         end = len(content) - zarr_shard.index_bytes(rows_per_shard)
         self.slots, self.dense = _parse(
@@ -65,6 +75,14 @@ class MappedRows:
         else:
             for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
                 into[place] = self._rows[slot]
+
+    def read(self, slots: Rows, into: Bytes, places: Rows) -> None:
+        """Read rows from the file itself, in large pieces; the map would fetch page by page."""
+        handle = os.open(self._path, os.O_RDONLY)
+        try:
+            _read(handle, slots, into, places, self._row_bytes, self._path)
+        finally:
+            os.close(handle)
 
     def is_resident(self, slot: int) -> bool:
         """Ask the kernel about the row's first page."""
@@ -98,13 +116,9 @@ class PositionedRows:
 
     def copy(self, slots: Rows, into: Bytes, places: Rows) -> None:
         """Read each row straight into its place."""
-        for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
-            rest, offset = into[place].data, slot * self._row_bytes
-            while len(rest):
-                count = os.preadv(self._handle, [rest], offset)
-                if not count:
-                    raise Corrupt(f"{self._path}: was cut while it was read; build again")
-                rest, offset = rest[count:], offset + count
+        _read(self._handle, slots, into, places, self._row_bytes, self._path)
+
+    read = copy
 
     def is_resident(self, slot: int) -> bool:
         """Not known without reading: hints are always given, one system call a row."""
@@ -128,6 +142,61 @@ class TableRows:
         if "escape_token" in table.schema.names:
             lengths = pc.list_value_length(table["escape_token"])
             self.num_escapes: npt.NDArray[np.int32] = arrow_tables.to_numpy(lengths)
+
+
+class Piece(NamedTuple):
+    """Rows of a batch that lie in one shard: slots [k] there, places [k] in the batch."""
+
+    shard: ShardRows
+    slots: Rows
+    places: Rows
+
+
+def copy_all(
+    pieces: Sequence[Piece], into: Bytes, pool: ThreadPoolExecutor | None, threads: int
+) -> None:
+    """Copy rows that are in memory into a batch [n, row_bytes], by so many threads of a pool."""
+    if pool is None:
+        for piece in pieces:
+            piece.shard.copy(piece.slots, into, piece.places)
+    else:
+        work = _split(pieces, -(-len(into) // threads))
+        list(pool.map(lambda p: p.shard.copy(p.slots, into, p.places), work))
+
+
+def read_all(pieces: Sequence[Piece], into: Bytes) -> None:
+    """Read rows that are not in memory into a batch [n, row_bytes], DISK_READS at once."""
+    work = _split(pieces, -(-len(into) // DISK_READS))
+    list(_disk().map(lambda p: p.shard.read(p.slots, into, p.places), work))
+
+
+def _split(pieces: Sequence[Piece], num_rows: int) -> list[Piece]:
+    """Cut pieces so that none has more than num_rows rows."""
+    return [
+        Piece(shard, slots[start : start + num_rows], places[start : start + num_rows])
+        for shard, slots, places in pieces
+        for start in range(0, len(slots), num_rows)
+    ]
+
+
+@cache
+def _disk() -> ThreadPoolExecutor:
+    """Threads that wait for disks, one set a process."""
+    return ThreadPoolExecutor(DISK_READS, "cache-disk")
+
+
+os.register_at_fork(after_in_child=_disk.cache_clear)
+
+
+def _read(handle: int, slots: Rows, into: Bytes, places: Rows, row_bytes: int, path: Path) -> None:
+    """Read each row straight into its place."""
+    for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
+        rest, offset = into[place].data, slot * row_bytes
+        while len(rest):
+            count = os.preadv(handle, [rest], offset)
+            if not count:
+                raise Corrupt(f"{path}: was cut while it was read; build again")
+            rest, offset = rest[count:], offset + count
 
 
 def _parse(
