@@ -38,7 +38,7 @@ class ShardRows(Protocol):
         ...
 
     def read(self, slots: Rows, into: Bytes, places: Rows) -> None:
-        """Do what `copy` does for rows that are not in memory, places in any order."""
+        """Do what `copy` does, for rows that are not in memory."""
         ...
 
     def is_resident(self, slot: int) -> bool:
@@ -78,7 +78,11 @@ class MappedRows:
 
     def read(self, slots: Rows, into: Bytes, places: Rows) -> None:
         """Read rows from the file itself, in large pieces; the map would fetch page by page."""
-        handle = os.open(self._path, os.O_RDONLY)
+        try:
+            handle = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:  # another process made room in the mirror; the map still holds it
+            self.copy(slots, into, places)
+            return
         try:
             _read(handle, slots, into, places, self._row_bytes, self._path)
         finally:

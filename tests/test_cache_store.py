@@ -113,6 +113,18 @@ def test_rows_of_one_shard_keep_their_places(shared_store, rows):
         np.testing.assert_array_equal(got[place], features(name, 1)[0].astype(np.float16))
 
 
+def test_a_mapped_shard_is_read_after_its_file_is_gone(tmp_path):
+    toy = Toy(tmp_path)
+    toy.add_samples(ids(6))
+    store = toy.build(num_views=1)
+    reader = Reader(store)
+    before = reader.take(range(6))
+    for path in store.directory.glob("view-0000/c/*/0/0"):
+        path.unlink()  # as another process does that makes room in a mirror
+    reader._resident = lambda pieces: False
+    np.testing.assert_array_equal(reader.take(range(6)), before)
+
+
 def test_reader_counts_and_reasons(shared_store):
     reader = Reader(shared_store, [1])
     assert len(reader) == 15
