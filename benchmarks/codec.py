@@ -16,18 +16,14 @@ normaliser's z-score, encoding the check of every token's bound. step_share is t
 batch over that of a ViT-T/16 training step on the same batch, median of interleaved pairs.
 """
 
-import argparse
-import json
 import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
@@ -47,6 +43,18 @@ BATCH = 16
 REPEATS = 15
 STEP_CODEC = "rot4"  # whose decoding is set against a training step
 PAIRS, SECONDS = 9, 120.0
+COLUMNS = {
+    "teacher": "",
+    "codec": "",
+    "bits_per_coefficient": ".3f",
+    "cosine": ".5f",
+    "cosine_worst": ".4f",
+    "r2": ".5f",
+    "bound_r2": ".5f",
+    "encode_gb_per_s": ".2f",
+    "decode_gb_per_s": ".2f",
+    "step_share": ".2%",
+}
 
 BRIEF_SIDE, BRIEF_IMAGES, BRIEF_STEPS, BRIEF_LR = 128, 512, 150, 1e-3
 BRIEF = EncoderSpec(
@@ -106,7 +114,7 @@ def vit(console: Console) -> tuple[str, Callable[[torch.Tensor], Features]]:
 
 def rows_of(
     name: str, network: Callable[[torch.Tensor], Features], count: int, resolution: int
-) -> list[dict[str, object]]:
+) -> list[tables.Row]:
     """Measure every codec on one teacher."""
     fitted_on = features(network, pictures("train", count, resolution)).patches
     found = features(network, pictures("test", count, resolution)).patches
@@ -126,7 +134,7 @@ def rows_of(
         encoded = encode(codec, batch)
         decode = Decoder(codec, zscore(moments))
         num_bytes = batch.numel() * 4
-        row: dict[str, object] = {
+        row: tables.Row = {
             "teacher": name,
             "codec": codec_name,
             "bits_per_coefficient": kept.bits_per_coefficient,
@@ -174,35 +182,11 @@ def seconds(call: Callable[[], object]) -> float:
     return float(np.median(times))
 
 
-def show(table: list[dict[str, object]], console: Console) -> None:
-    """Print the table."""
-    shown = Table(title=f"held-out images, {torch.get_num_threads()} threads, {platform.machine()}")
-    columns = {
-        "teacher": "",
-        "codec": "",
-        "bits_per_coefficient": ".3f",
-        "cosine": ".5f",
-        "cosine_worst": ".4f",
-        "r2": ".5f",
-        "bound_r2": ".5f",
-        "encode_gb_per_s": ".2f",
-        "decode_gb_per_s": ".2f",
-        "step_share": ".2%",
-    }
-    for column in columns:
-        shown.add_column(column, justify="right")
-    for row in table:
-        shown.add_row(*(format(row[c], form) if c in row else "" for c, form in columns.items()))
-    console.print(shown)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.codec", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = tables.parser("codec", __doc__)
     parser.add_argument("--images", type=int, default=200, help="held-out, and as many to fit to")
     parser.add_argument("--resolution", type=int, default=256, help="pixels")
-    parser.add_argument("--json", type=Path, help="write the rows of the table here")
     arguments = parser.parse_args(argv)
     console = tables.console()
     table = rows_of(
@@ -213,9 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     name, network = vit(console)
     table += rows_of(name, network, arguments.images, arguments.resolution)
-    show(table, console)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n")
+    title = f"held-out images, {torch.get_num_threads()} threads, {platform.machine()}"
+    tables.show(table, COLUMNS, title, console, arguments.json)
     return 0
 
 

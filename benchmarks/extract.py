@@ -12,7 +12,6 @@ of the pairs' speed ratios, with its bootstrap interval.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
@@ -39,6 +37,13 @@ SIDE = 256
 POLICY = AugmentedView(canvas=SIDE)
 COMPUTE_BATCH = 16
 ROWS_PER_SHARD = 64
+COLUMNS = {
+    "name": "",
+    "images_per_s": ".2f",
+    "ratio_to_loop": ".3f",
+    "ratio_low": ".3f",
+    "ratio_high": ".3f",
+}
 
 
 class Loop:
@@ -118,7 +123,7 @@ def lay_out(folder: Path, count: int) -> SourceConfig:
     return SourceConfig(kind="folder", path=str(folder))
 
 
-def run(arguments: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+def run(arguments: argparse.Namespace, folder: Path) -> list[tables.Row]:
     """Measure; return the table's rows."""
     work = job(arguments, folder / "root", lay_out(folder / "images", arguments.images))
     precompute.index_samples(work)
@@ -160,27 +165,17 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.extract", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = tables.parser("extract", __doc__)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=300.0, help="budget, at least five pairs")
     parser.add_argument("--cores", type=int, default=2, help="that either side computes on")
     parser.add_argument("--codec", default="float16")
-    parser.add_argument("--json", type=Path, help="write the rows of the table here")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="eupe-extract-") as folder:
         table = run(arguments, Path(folder))
-    shown = Table(title=f"EfficientNet-Lite2 at {SIDE}, {arguments.codec}, {arguments.cores} cores")
-    for column in ("name", "images/s", "of the loop", "95 % interval"):
-        shown.add_column(column, justify="right")
-    for row in table:
-        interval = f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}" if "ratio_low" in row else ""
-        figures = f"{row['images_per_s']:.2f}", f"{row['ratio_to_loop']:.3f}"
-        shown.add_row(str(row["name"]), *figures, interval)
-    tables.console().print(shown)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n")
+    title = f"EfficientNet-Lite2 at {SIDE}, {arguments.codec}, {arguments.cores} cores"
+    tables.show(table, COLUMNS, title, tables.console(), arguments.json)
     return 0
 
 

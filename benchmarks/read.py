@@ -14,7 +14,6 @@ all. sequential: 64 neighbours.
 
 import argparse
 import gc
-import json
 import os
 import platform
 import sys
@@ -25,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
@@ -35,6 +33,16 @@ BATCH = 64
 NUM_PAIRS = 60
 SHAPE = (GRID[0] * GRID[1], DIM)
 ROW_BYTES = SHAPE[0] * SHAPE[1] * 2
+COLUMNS = {
+    "name": "",
+    "version": "",
+    "mode": "",
+    "access": "",
+    "gb_per_s": ".2f",
+    "ratio_to_memmap": ".3f",
+    "ratio_low": ".3f",
+    "ratio_high": ".3f",
+}
 
 
 @cache
@@ -133,7 +141,7 @@ def measure(
     }
 
 
-def run(arguments: argparse.Namespace, folder: Path, console: Console) -> list[dict[str, object]]:
+def run(arguments: argparse.Namespace, folder: Path, console: Console) -> list[tables.Row]:
     """Write what is missing, then measure every peer in every mode."""
     num_rows = max(2 * BATCH, int(arguments.gigabytes * 1e9 / ROW_BYTES))
     asked = [cls for cls in PEERS if not arguments.peers or cls.name in arguments.peers]
@@ -172,28 +180,9 @@ def run(arguments: argparse.Namespace, folder: Path, console: Console) -> list[d
     return table
 
 
-def show(table: list[dict[str, object]], console: Console) -> None:
-    """Print the table."""
-    shown = Table(title=f"{BATCH} rows of {ROW_BYTES / 1e3:.0f} kB a batch, {platform.platform()}")
-    for column in ("name", "version", "mode", "access", "GB/s", "of memmap", "95 % interval"):
-        shown.add_column(column, justify="left" if column in ("name", "version") else "right")
-    for row in table:
-        shown.add_row(
-            str(row["name"]),
-            str(row["version"]),
-            str(row["mode"]),
-            str(row["access"]),
-            f"{row['gb_per_s']:.2f}",
-            f"{row['ratio_to_memmap']:.3f}",
-            f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}",
-        )
-    console.print(shown)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.read", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = tables.parser("read", __doc__)
     parser.add_argument("--gigabytes", type=float, default=1.2, help="size of the rows")
     parser.add_argument("--peers", nargs="+", choices=[cls.name for cls in PEERS], default=[])
     parser.add_argument("--modes", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
@@ -202,7 +191,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="budget of each line")
     parser.add_argument("--folder", type=Path, help="keep the data here (default: a fresh folder)")
-    parser.add_argument("--json", type=Path, help="write the rows of the table here")
     arguments = parser.parse_args(argv)
     console = tables.console()
     if arguments.folder is not None:
@@ -210,9 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         with tempfile.TemporaryDirectory(prefix="eupe-read-") as folder:
             table = run(arguments, Path(folder), console)
-    show(table, console)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n")
+    title = f"{BATCH} rows of {ROW_BYTES / 1e3:.0f} kB a batch, {platform.platform()}"
+    tables.show(table, COLUMNS, title, console, arguments.json)
     return 0
 
 

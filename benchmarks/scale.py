@@ -21,7 +21,6 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks import tables
 from benchmarks.read_peers import DIM, GRID, Ours
@@ -35,6 +34,13 @@ ROWS_PER_SHARD = 100
 ROW_BYTES = GRID[0] * GRID[1] * DIM * 2
 LINKS = 50_000  # names an inode may have on ext4: 65,000
 BATCH = 64
+COLUMNS = {
+    "rows": ",",
+    "shards": ",",
+    "open_seconds": ".3f",
+    "first_batch_seconds": ".3f",
+    "rss_mb": ",.0f",
+}
 
 
 def build(root: Path, num_rows: int, console: Console) -> Store:
@@ -138,11 +144,9 @@ def measure(num_rows: int, folder: Path, console: Console) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = tables.parser("scale", __doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--folder", type=Path, help="keep the data here (default: a fresh folder)")
-    parser.add_argument("--json", type=Path, help="write the rows of the table here")
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.open is not None:
@@ -153,15 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = arguments.folder or Path(fresh)
         folder.mkdir(parents=True, exist_ok=True)
         table = [measure(num_rows, folder, console) for num_rows in arguments.rows]
-    columns = ("rows", "shards", "open_seconds", "first_batch_seconds", "rss_mb")
-    shown = Table(title=f"opening a store, then {BATCH} random rows of {ROW_BYTES / 1e3:.0f} kB")
-    for column in columns:
-        shown.add_column(column, justify="right")
-    for row in table:
-        shown.add_row(*(f"{row[c]:,.3f}" if "seconds" in c else f"{row[c]:,.0f}" for c in columns))
-    console.print(shown)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n")
+    title = f"opening a store, then {BATCH} random rows of {ROW_BYTES / 1e3:.0f} kB"
+    tables.show(table, COLUMNS, title, console, arguments.json)
     return 0
 
 

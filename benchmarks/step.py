@@ -21,7 +21,6 @@ linear layers do it in float32 (benchmarks/proxy_step.py).
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -37,7 +36,6 @@ import polars as pl
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks import proxy_step, tables
 from benchmarks.pairs import bootstrap
@@ -67,6 +65,19 @@ SIDE = 256
 POLICY = AugmentedView(canvas=SIDE)
 NUM_IMAGES = 64
 PROXY_BLOCKS = 50
+COLUMNS = {
+    "teacher": "",
+    "codec": "",
+    "a_seconds": ".3f",
+    "b_seconds": ".3f",
+    "c_seconds": ".3f",
+    "d_seconds": ".3f",
+    "ideal_ratio": ".2f",
+    "d_over_c": ".2f",
+    "c_over_b": ".3f",
+    "c_over_b_high": ".3f",
+    "wait_share": ".1%",
+}
 DATASET = DatasetSpec(name="emoji")
 Forward = Callable[[torch.Tensor], Features]
 
@@ -260,7 +271,7 @@ def same_again(batch: Batch) -> Iterator[Batch]:
 
 def measure(
     name: str, arguments: argparse.Namespace, root: Path, console: Console
-) -> list[dict[str, object]]:
+) -> list[tables.Row]:
     """Measure one teacher with every codec."""
     subject = SUBJECTS[name](arguments)
     samples = index(root)
@@ -330,7 +341,7 @@ def rows_of(
     forward: float,
     more: float,
     codecs: Sequence[str],
-) -> list[dict[str, object]]:
+) -> list[tables.Row]:
     """Turn times into rows; the first step of every way warmed it up."""
     median = {key: float(np.median(way.seconds[1:])) for key, way in ways.items()}
     live = median["D"] + more
@@ -361,38 +372,9 @@ def rows_of(
     return rows
 
 
-def show(table: list[dict[str, object]], arguments: argparse.Namespace, console: Console) -> None:
-    """Print the table."""
-    shown = Table(
-        title=f"ViT-T/16 at {SIDE}, batch {arguments.batch}, {torch.get_num_threads()} compute and "
-        f"{arguments.threads} loader threads, {os.cpu_count()} cores, {platform.machine()}"
-    )
-    columns = {
-        "teacher": "",
-        "codec": "",
-        "a_seconds": ".3f",
-        "b_seconds": ".3f",
-        "c_seconds": ".3f",
-        "d_seconds": ".3f",
-        "ideal_ratio": ".2f",
-        "d_over_c": ".2f",
-        "c_over_b": ".3f",
-        "c_over_b_high": ".3f",
-        "wait_share": ".1%",
-    }
-    for column in columns:
-        shown.add_column(column, justify="right")
-    for row in table:
-        shown.add_row(*(format(row[column], form) for column, form in columns.items()))
-    console.print(shown)
-    for note in dict.fromkeys(f"{row['teacher']}: {row['note']}" for row in table if row["note"]):
-        console.print(note)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = tables.parser("step", __doc__)
     parser.add_argument("--teachers", nargs="+", choices=[*SUBJECTS], default=[*SUBJECTS])
     parser.add_argument("--codecs", nargs="+", default=["float16", "int8", "rot4"])
     parser.add_argument("--batch", type=int, default=16)
@@ -400,16 +382,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--live-rounds", type=int, default=5, help="steps of D")
     parser.add_argument("--threads", type=int, default=2, help="that decode and draw")
     parser.add_argument("--proxy-depth", type=int, default=3, help="blocks of the proxy that run")
-    parser.add_argument("--json", type=Path, help="write the rows of the table here")
     arguments = parser.parse_args(argv)
     console = tables.console()
-    table: list[dict[str, object]] = []
+    table: list[tables.Row] = []
     for name in arguments.teachers:
         with tempfile.TemporaryDirectory(prefix="eupe-step-") as folder:
             table += measure(name, arguments, Path(folder), console)
-    show(table, arguments, console)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n")
+    title = (
+        f"ViT-T/16 at {SIDE}, batch {arguments.batch}, {torch.get_num_threads()} compute and "
+        f"{arguments.threads} loader threads, {os.cpu_count()} cores, {platform.machine()}"
+    )
+    tables.show(table, COLUMNS, title, console, arguments.json)
+    for note in dict.fromkeys(f"{row['teacher']}: {row['note']}" for row in table if row["note"]):
+        console.print(note)
     return 0
 
 

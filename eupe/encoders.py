@@ -11,7 +11,7 @@ from jaxtyping import Float, Real
 from open_clip.model import _build_vision_tower  # no public way builds a tower without its text
 from torch import Tensor, nn
 
-from eupe.pixels import PIXELS, Pixels
+from eupe.pixels import RGB, Pixels
 from eupe.spec import EncoderSpec
 
 # The timm families whose positions follow the input's size when asked (dynamic_img_size).
@@ -222,8 +222,8 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
             arguments.setdefault("num_classes", 0)
         return _timm_network(spec.architecture, arguments)
     if spec.library == "pixels":
-        if spec.architecture != PIXELS.architecture:
-            raise ValueError(_unknown("pixels", spec.architecture, [PIXELS.architecture]))
+        if spec.architecture != RGB.architecture:
+            raise ValueError(_unknown("pixels", spec.architecture, [RGB.architecture]))
         return Pixels()
     return _open_clip_tower(spec.architecture, spec.model_arguments)
 

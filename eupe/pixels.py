@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eupe.spec import EncoderSpec
 
-PIXELS = EncoderSpec(
+RGB = EncoderSpec(
     library="pixels",
     architecture="rgb",
     pixel_mean=(0.0, 0.0, 0.0),

@@ -91,7 +91,9 @@ def loss_curves(lines: Sequence[Mapping[str, float]], teachers: Sequence[str]) -
             panel.set_xlabel("step")
             panel.grid(axis="y", alpha=0.15, color=INK)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        # No metadata: a time would make equal runs differ, and the rest names addresses.
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     svg = out.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 

@@ -5,8 +5,8 @@ import torch
 from cache.codec import default_codec, row_bytes
 from cache.errors import NotBuilt
 from cache.store import Store, open_store
-from eupe import pixels
 from eupe.encoders import Encoder
+from eupe.pixels import RGB
 from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
 from eupe.weights import load_state_dict, state_digest
 from pipelines import checkpoint
@@ -97,7 +97,7 @@ def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...
     return (
         TeacherConfig(
             name=PIXELS,
-            encoder=pixels.PIXELS,
+            encoder=RGB,
             weights="random:0",  # it has none
             resolutions=tuple(sorted(scales)),
             codec="uint8",

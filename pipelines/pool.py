@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from itertools import islice
 from typing import Any, Self
 
-from cache.errors import StoreError
 from pipelines.cluster import connect
+from pipelines.errors import bad_input
 
 IN_FLIGHT = 2  # a call writes its files while the next one computes
 MAX_RESTARTS = 3
@@ -105,8 +105,7 @@ class Pool:
             return ray.get(reference)
         except RayTaskError as error:
             # Of bad input the sentence alone; of a bug the other process's traceback too.
-            bad_input = isinstance(error.cause, ValueError | StoreError)
-            raise error.cause from (None if bad_input else error)
+            raise error.cause from (error if bad_input(error) is None else None)
         except RayActorError as error:
             raise RuntimeError(
                 f"{self._make.__name__} died more than {MAX_RESTARTS} times; what was finished is "

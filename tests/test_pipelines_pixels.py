@@ -11,7 +11,7 @@ from cache.errors import StoreError
 from cache.reader import Reader
 from eupe import views
 from eupe.encoders import Encoder
-from eupe.pixels import PIXELS
+from eupe.pixels import RGB
 from pipelines import inputs
 from pipelines.codec_torch import encode
 from pipelines.config import Recipe
@@ -82,7 +82,7 @@ def test_pixels_at_a_scale_no_student_has_are_refused(run, pixels, sentence):
 
 def test_a_picture_is_its_own_tokens():
     picture = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    summary, patches = Encoder(PIXELS)(picture)
+    summary, patches = Encoder(RGB)(picture)
     codec = make_codec(default_codec("uint8"))
     encoded = encode(codec, patches.flatten(1, 2))
     assert encoded.data.reshape(2, 8, 8, 3).tolist() == picture.permute(0, 2, 3, 1).tolist()
