@@ -301,7 +301,7 @@ class Litdata:
 
 
 class Webdataset:
-    """Tars of .npy files, read by WebDataset's own indexed reader, wids."""
+    """Tars of .npy files, read by wids, WebDataset's indexed reader (its version 1 has none)."""
 
     name, version = "webdataset", installed("webdataset")
 
@@ -324,7 +324,8 @@ class Webdataset:
         import wids
 
         shards = json.loads((folder / "index.json").read_text())
-        self.rows = wids.ShardListDataset(shards, keep=True)
+        cache = str(folder / "cache")  # made cold with the rest
+        self.rows = wids.ShardListDataset(shards, keep=True, cache_dir=cache)
 
     def gather(self, rows: Rows, out: np.ndarray) -> None:
         """Read row by row."""
