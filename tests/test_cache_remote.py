@@ -433,10 +433,11 @@ def test_hints_leave_what_other_hints_brought(s3, root, tmp_path):
     digests = [atomic.hashlib.sha256(bytes([n]) * 1000).hexdigest() for n in range(4)]
     wanted = [Wanted(*each) for each in zip(names, [1000] * 4, digests, strict=True)]
     s3.behave()
-    small.will_need(wanted)
-    wait_until(lambda: not small._hinted)
-    assert len(s3.requests) == 2
-    assert held(small) == 2000
+    for asked in (wanted[:2], wanted):  # the first two first: hints given at once race for room
+        small.will_need(asked)
+        wait_until(lambda: not small._hinted)
+        assert len(s3.requests) == 2
+        assert held(small) == 2000
     for number, each in enumerate(wanted):  # what was asked for may go, the rest is fetched
         assert small.local(each).read_bytes() == bytes([number]) * 1000
     assert len(s3.requests) == 4
