@@ -148,11 +148,11 @@ class Recent(Generic[T]):
     def get(self, view: int, shard: int) -> T:
         """Return the value of a shard."""
         key = (view, shard)
-        with self._lock:
-            value = self._values.get(key)
-            if value is not None:
-                self._values.move_to_end(key)
-                return value
+        try:  # without the lock: another thread may forget it at any moment
+            self._values.move_to_end(key)
+            return self._values[key]
+        except KeyError:
+            pass
         value = self._make(view, shard)  # two threads may both make it; either is right
         with self._lock:
             self._values[key] = value

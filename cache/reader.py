@@ -6,10 +6,11 @@ few pages each. Shards are kept open in a bounded least-recently-used set. Threa
 """
 
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
-from typing import Literal, NoReturn, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from cache import arrow_shard, arrow_tables, layout
 from cache.bucket import BucketPath
 from cache.encoded import Escapes
 from cache.errors import Corrupt, MissingSamples, NotBuilt, StoreError
-from cache.mapped import Recent
+from cache.mapped import Bytes, Recent
 from cache.place import using, will_need
 from cache.samples import Rows, ShardRange
 from cache.shard_rows import (
@@ -41,6 +42,15 @@ MAX_OPEN = 256
 """Shards open at once for positioned reads: a quarter of the usual limit of descriptors."""
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
+
+
+class Group(NamedTuple):
+    """The rows of a batch that lie in one shard: their places in the batch and inside the shard."""
+
+    view: int
+    shard: int
+    places: list[int]
+    inside: list[int]
 
 
 class Reader:
@@ -91,7 +101,8 @@ class Reader:
         self._stops = samples.shard_stops()
         self._records = np.full((len(self.views), len(self._stops)), -1, np.int64)
         of_view, of_shard = (arrow_tables.to_numpy(self._table[name]) for name in ("view", "shard"))
-        for position, view in enumerate(self.views):
+        self._position = {view: position for position, view in enumerate(self.views)}
+        for view, position in self._position.items():
             records = np.flatnonzero(of_view == view)
             if not len(records):
                 raise NotBuilt(f"{store.directory}: view {view} has no shard yet; build it first")
@@ -102,8 +113,10 @@ class Reader:
         self.row_shape = store.row_shape
         self.dtype = store.codec.storage_dtype
         self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
-        self._rows_class = MappedRows if access == "map" else PositionedRows
-        capacity = max_shards or (MAX_MAPS if access == "map" else MAX_OPEN)
+        fill = np.nan if store.codec.fill_value == "NaN" else store.codec.fill_value
+        self._fill: Bytes = np.full(self.row_shape, fill, self.dtype).reshape(-1).view(np.uint8)
+        self._mapped = access == "map"
+        capacity = max_shards or (MAX_MAPS if self._mapped else MAX_OPEN)
         self._patches = Recent[ShardRows](capacity, self._open_patches)
         self._tables = Recent(max_shards or MAX_MAPS, self._open_table)
         self._faults = -1
@@ -153,15 +166,13 @@ class Reader:
             raise ValueError(
                 f"out: {out.dtype}{list(out.shape)}, wants C-contiguous {self.dtype}{list(shape)}"
             )
-        pieces, absent = self._pieces(asked, views)
-        into = out.reshape(len(asked), int(np.prod(self.row_shape))).view(np.uint8)
-        if self._resident(pieces):
-            copy_all(pieces, into, self._pool, self._threads)
+        if not len(asked):
+            return out
+        into = np.frombuffer(out, np.uint8)
+        if self._undisturbed() or self._resident(self._pieces(asked, views)):
+            copy_all(self._mapped_rows(asked, views), into, self._pool, self._threads)
         else:
-            read_all(pieces, into)
-        if len(absent):
-            fill = self.store.codec.fill_value
-            out[absent] = np.nan if fill == "NaN" else fill
+            read_all(self._pieces(asked, views), into.reshape(-1, self._row_bytes))
         return out
 
     def read_ahead(self, rows: Sequence[int] | Rows, views: Views = 0) -> None:
@@ -172,10 +183,11 @@ class Reader:
         """
         asked = np.asarray(rows, np.int64)
         if not self.mirrored:
-            pieces, _ = self._pieces(asked, views)
-            if not self._resident(pieces):
-                for piece in pieces:
-                    piece.shard.will_need(piece.slots)
+            if not self._undisturbed():
+                pieces = self._pieces(asked, views)
+                if not self._resident(pieces):
+                    for piece in pieces:
+                        piece.shard.will_need(piece.inside)
             return
         for view, shard, _, _ in self._groups(asked, views):
             if (view, shard) not in self._patches or (view, shard) not in self._tables:
@@ -205,7 +217,7 @@ class Reader:
         if self.store.codec.has_escapes:
             for view, shard, places, inside in self._groups(asked, views):
                 table = self._tables.get(view, shard)
-                for place, local in zip(places.tolist(), inside.tolist(), strict=True):
+                for place, local in zip(places, inside, strict=True):
                     if table.num_escapes[local]:
                         token, values = arrow_shard.escapes_of(table.table, local, dim)
                         parts.append(Escapes(np.zeros(len(token), np.int64), token, values))
@@ -239,91 +251,92 @@ class Reader:
         out: list[str | None] = [None] * len(asked)
         for view, shard, places, inside in self._groups(asked, views):
             values = self._tables.get(view, shard).table[column]
-            for place, local in zip(places.tolist(), inside.tolist(), strict=True):
+            for place, local in zip(places, inside, strict=True):
                 out[place] = values[local].as_py()
         return out
 
-    def _pieces(self, rows: Rows, views: Views) -> tuple[list[Piece], Rows]:
-        """Find a batch's rows in their files; also the places of those that are absent."""
-        pieces, absent = [], [np.empty(0, np.int64)]
-        for view, shard, places, inside in self._groups(rows, views):
-            patches = self._patches.get(view, shard)
-            slots = inside
-            if not patches.dense:
-                slots = patches.slots[inside]
-                there = slots >= 0
-                absent.append(places[~there])
-                places, slots = places[there], slots[there]
-            pieces.append(Piece(patches, slots, places))
-        return pieces, np.concatenate(absent)
+    def _mapped_rows(self, rows: Rows, views: Views) -> list[Bytes]:
+        """Return each row [row_bytes] of a batch where it is mapped.
+
+        What runs between two gathers runs from cold caches: so few and plain steps.
+        """
+        per_shard = self.store.samples.rows_per_shard
+        shards: dict[tuple[int, int], ShardRows] = {}
+        found: list[Bytes] = []
+        for row, view in self._each(rows, views):
+            number, inside = divmod(row, per_shard)
+            shard = shards.get((view, number))
+            if shard is None:
+                if (view, number) not in self._patches:
+                    self._require(view, number, inside)
+                shard = shards[view, number] = self._patches.get(view, number)
+            try:
+                found.append(shard.row(inside))
+            except IndexError:
+                self._require(view, number, inside)
+                raise
+        return found
+
+    def _pieces(self, rows: Rows, views: Views) -> list[Piece]:
+        """Find a batch's rows in their files."""
+        return [
+            Piece(self._patches.get(view, shard), inside, places)
+            for view, shard, places, inside in self._groups(rows, views)
+        ]
+
+    def _undisturbed(self) -> bool:
+        """Whether the last rows were in memory and no fault of this process went to disk since."""
+        return self._faults == _major_faults()
 
     def _resident(self, pieces: list[Piece]) -> bool:
-        """Say whether a batch is in memory, as far as a few of its rows tell.
-
-        Not even those are asked while no fault of this process goes to the disk.
-        """
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        if faults == self._faults:
-            return True
-        step = max(1, len(pieces) // PROBES)
-        probes = [piece for piece in pieces[::step] if len(piece.slots)]
+        """Say whether a batch is in memory, as far as a few of its rows tell."""
+        if not self._mapped:
+            return False
+        faults = _major_faults()
+        probes = pieces[:: max(1, len(pieces) // PROBES)]
         per_piece = max(1, PROBES // max(1, len(probes)))
         resident = all(
-            piece.shard.is_resident(slot)
+            piece.shard.is_resident(inside)
             for piece in probes
-            for slot in piece.slots[:: max(1, len(piece.slots) // per_piece)].tolist()
+            for inside in piece.inside[:: max(1, len(piece.inside) // per_piece)]
         )
         self._faults = faults if resident else -1  # -1: the next batch is asked about too
         return resident
 
-    def _groups(self, rows: Rows, views: Views) -> Iterator[tuple[int, int, Rows, Rows]]:
-        """Yield (view, shard, places in the batch, rows inside the shard) of a batch.
+    def _groups(self, rows: Rows, views: Views) -> list[Group]:
+        """Sort a batch's rows by shard; places rise inside each."""
+        per_shard = self.store.samples.rows_per_shard
+        groups: dict[tuple[int, int], Group] = {}
+        for place, (row, view) in enumerate(self._each(rows, views)):
+            shard, inside = divmod(row, per_shard)
+            group = groups.get((view, shard))
+            if group is None:
+                group = groups[view, shard] = Group(view, shard, [], [])
+            group.places.append(place)
+            group.inside.append(inside)
+        for group in groups.values():
+            self._require(group.view, group.shard, max(group.inside))
+        return list(groups.values())
 
-        A gather of 64 rows takes a millisecond or two; this takes 30 us of it, so every call of
-        numpy counts.
-        """
+    def _each(self, rows: Rows, views: Views) -> Iterable[tuple[int, int]]:
+        """Return each row with its view, as plain integers."""
         if rows.ndim != 1:
             raise ValueError(f"rows: shape {rows.shape}, wants one dimension")
-        if not len(rows):
-            return
-        num_shards, per_shard = self._lengths.shape[1], self.store.samples.rows_per_shard
-        lowest, highest = int(rows.min()), int(rows.max())
-        if lowest < 0 or highest >= num_shards * per_shard:
-            row = lowest if lowest < 0 else highest
-            raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
-        shards, inside = np.divmod(rows, per_shard)
-        cells = shards + self._positions(views) * num_shards  # a cell is a shard of a view
-        absent = inside >= self._lengths.reshape(-1)[cells]
-        if absent.any():
-            place = int(absent.argmax())
-            position, shard = divmod(int(cells[place]), num_shards)
-            self._refuse(self.views[position], shard, int(rows[place]))
-        order = np.argsort(cells, kind="stable")  # places stay in order inside a cell
-        cells, inside = cells[order], inside[order]
-        cuts = np.flatnonzero(cells[1:] != cells[:-1]) + 1
-        start = 0
-        for stop in (*cuts.tolist(), len(rows)):
-            position, shard = divmod(int(cells[start]), num_shards)
-            yield self.views[position], shard, order[start:stop], inside[start:stop]
-            start = stop
+        if isinstance(views, int):
+            return zip(rows.tolist(), repeat(views), strict=False)
+        return zip(rows.tolist(), np.broadcast_to(views, len(rows)).tolist(), strict=True)
 
-    def _positions(self, views: Views) -> int | Rows:
-        """Turn view numbers into positions in `self.views`."""
-        if isinstance(views, int) and views in self.views:
-            return self.views.index(views)
-        known = np.asarray(self.views)
-        asked = np.atleast_1d(np.asarray(views, np.int64))
-        positions = np.searchsorted(known, asked).clip(max=len(known) - 1)
-        wrong = known[positions] != asked
-        if wrong.any():
+    def _require(self, view: int, shard: int, inside: int) -> None:
+        """Refuse a row that the store does not have in that view."""
+        if view not in self._position:
             raise MissingSamples(
-                f"{self.store.directory}: view {asked[wrong][0]} was not opened, only {self.views}"
+                f"{self.store.directory}: view {view} was not opened, only {self.views}"
             )
-        return positions
-
-    def _refuse(self, view: int, shard: int, row: int) -> NoReturn:
-        """Say why a row cannot be had."""
-        if row >= self._stops[shard]:
+        known = 0 <= shard < len(self._stops)
+        if known and inside < self._lengths[self._position[view], shard]:
+            return
+        row = shard * self.store.samples.rows_per_shard + inside
+        if not known or row >= self._stops[shard]:
             raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
         raise MissingSamples(
             f"{self.store.directory}: row {row} of view {view} is not built at manifest version "
@@ -331,7 +344,7 @@ class Reader:
         )
 
     def _record(self, view: int, shard: int, column: str) -> int | str:
-        position = int(self._records[self.views.index(view), shard])
+        position = int(self._records[self._position[view], shard])
         value: int | str = self._table[column][position].as_py()
         return value
 
@@ -345,7 +358,7 @@ class Reader:
 
     def _check_samples(self, view: int, shard: int) -> None:
         """Refuse features of other samples than the dataset now has in these rows."""
-        position = int(self._records[self.views.index(view), shard])
+        position = int(self._records[self._position[view], shard])
         if self._checked[position]:
             return
         if self._record(view, shard, "samples_digest") != self.store.samples.shard_digest(shard):
@@ -365,12 +378,15 @@ class Reader:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
 
     def _open_patches(self, view: int, shard: int) -> ShardRows:
-        sizes = self.store.samples.rows_per_shard, len(self.store.samples.shard_range(shard))
-
-        def use(path: Path, num_bytes: int) -> ShardRows:
-            return self._rows_class(path, num_bytes, *sizes, self._row_bytes)
-
-        return self._use(view, shard, "patches", use)
+        samples = self.store.samples
+        sizes = samples.rows_per_shard, len(samples.shard_range(shard))
+        rows_class = MappedRows if self._mapped else PositionedRows
+        return self._use(
+            view,
+            shard,
+            "patches",
+            lambda path, num_bytes: rows_class(path, num_bytes, *sizes, self._fill),
+        )
 
     def _open_table(self, view: int, shard: int) -> TableRows:
         table = self._use(view, shard, "rows", arrow_tables.map_table)
@@ -378,3 +394,8 @@ class Reader:
             path = layout.rows_file(self.store.directory, view, shard)
             raise Corrupt(f"{path}: columns {table.schema.names} are not those of a table of rows")
         return TableRows(table)
+
+
+def _major_faults() -> int:
+    """Count page faults of this process that went to a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt

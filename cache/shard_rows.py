@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -23,116 +23,117 @@ DISK_READS = 4
 
 
 class ShardRows(Protocol):
-    """What the reader asks of a shard.
+    """What the reader asks of a shard; rows are numbered inside it, absent ones hold the fill."""
 
-    Attributes:
-        slots: int64 [rows of the shard], each row's place in the file; -1 for absent rows.
-        dense: whether row n is at place n, for all of them.
-    """
+    def row(self, inside: int) -> Bytes:
+        """One row [row_bytes]: a view of the map, where there is one.
 
-    slots: Rows
-    dense: bool
-
-    def copy(self, slots: Rows, into: Bytes, places: Rows) -> None:
-        """Copy slots [k] to into[places], places rising, into being [n, row_bytes]."""
+        Raises:
+            IndexError: the shard has no such row.
+        """
         ...
 
-    def read(self, slots: Rows, into: Bytes, places: Rows) -> None:
-        """Do what `copy` does, for rows that are not in memory."""
+    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
+        """Read rows [k] from the file to into[places], into being [n, row_bytes]."""
         ...
 
-    def is_resident(self, slot: int) -> bool:
-        """Whether reading this slot needs no disk, as far as its first page tells."""
+    def is_resident(self, inside: int) -> bool:
+        """Whether reading this row needs no disk, as far as its first page tells."""
         ...
 
-    def will_need(self, slots: Rows) -> None:
-        """Ask the kernel to start reading slots [k]."""
+    def will_need(self, inside: Sequence[int]) -> None:
+        """Ask the kernel to start reading rows [k]."""
         ...
 
 
 class MappedRows:
     """Rows through a map: one memory copy each, nothing else, once pages are in memory."""
 
-    def __init__(
-        self, path: Path, num_bytes: int, rows_per_shard: int, num_rows: int, row_bytes: int
-    ):
-        """Map a shard file and parse its index; see `zarr_shard`."""
-        self._path, self._file = path, MappedFile(path, num_bytes)
-        content = self._file.bytes
-        end = len(content) - zarr_shard.index_bytes(rows_per_shard)
-        self.slots, self.dense = _parse(
-            content[max(end, 0) :].tobytes(), num_bytes, num_rows, row_bytes, path
-        )
-        self._row_bytes = row_bytes
-        self._rows = content[:end].reshape(-1, row_bytes)
+    row: Callable[[int], Bytes]
 
-    def copy(self, slots: Rows, into: Bytes, places: Rows) -> None:
-        """Copy rows; one call of numpy where they are neighbours in the buffer."""
-        if len(places) > 1 and places[-1] - places[0] == len(places) - 1:
-            target = into[places[0] : places[-1] + 1]
-            # Any mode but "raise" lets numpy write straight into out; slots come from the index.
-            np.take(self._rows, slots, axis=0, out=target, mode="clip")
-        else:
-            for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
-                into[place] = self._rows[slot]
+    def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, num_rows: int, fill: Bytes):
+        """Map a shard file and parse its index; see `zarr_shard`.
 
-    def read(self, slots: Rows, into: Bytes, places: Rows) -> None:
+        Args:
+            path: the file.
+            num_bytes: its size, as its record says.
+            rows_per_shard: entries of its index.
+            num_rows: rows of the shard, stored or absent.
+            fill: what an absent row holds, [row_bytes].
+        """
+        self._path, self._fill, self._file = path, fill, MappedFile(path, num_bytes)
+        content, row_bytes = self._file.bytes, len(fill)
+        end = max(len(content) - zarr_shard.index_bytes(rows_per_shard), 0)
+        self._slots = _parse(content[end:].tobytes(), num_bytes, num_rows, row_bytes, path)
+        self._stored = content[:end].reshape(-1, row_bytes)
+        dense = len(self._stored) == num_rows and (self._slots == np.arange(num_rows)).all()
+        self.row = self._stored.__getitem__ if dense else self._row
+
+    def _row(self, inside: int) -> Bytes:
+        slot = int(self._slots[inside])
+        row: Bytes = self._fill if slot < 0 else self._stored[slot]
+        return row
+
+    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
         """Read rows from the file itself, in large pieces; the map would fetch page by page."""
         try:
             handle = os.open(self._path, os.O_RDONLY)
         except FileNotFoundError:  # another process made room in the mirror; the map still holds it
-            self.copy(slots, into, places)
+            for place, row in zip(places, inside, strict=True):
+                into[place] = self.row(row)
             return
         try:
-            _read(handle, slots, into, places, self._row_bytes, self._path)
+            _read(handle, self._slots[inside], into, places, self._fill, self._path)
         finally:
             os.close(handle)
 
-    def is_resident(self, slot: int) -> bool:
+    def is_resident(self, inside: int) -> bool:
         """Ask the kernel about the row's first page."""
-        return self._file.is_resident(slot * self._row_bytes)
+        slot = int(self._slots[inside])
+        return slot < 0 or self._file.is_resident(slot * len(self._fill))
 
-    def will_need(self, slots: Rows) -> None:
+    def will_need(self, inside: Sequence[int]) -> None:
         """Ask for whole rows at once; page faults would ask for a few pages at a time."""
-        for slot in slots.tolist():
-            self._file.will_need(slot * self._row_bytes, self._row_bytes)
+        for offset in _offsets(self._slots[inside], self._fill):
+            self._file.will_need(offset, len(self._fill))
 
 
 class PositionedRows:
     """Rows through pread: for file systems on which maps are slow (NFS, Lustre)."""
 
-    def __init__(
-        self, path: Path, num_bytes: int, rows_per_shard: int, num_rows: int, row_bytes: int
-    ):
-        """Open a shard file and parse its index; see `zarr_shard`."""
+    def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, num_rows: int, fill: Bytes):
+        """Open a shard file and parse its index; as `MappedRows`."""
         try:
             self._handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise NotBuilt(f"{path}: no such file") from error
         weakref.finalize(self, os.close, self._handle)
-        self._path, self._row_bytes = path, row_bytes
+        self._path, self._fill = path, fill
         size = os.fstat(self._handle).st_size
         if size != num_bytes:
             raise Corrupt(f"{path}: {size} bytes, its record says {num_bytes}; build again")
         tail_bytes = zarr_shard.index_bytes(rows_per_shard)
         tail = os.pread(self._handle, tail_bytes, max(size - tail_bytes, 0))
-        self.slots, self.dense = _parse(tail, num_bytes, num_rows, row_bytes, path)
+        self._slots = _parse(tail, num_bytes, num_rows, len(fill), path)
 
-    def copy(self, slots: Rows, into: Bytes, places: Rows) -> None:
+    def row(self, inside: int) -> Bytes:
+        """Read one row; `read` is what batches use."""
+        row: Bytes = np.empty_like(self._fill)
+        self.read([inside], row[None], [0])
+        return row
+
+    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
         """Read each row straight into its place."""
-        _read(self._handle, slots, into, places, self._row_bytes, self._path)
+        _read(self._handle, self._slots[inside], into, places, self._fill, self._path)
 
-    read = copy
-
-    def is_resident(self, slot: int) -> bool:
+    def is_resident(self, inside: int) -> bool:
         """Not known without reading: hints are always given, one system call a row."""
         return False
 
-    def will_need(self, slots: Rows) -> None:
+    def will_need(self, inside: Sequence[int]) -> None:
         """Ask for whole rows at once, so that the reads that follow overlap."""
-        for slot in slots.tolist():
-            offset = slot * self._row_bytes
-            os.posix_fadvise(self._handle, offset, self._row_bytes, os.POSIX_FADV_WILLNEED)
+        for offset in _offsets(self._slots[inside], self._fill):
+            os.posix_fadvise(self._handle, offset, len(self._fill), os.POSIX_FADV_WILLNEED)
 
 
 class TableRows:
@@ -149,38 +150,43 @@ class TableRows:
 
 
 class Piece(NamedTuple):
-    """Rows of a batch that lie in one shard: slots [k] there, places [k] in the batch."""
+    """Rows of a batch that lie in one shard: numbers [k] inside it, places [k] in the batch."""
 
     shard: ShardRows
-    slots: Rows
-    places: Rows
+    inside: Sequence[int]
+    places: Sequence[int]
 
 
 def copy_all(
-    pieces: Sequence[Piece], into: Bytes, pool: ThreadPoolExecutor | None, threads: int
+    rows: Sequence[Bytes], into: Bytes, pool: ThreadPoolExecutor | None, threads: int
 ) -> None:
-    """Copy rows that are in memory into a batch [n, row_bytes], by so many threads of a pool."""
+    """Copy mapped rows [row_bytes] into a batch [n * row_bytes], by so many threads of a pool.
+
+    By one call of numpy: a row of some 400 KB sweeps the processor's caches, so that what is done
+    between two rows is done from memory.
+    """
     if pool is None:
-        for piece in pieces:
-            piece.shard.copy(piece.slots, into, piece.places)
-    else:
-        work = _split(pieces, -(-len(into) // threads))
-        list(pool.map(lambda p: p.shard.copy(p.slots, into, p.places), work))
+        np.concatenate(rows, out=into)
+        return
+    share, row_bytes = -(-len(rows) // threads), len(rows[0])
+
+    def copy(start: int) -> None:
+        part = rows[start : start + share]
+        begin = start * row_bytes
+        np.concatenate(part, out=into[begin : begin + len(part) * row_bytes])
+
+    list(pool.map(copy, range(0, len(rows), share)))
 
 
 def read_all(pieces: Sequence[Piece], into: Bytes) -> None:
     """Read rows that are not in memory into a batch [n, row_bytes], DISK_READS at once."""
-    work = _split(pieces, -(-len(into) // DISK_READS))
-    list(_disk().map(lambda p: p.shard.read(p.slots, into, p.places), work))
-
-
-def _split(pieces: Sequence[Piece], num_rows: int) -> list[Piece]:
-    """Cut pieces so that none has more than num_rows rows."""
-    return [
-        Piece(shard, slots[start : start + num_rows], places[start : start + num_rows])
-        for shard, slots, places in pieces
-        for start in range(0, len(slots), num_rows)
+    share = -(-len(into) // DISK_READS)
+    work = [
+        Piece(shard, inside[start : start + share], places[start : start + share])
+        for shard, inside, places in pieces
+        for start in range(0, len(inside), share)
     ]
+    list(_disk().map(lambda p: p.shard.read(p.inside, into, p.places), work))
 
 
 @cache
@@ -192,10 +198,21 @@ def _disk() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_disk.cache_clear)
 
 
-def _read(handle: int, slots: Rows, into: Bytes, places: Rows, row_bytes: int, path: Path) -> None:
-    """Read each row straight into its place."""
-    for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
-        rest, offset = into[place].data, slot * row_bytes
+def _offsets(slots: Rows, fill: Bytes) -> list[int]:
+    """Where stored rows begin in the file."""
+    offsets: list[int] = (slots[slots >= 0] * len(fill)).tolist()
+    return offsets
+
+
+def _read(
+    handle: int, slots: Rows, into: Bytes, places: Sequence[int], fill: Bytes, path: Path
+) -> None:
+    """Read each row straight into its place; the fill where there is none."""
+    for place, slot in zip(places, slots.tolist(), strict=True):
+        if slot < 0:
+            into[place] = fill
+            continue
+        rest, offset = into[place].data, slot * len(fill)
         while len(rest):
             count = os.preadv(handle, [rest], offset)
             if not count:
@@ -203,8 +220,6 @@ def _read(handle: int, slots: Rows, into: Bytes, places: Rows, row_bytes: int, p
             rest, offset = rest[count:], offset + count
 
 
-def _parse(
-    tail: bytes, num_bytes: int, num_rows: int, row_bytes: int, path: Path
-) -> tuple[Rows, bool]:
-    slots = zarr_shard.parse_index(tail, row_bytes, num_bytes, str(path))[:num_rows]
-    return slots, bool((slots == np.arange(num_rows)).all())
+def _parse(tail: bytes, num_bytes: int, num_rows: int, row_bytes: int, path: Path) -> Rows:
+    """Return each row's place in the file, int64 [num_rows]; -1 for absent rows."""
+    return zarr_shard.parse_index(tail, row_bytes, num_bytes, str(path))[:num_rows]
