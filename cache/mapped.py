@@ -7,6 +7,7 @@ Python's mmap keeps a file descriptor open for as long as the map lives; with th
 import ctypes
 import mmap
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,11 @@ def live_inodes() -> set[tuple[int, int]]:
     """Return (device, inode) of every file that this process maps."""
     with _regions_lock:
         return {region.inode for region in _regions}
+
+
+def major_faults() -> int:
+    """Count page faults of this process that went to a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def let_go() -> bool:

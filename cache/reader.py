@@ -5,7 +5,6 @@ copy. Rows that are not in memory are read by position, several at a time: page 
 few pages each. Shards are kept open in a bounded least-recently-used set. Thread-safe.
 """
 
-import resource
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -19,7 +18,7 @@ from cache import arrow_shard, arrow_tables, layout
 from cache.bucket import BucketPath
 from cache.encoded import Escapes
 from cache.errors import Corrupt, MissingSamples, NotBuilt, StoreError
-from cache.mapped import Bytes, Recent
+from cache.mapped import Bytes, Recent, major_faults
 from cache.place import using, will_need
 from cache.samples import Rows, ShardRange
 from cache.shard_rows import (
@@ -286,13 +285,13 @@ class Reader:
 
     def _undisturbed(self) -> bool:
         """Whether the last rows were in memory and no fault of this process went to disk since."""
-        return self._faults == _major_faults()
+        return self._faults == major_faults()
 
     def _resident(self, pieces: list[Piece]) -> bool:
         """Say whether a batch is in memory, as far as a few of its rows tell."""
         if not self._mapped:
             return False
-        faults = _major_faults()
+        faults = major_faults()
         probes = pieces[:: max(1, len(pieces) // PROBES)]
         per_piece = max(1, PROBES // max(1, len(probes)))
         resident = all(
@@ -394,8 +393,3 @@ class Reader:
             path = layout.rows_file(self.store.directory, view, shard)
             raise Corrupt(f"{path}: columns {table.schema.names} are not those of a table of rows")
         return TableRows(table)
-
-
-def _major_faults() -> int:
-    """Count page faults of this process that went to a disk."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
