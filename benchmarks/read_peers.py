@@ -7,6 +7,7 @@ write a class and list it.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from eupe.spec import CentreView, DatasetSpec, EncoderSpec, StoreSpec, TeacherSp
 
 Rows = np.ndarray
 GRID, DIM, ROWS_PER_SHARD = (16, 16), 768, 640  # ViT-B at 256 pixels: 393 KB a row, 252 MB a shard
+THREADS = min(os.cpu_count() or 1, 4)  # that copy a batch; tensorstore, zarrs, lance take all
 
 
 def installed(distribution: str) -> str | None:
@@ -78,9 +80,10 @@ class Memmap:
 
 
 class Ours:
-    """A store of this project through `cache.reader`."""
+    """A store of this project through `cache.reader`, a batch copied by THREADS threads."""
 
     name, version = "eupe", version("eupe")
+    threads = THREADS
     spec = StoreSpec(
         dataset=DatasetSpec(name="bench"),
         views=CentreView(),
@@ -118,11 +121,17 @@ class Ours:
 
     def open(self, folder: Path) -> None:
         """Open the store."""
-        self.reader = Reader(open_store(folder, self.spec))
+        self.reader = Reader(open_store(folder, self.spec), threads=self.threads)
 
     def gather(self, rows: Rows, out: np.ndarray) -> None:
         """Take."""
         self.reader.take(rows, 0, out)
+
+
+class OursAlone(Ours):
+    """The same in one thread, as numpy.memmap copies: what a loader's thread does in training."""
+
+    name, threads = "eupe, 1 thread", 1
 
 
 class Tensorstore(Ours):
@@ -336,6 +345,7 @@ class Webdataset:
 PEERS: tuple[type[Peer], ...] = (
     Memmap,
     Ours,
+    OursAlone,
     Tensorstore,
     ZarrPython,
     Zarrs,

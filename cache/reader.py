@@ -79,7 +79,8 @@ class Reader:
             views: how many views, from view 0, or which.
             version: manifest version to read; None is the newest.
             access: "map" for local disks, "read" (positioned reads) where maps are slow.
-            threads: threads that copy one batch; numpy copies without the interpreter's lock.
+            threads: threads that copy one batch, the caller's included; numpy copies without the
+                interpreter's lock.
             max_shards: shards kept open; None is MAX_MAPS or MAX_OPEN.
 
         Raises:
@@ -120,7 +121,7 @@ class Reader:
         self._tables = Recent(max_shards or MAX_MAPS, self._open_table)
         self._faults = -1
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "cache-copy") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, "cache-copy") if threads > 1 else None
 
     @property
     def mirrored(self) -> bool:

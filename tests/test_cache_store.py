@@ -72,7 +72,7 @@ def test_take_in_any_order_gives_the_rows_asked_for(shared_store, data):
         store,
         2,
         access=data.draw(st.sampled_from(["map", "read"])),
-        threads=data.draw(st.integers(1, 2)),
+        threads=data.draw(st.integers(1, 3)),
         max_shards=data.draw(st.integers(1, 3)),
     )
     if data.draw(st.booleans()):  # as if nothing were in memory: other code reads it then
