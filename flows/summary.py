@@ -27,6 +27,17 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         )
         for kind in ("summary", "patches")
     ]
+    if {"stage2", "stage3"} <= summary.keys():
+        second, third = summary["stage2"]["cosine"], summary["stage3"]["cosine"]
+        closing += [
+            (
+                f"cosine to the proxy, both at {scale} px: summary, patches",
+                _both(second[scale]),
+                _both(third[scale]),
+                "before: after stage 2",
+            )
+            for scale in third
+        ]
     return [dict(zip(FIGURES, row, strict=True)) for row in closing]
 
 
@@ -37,6 +48,10 @@ def steps(summary: Mapping[str, Any]) -> str:
         f"{summary['images']:,} images, {summary['rows']:,} cached rows, "
         f"{summary['cache_bytes'] / 1e6:,.0f} MB; {', '.join(seconds)}"
     )
+
+
+def _both(kinds: Mapping[str, float]) -> str:
+    return f"{kinds['summary']:.3f}, {kinds['patches']:.3f}"
 
 
 def _percent(share: float) -> str:

@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 import pytest
 import small_stage
 
+from flows import summary as closing
 from pipelines import figures, report
 from pipelines.evaluate import Cosine, Evaluation
 from pipelines.figures import TokenPicture
+from pipelines.pyramid import StageFigures
 from pipelines.report import Caches
 
 FOUND = Evaluation(
@@ -116,6 +118,21 @@ def test_the_page_says_the_figures(page):
     for text in ("58.0 %", "51.0 %", "0.371", "+0.341", "0.432", "+0.062", "p = 0.012", "123.5 MB"):
         assert text in page, text
     assert "The two differ" in page
+
+
+def test_what_stage_3_adds_is_shown_scale_by_scale(run):
+    loss = {"before": 1.0, "after": 0.5}
+    stages = {
+        "stage2": StageFigures(200, loss, {"96": {"summary": 0.825, "patches": 0.836}}),
+        "stage3": StageFigures(500, loss, {"96": {"summary": 0.906, "patches": 0.876}}),
+    }
+    summary = report.summarise(run, Caches(1, 1, 1), FOUND, {}, stages)
+    page = report.render(run, summary, FOUND, "<svg></svg>", PICTURE)
+    for text in ("96 px", "0.825", "0.906", "+0.081", "0.836", "0.876", "+0.040"):
+        assert text in page, text
+    row = closing.rows(summary)[-1]
+    assert "96 px" in row["figure"]
+    assert (row["before"], row["after"]) == ("0.825, 0.836", "0.906, 0.876")
 
 
 def test_a_difference_that_is_not_shown_is_not_claimed(run):
