@@ -1,10 +1,12 @@
 """Files mapped into memory, with what the standard mmap lacks: no descriptor kept, residency asked.
 
 Python's mmap keeps a file descriptor open for as long as the map lives; with the usual limit of
-1024 descriptors a store of a few hundred shards would exhaust them. The kernel allows 65,530 maps.
+1024 descriptors a store of a few hundred shards would exhaust them. The kernel allows 65,530 maps
+a process, so what is kept is bounded for the process, not for each of its readers.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import resource
@@ -12,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -22,6 +24,10 @@ from cache.errors import Corrupt, NotBuilt, StoreError
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
+MAX_MAPS = 32_768
+"""Files that all readers of a process keep mapped: half of the 65,530 maps it may have."""
+MAX_OPEN = 256
+"""Files that they keep open for positioned reads: a quarter of the usual limit of descriptors."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -44,6 +50,7 @@ class MappedFile:
 
     Attributes:
         bytes: its contents, uint8 [file size]; every view of it keeps the map alive.
+        inode: (device, inode) of what is mapped, whatever has its name by now.
     """
 
     def __init__(self, path: Path, num_bytes: int | None = None):
@@ -59,25 +66,25 @@ class MappedFile:
             Corrupt: it is empty or has another size.
             StoreError: it cannot be mapped.
         """
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotBuilt(f"{path}: no such file") from error
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
+        handle = open_to_read(path)
         try:
             status = os.fstat(handle)
             size = status.st_size
             if size == 0 or num_bytes not in (None, size):
                 wanted = "more than none" if num_bytes is None else f"{num_bytes}"
                 raise Corrupt(f"{path}: {size} bytes, its record says {wanted}; build again")
-            address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
+            address, failed = _map(size, handle)
+            if failed == errno.ENOMEM and let_go():
+                address, failed = _map(size, handle)
         finally:
             os.close(handle)
-        if address == _FAILED:
-            reason = os.strerror(ctypes.get_errno())
-            raise StoreError(f"{path}: cannot be mapped: {reason}")
-        self._region = _Region(address, size, (status.st_dev, status.st_ino))
+        if failed:
+            raise StoreError(
+                f"{path}: cannot be mapped: {os.strerror(failed)}; {len(live_inodes())} files are, "
+                f"and `sysctl vm.max_map_count` and `ulimit -v` say how many may be"
+            )
+        self.inode = inode(status)
+        self._region = _Region(address, size, self.inode)
         self.bytes: Bytes = np.asarray(self._region)
 
     def is_resident(self, offset: int) -> bool:
@@ -92,6 +99,38 @@ class MappedFile:
         page = offset // mmap.PAGESIZE * mmap.PAGESIZE
         length = offset + num_bytes - page
         _libc.madvise(self._region.address + page, length, mmap.MADV_WILLNEED)
+
+
+def open_to_read(path: Path) -> int:
+    """Open a file and return its descriptor; where there are no more, others are closed first.
+
+    Raises:
+        NotBuilt: there is no such file.
+        StoreError: it cannot be opened.
+    """
+    try:
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not let_go():
+                raise
+            return os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotBuilt(f"{path}: no such file") from error
+    except OSError as error:
+        advice = "; raise `ulimit -n`" if error.errno == errno.EMFILE else ""
+        raise StoreError(f"{path}: cannot be opened: {error.strerror}{advice}") from error
+
+
+def inode(status: os.stat_result) -> tuple[int, int]:
+    """Return device and inode: which file it is, whatever its name."""
+    return status.st_dev, status.st_ino
+
+
+def _map(size: int, handle: int) -> tuple[int, int]:
+    """Map a whole file: its address, or what went wrong (0 if nothing did)."""
+    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
+    return address, ctypes.get_errno() if address == _FAILED else 0
 
 
 class _Region:
@@ -132,18 +171,23 @@ def let_go() -> bool:
 
     Files are unmapped as soon as nobody reads them; mapping one again takes microseconds.
     """
-    return any([recent.forget_half() for recent in list(_recents)])
+    return any([recent.forget((len(recent) + 1) // 2) for recent in _all_recent()])
 
 
 class Recent(Generic[T]):
-    """The most recently used values by (view, shard), made on demand. Thread-safe."""
+    """The most recently used values by (view, shard), made on demand. Thread-safe.
 
-    def __init__(self, capacity: int, make: Callable[[int, int], T]):
-        """Keep `capacity` values; `make(view, shard)` gives one that is not there."""
-        self._capacity, self._make = capacity, make
+    All of a process share one bound: beyond it the one that keeps most forgets its oldest.
+    """
+
+    def __init__(self, make: Callable[[int, int], T], holds: Literal["map", "descriptor"]):
+        """Keep what `make(view, shard)` gives; each value holds one map or one descriptor."""
+        self.holds = holds
+        self._make = make
         self._values: OrderedDict[tuple[int, int], T] = OrderedDict()
         self._lock = Lock()
-        _recents.add(self)
+        with _recents_lock:
+            _recents.add(self)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -162,17 +206,28 @@ class Recent(Generic[T]):
         value = self._make(view, shard)  # two threads may both make it; either is right
         with self._lock:
             self._values[key] = value
-            while len(self._values) > self._capacity:
-                self._values.popitem(last=False)  # freed when its last user lets go
+        self._keep_bound()
         return value
 
-    def forget_half(self) -> bool:
-        """Forget the older half; whether there was anything."""
+    def forget(self, count: int) -> bool:
+        """Forget so many of the oldest; whether there was anything to forget."""
         with self._lock:
-            count = (len(self._values) + 1) // 2
+            count = min(count, len(self._values))
             for _ in range(count):
-                self._values.popitem(last=False)
+                self._values.popitem(last=False)  # freed when its last user lets go
         return count > 0
+
+    def _keep_bound(self) -> None:
+        bound = MAX_MAPS if self.holds == "map" else MAX_OPEN
+        alike = [recent for recent in _all_recent() if recent.holds == self.holds]
+        while sum(map(len, alike)) > bound:
+            max(alike, key=len).forget(1)
+
+
+def _all_recent() -> list[Recent[Any]]:
+    with _recents_lock:
+        return list(_recents)
 
 
 _recents: WeakSet[Recent[Any]] = WeakSet()
+_recents_lock = Lock()

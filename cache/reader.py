@@ -2,7 +2,8 @@
 
 A shard's index is parsed once when the shard is first touched; from then on a row costs one memory
 copy. Rows that are not in memory are read by position, several at a time: page faults would fetch a
-few pages each. Shards are kept open in a bounded least-recently-used set. Thread-safe.
+few pages each. Shards are kept open, the most recently used of all readers of the process
+(`mapped.Recent`). Thread-safe.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,10 +36,6 @@ from cache.store import Store
 Views = int | Sequence[int] | Rows
 Kind = Literal["patches", "rows"]
 T = TypeVar("T")
-MAX_MAPS = 16_384
-"""Shards mapped at once, patches and rows each: half of the 65,530 maps a process may have."""
-MAX_OPEN = 256
-"""Shards open at once for positioned reads: a quarter of the usual limit of descriptors."""
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
 
@@ -70,7 +67,6 @@ class Reader:
         version: int | None = None,
         access: Literal["map", "read"] = "map",
         threads: int = 1,
-        max_shards: int | None = None,
     ):
         """Open a store for reading.
 
@@ -81,7 +77,6 @@ class Reader:
             access: "map" for local disks, "read" (positioned reads) where maps are slow.
             threads: threads that copy one batch, the caller's included; numpy copies without the
                 interpreter's lock.
-            max_shards: shards kept open; None is MAX_MAPS or MAX_OPEN.
 
         Raises:
             NotBuilt: one of the views has no shard in the manifest.
@@ -116,9 +111,10 @@ class Reader:
         fill = np.nan if store.codec.fill_value == "NaN" else store.codec.fill_value
         self._fill: Bytes = np.full(self.row_shape, fill, self.dtype).reshape(-1).view(np.uint8)
         self._mapped = access == "map"
-        capacity = max_shards or (MAX_MAPS if self._mapped else MAX_OPEN)
-        self._patches = Recent[ShardRows](capacity, self._open_patches)
-        self._tables = Recent(max_shards or MAX_MAPS, self._open_table)
+        self._patches = Recent[ShardRows](
+            self._open_patches, "map" if self._mapped else "descriptor"
+        )
+        self._tables = Recent(self._open_table, "map")
         self._faults = -1
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "cache-copy") if threads > 1 else None

@@ -4,7 +4,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from cache import arrow_shard, arrow_tables, zarr_shard
 from cache.errors import Corrupt, NotBuilt
-from cache.mapped import Bytes, MappedFile
+from cache.mapped import Bytes, MappedFile, inode, open_to_read
 from cache.samples import Rows
 
 SHARES = 2
@@ -67,27 +67,26 @@ class MappedRows:
         content, row_bytes = self._file.bytes, len(fill)
         end = max(len(content) - zarr_shard.index_bytes(rows_per_shard), 0)
         self._slots = _parse(content[end:].tobytes(), num_bytes, num_rows, row_bytes, path)
-        self._stored = content[:end].reshape(-1, row_bytes)
-        dense = len(self._stored) == num_rows and (self._slots == np.arange(num_rows)).all()
-        self.row = self._stored.__getitem__ if dense else self._row
-
-    def _row(self, inside: int) -> Bytes:
-        slot = int(self._slots[inside])
-        row: Bytes = self._fill if slot < 0 else self._stored[slot]
-        return row
+        stored = content[:end].reshape(-1, row_bytes)
+        dense = len(stored) == num_rows and (self._slots == np.arange(num_rows)).all()
+        # Neither refers to this object: in a circle, the map would outlive its last user.
+        self.row = stored.__getitem__ if dense else partial(_row, stored, self._slots, fill)
 
     def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
         """Read rows from the file itself, in large pieces; the map would fetch page by page."""
         try:
-            handle = os.open(self._path, os.O_RDONLY)
-        except FileNotFoundError:  # another process made room in the mirror; the map still holds it
-            for place, row in zip(places, inside, strict=True):
-                into[place] = self.row(row)
-            return
-        try:
-            _read(handle, self._slots[inside], into, places, self._fill, self._path)
-        finally:
-            os.close(handle)
+            handle = open_to_read(self._path)
+        except NotBuilt:  # another process made room in the mirror
+            handle = None
+        if handle is not None:
+            try:
+                if inode(os.fstat(handle)) == self._file.inode:
+                    _read(handle, self._slots[inside], into, places, self._fill, self._path)
+                    return
+            finally:
+                os.close(handle)
+        for place, row in zip(places, inside, strict=True):  # gone, or built anew: the map has it
+            into[place] = self.row(row)
 
     def is_resident(self, inside: int) -> bool:
         """Ask the kernel about the row's first page."""
@@ -105,10 +104,7 @@ class PositionedRows:
 
     def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, num_rows: int, fill: Bytes):
         """Open a shard file and parse its index; as `MappedRows`."""
-        try:
-            self._handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise NotBuilt(f"{path}: no such file") from error
+        self._handle = open_to_read(path)
         weakref.finalize(self, os.close, self._handle)
         self._path, self._fill = path, fill
         size = os.fstat(self._handle).st_size
@@ -211,6 +207,13 @@ def _disk() -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_disk.cache_clear)
+
+
+def _row(stored: Bytes, slots: Rows, fill: Bytes, inside: int) -> Bytes:
+    """One row [row_bytes] of a shard that does not hold every row."""
+    slot = int(slots[inside])
+    row: Bytes = fill if slot < 0 else stored[slot]
+    return row
 
 
 def _offsets(slots: Rows, fill: Bytes) -> list[int]:

@@ -1,0 +1,102 @@
+"""What a process keeps mapped and open is bounded, whatever opens it, and makes room at need."""
+
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_stores import ROWS_PER_SHARD, Toy, ids
+
+from cache import mapped
+from cache.errors import StoreError
+from cache.mapped import MappedFile, Recent
+from cache.reader import Reader
+
+NUM_SHARDS = 12
+LARGE = 1 << 40  # of address space, of a sparse file: no memory, no disk
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Shards with and without an invalid row, and a short last one."""
+    bad = {f"a/{number:03d}": "no image" for number in range(1, NUM_SHARDS * 2, ROWS_PER_SHARD)}
+    toy = Toy(tmp_path_factory.mktemp("store"), bad=bad)
+    toy.add_samples(ids(NUM_SHARDS * ROWS_PER_SHARD - 1))
+    return toy.build(num_views=1)
+
+
+def maps_below(folder: Path) -> int:
+    return sum(f"{folder}/view-" in line for line in Path("/proc/self/maps").open())
+
+
+def open_below(folder: Path) -> int:
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found += os.readlink(f"/proc/self/fd/{name}").startswith(f"{folder}/view-")
+        except FileNotFoundError:  # the listing's own
+            continue
+    return found
+
+
+@contextmanager
+def limited(what: int, to: int):
+    """Lower a limit of this process for a while."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (to, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+@pytest.mark.parametrize(
+    ("access", "limit", "count"),
+    [("map", "MAX_MAPS", maps_below), ("read", "MAX_OPEN", open_below)],
+)
+def test_readers_share_one_bound(store, monkeypatch, access, limit, count):
+    monkeypatch.setattr(mapped, limit, 8)
+    rows = np.flatnonzero(np.arange(len(store.samples)) % ROWS_PER_SHARD == 0)
+    readers = [Reader(store, access=access) for _ in range(3)]
+    wanted = Reader(store).take(rows)
+    for _ in range(2):
+        for row, patches in zip(rows, wanted, strict=True):
+            for reader in readers:  # one shard a batch: a batch holds what it reads
+                np.testing.assert_array_equal(reader.take([row])[0], patches)
+                reader.summaries([row])
+                assert count(store.directory) <= 8
+
+
+def large_file(path: Path) -> Path:
+    with path.open("wb") as file:
+        file.truncate(LARGE)
+    return path
+
+
+def test_maps_make_room_for_each_other_where_the_kernel_has_none(tmp_path):
+    paths = [large_file(tmp_path / str(number)) for number in range(3)]
+    kept = Recent(lambda _, shard: MappedFile(paths[shard]), "map")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    with limited(resource.RLIMIT_AS, used + LARGE + LARGE // 2):
+        for shard in range(3):
+            assert not kept.get(0, shard).bytes[0]
+        with pytest.raises(StoreError, match=r"1: cannot be mapped: Cannot allocate memory"):
+            [MappedFile(path) for path in paths]
+
+
+def test_descriptors_make_room_for_each_other_where_there_are_no_more(store):
+    rows = range(0, NUM_SHARDS * ROWS_PER_SHARD, ROWS_PER_SHARD)
+    readers = [Reader(store, access="read") for _ in range(2)]
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    wanted = Reader(store).take(list(rows))
+    spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(highest)]  # whatever lies below
+    with limited(resource.RLIMIT_NOFILE, max(spare) + 6):
+        for row, patches in zip(rows, wanted, strict=True):
+            for reader in readers:
+                np.testing.assert_array_equal(reader.take([row])[0], patches)
+        with pytest.raises(StoreError, match=r"cannot be opened: Too many open files"):
+            readers[0].take(list(rows))
+    for handle in spare:
+        os.close(handle)
