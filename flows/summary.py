@@ -9,15 +9,17 @@ FIGURES = ("figure", "before", "after", "compare")
 def rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Turn a run's summary (pipelines.report) into rows of text with the columns FIGURES."""
     knn, cosine = summary["knn_top1"], summary["cosine"]
-    teachers = ", ".join(f"{name} {_percent(value)}" for name, value in knn["teacher"].items())
-    closing = [
-        (
-            f"kNN top-1 ({knn['label']}, k = {knn['k']}, {knn['queries']} held-out queries)",
-            _percent(knn["student_init"]),
-            _percent(knn["student_final"]),
-            f"{teachers}; p = {knn['p_value']:.2g}",
+    closing = []
+    if knn is not None:
+        teachers = ", ".join(f"{name} {_percent(value)}" for name, value in knn["teacher"].items())
+        closing.append(
+            (
+                f"kNN top-1 ({knn['label']}, k = {knn['k']}, {knn['queries']} held-out queries)",
+                _percent(knn["student_init"]),
+                _percent(knn["student_final"]),
+                f"{teachers}; p = {knn['p_value']:.2g}",
+            )
         )
-    ]
     closing += [
         (
             f"cosine to teachers' {kind}, held out",

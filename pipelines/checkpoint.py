@@ -16,7 +16,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,6 @@ class Contents:
         heads: the adapter heads' tensors by name.
         normalisers: the normalisers' buffers by name.
         state: plain data and tensors, what else is needed to go on exactly.
-        score: held-out figure by which checkpoints are compared, higher is better; None if the
-            step was not evaluated.
         recipe: the whole configuration, for readers; never compared.
     """
 
@@ -61,13 +59,17 @@ class Contents:
     heads: Mapping[str, Tensor]
     normalisers: Mapping[str, Tensor]
     state: Mapping[str, Any] = field(default_factory=dict)
-    score: float | None = None
     recipe: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk; tensors are read when asked for."""
+    """A whole checkpoint on disk; tensors are read when asked for.
+
+    Attributes:
+        score: held-out figure by which checkpoints are compared, higher is better; None if the
+            step was not evaluated.
+    """
 
     directory: Path
     step: int
@@ -142,7 +144,7 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
     description = {
         "format": FORMAT,
         "step": contents.step,
-        "score": contents.score,
+        "score": None,
         "identity": contents.identity,
         "pins": contents.pins,
         "recipe": contents.recipe,
@@ -157,6 +159,26 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
     _sync(folder)
     _prune(stage_directory, keep)
     return _open(final)
+
+
+def judge(stage_directory: Path, judged: Checkpoint, score: float, keep: int) -> Checkpoint:
+    """Write down the held-out figure of a checkpoint that was evaluated after it was saved.
+
+    Args:
+        stage_directory: of the run's stage.
+        judged: its newest checkpoint.
+        score: the figure.
+        keep: as for `save`; a best one that is beaten now goes.
+    """
+    path = judged.directory / CONFIG
+    temporary = path.with_name(f".{CONFIG}")
+    description = {**json.loads(path.read_text(encoding="utf-8")), "score": score}
+    temporary.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(judged.directory)
+    _prune(stage_directory, keep)
+    return replace(judged, score=score)
 
 
 def find(stage_directory: Path) -> list[Checkpoint]:
@@ -189,6 +211,20 @@ def require(stage_directory: Path) -> Checkpoint:
     found = latest(stage_directory)
     if found is None:
         raise ValueError(f"{stage_directory}: no checkpoint; train this stage first")
+    return found
+
+
+def finished(stage_directory: Path, steps: int) -> Checkpoint:
+    """Return the checkpoint of a stage's last step, which another stage begins from.
+
+    Raises:
+        ValueError: there is none, or the stage is still on its way.
+    """
+    found = require(stage_directory)
+    if found.step < steps:
+        raise ValueError(
+            f"{stage_directory}: trained for {found.step} of {steps} steps; finish this stage first"
+        )
     return found
 
 

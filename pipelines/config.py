@@ -131,7 +131,9 @@ class StageConfig(Spec):
     activation_checkpointing: bool = False
     strategy: Literal["ddp", "fsdp2"] = Field("ddp", description="with several workers")
     log_every: int = Field(10, ge=1)
-    evaluate_every: int | None = Field(None, ge=1)
+    evaluate_every: int | None = Field(
+        None, ge=1, description="held-out figures every so many steps; such a step is saved too"
+    )
     checkpoint_every: int = Field(100, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     initial: StageName | None = Field(None, description="start from that stage's checkpoint")
@@ -142,6 +144,15 @@ class StageConfig(Spec):
             raise ValueError(
                 f"teacher_scales names {sorted(self.teacher_scales)}, teachers {self.teachers}: "
                 "every teacher needs its scales"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps}, steps = {self.steps}: the warm-up is a part "
+                "of the steps"
+            )
+        if unknown := set(self.loss.gamma) - set(self.teachers):
+            raise ValueError(
+                f"loss.gamma names {sorted(unknown)}; the stage's teachers are {self.teachers}"
             )
         return self
 
@@ -158,7 +169,10 @@ class WorkersConfig(Spec):
 class EvaluationConfig(Spec):
     """kNN by a label over held-out queries, and cosine to the teachers on held-out images."""
 
-    label: str = "label"
+    label: str | None = Field("label", description="what kNN predicts; None: no kNN")
+    bank: tuple[str, ...] | None = Field(
+        None, description="train sets that kNN looks among; None: all of them"
+    )
     k: int = Field(10, ge=1)
     resolution: int = Field(ge=1, description="of the student's input, pixels")
     batch: int = Field(64, ge=1)
@@ -196,13 +210,32 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        names = [dataset.name for dataset in (*self.train, self.held_out)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"{sorted(twice)}: more than one data set of that name; every train set and the "
+                "held-out set wants a name of its own"
+            )
+        if unknown := set(self.homogeneous) - set(names[:-1]):
+            raise ValueError(
+                f"homogeneous names {sorted(unknown)}; the train sets are {names[:-1]}"
+            )
+        if unknown := set(self.evaluation.bank or ()) - set(names[:-1]):
+            raise ValueError(
+                f"evaluation.bank names {sorted(unknown)}; the train sets are {names[:-1]}"
+            )
         cached = {teacher.name: set(teacher.resolutions) for teacher in self.teachers}
         if PIXELS in cached:
             raise ValueError(f"a teacher is named {PIXELS!r}: that name is the views' own")
         drawn = {scale for stage in self.stages for scale in stage.student_scales}
         if unused := set(self.pixels) - drawn:
             raise ValueError(f"pixels at {sorted(unused)}: no stage has a student at that scale")
+        stages = [stage.stage for stage in self.stages]
         for stage in self.stages:
+            if stage.initial is not None and stage.initial not in stages:
+                raise ValueError(
+                    f"{stage.stage}: initial names {stage.initial}; the stages are {stages}"
+                )
             for name in stage.teachers:
                 if name == PROXY:
                     continue
@@ -235,6 +268,12 @@ class Recipe(Spec):
             if teacher.name == name:
                 return teacher
         raise ValueError(f"recipe {self.name} has no teacher {name!r}")
+
+    @property
+    def bank(self) -> tuple[DatasetConfig, ...]:
+        """The train sets that evaluations look among."""
+        wanted = self.evaluation.bank
+        return tuple(each for each in self.train if wanted is None or each.name in wanted)
 
     @property
     def directory(self) -> Path:

@@ -5,8 +5,9 @@ their tokens of the same centre views come from the caches.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from eupe.heads import DistillationModel
 from eupe.probes import knn_predict, paired_test, top1
 from pipelines import checkpoint, inputs, start
 from pipelines.batches import Batch, Batches, Feed
-from pipelines.compare import BASELINE, Constants, look
+from pipelines.compare import BASELINE, Constants, Seen, look
 from pipelines.config import Recipe, StageConfig
 from pipelines.draws import Sweep
 from pipelines.inputs import Inputs
@@ -48,33 +49,44 @@ class Cosine:
 
 
 @dataclass(frozen=True)
+class Knn:
+    """What the kNN probe found; figures of encoders are shares of the queries, 0 to 1.
+
+    Attributes:
+        label: what it predicts.
+        k: neighbours.
+        bank: images it looks among.
+        queries: images it predicts.
+        teacher: teacher -> with its cached summaries.
+        init: with the summaries of the student before training.
+        final: with those of the student after.
+        p_value: exact paired test that both students are right equally often.
+    """
+
+    label: str
+    k: int
+    bank: int
+    queries: int
+    teacher: dict[str, float]
+    init: float
+    final: float
+    p_value: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; `knn_*` are shares of the queries, 0 to 1.
+    """What an evaluation found.
 
     Attributes:
         step: steps that the student was trained.
-        label: what kNN predicts.
-        k: its neighbours.
-        bank: images it looks among.
-        queries: images it predicts.
-        knn_teacher: teacher -> with its cached summaries.
-        knn_init: with the summaries of the student before training.
-        knn_final: with those of the student after.
-        p_value: exact paired test that both students are right equally often.
+        knn: of the student and its teachers; None if no label was asked for.
         summary: cosine of the summaries.
         patches: cosine of the patches.
         per_teacher: teacher -> summary and patches cosine of its own.
     """
 
     step: int
-    label: str
-    k: int
-    bank: int
-    queries: int
-    knn_teacher: dict[str, float]
-    knn_init: float
-    knn_final: float
-    p_value: float
+    knn: Knn | None
     summary: Cosine
     patches: Cosine
     per_teacher: dict[str, dict[str, Cosine]]
@@ -83,8 +95,8 @@ class Evaluation:
 def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "cpu") -> Evaluation:
     """Evaluate a stage's newest checkpoint beside the student before any stage.
 
-    kNN as in EUPE (arXiv:2603.22387), IN1k-kNN: class token, L2, majority vote. The bank is the
-    train sets and the queries the held-out set, each image in its centre view.
+    kNN as in EUPE (arXiv:2603.22387), IN1k-kNN: class token, L2, majority vote. The bank is train
+    sets (`Recipe.bank`) and the queries the held-out set, each image in its centre view.
 
     Args:
         recipe: the run; `evaluation` says how.
@@ -104,7 +116,7 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
         model.eval().to(device)
     feeds = inputs.centre_feeds(recipe, stage, opened.normalisers)
     constants = Constants(models[FINAL].encoder.grid(recipe.evaluation.resolution))
-    train = [dataset.name for dataset in recipe.train]
+    train = [dataset.name for dataset in recipe.bank]
     held_out = recipe.held_out.name
     sweeps = {name: sweep(recipe, stage, name, feeds[name]) for name in (*train, held_out)}
     total = sum(len(sweep) for sweep, _ in sweeps.values())
@@ -128,25 +140,6 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
             device=device,
             advance=progress.advance,
         )
-    names = [
-        _labels(feeds[name], bank.sample_ids, recipe.evaluation.label)
-        for name, bank in zip(train, banks, strict=True)
-    ]
-    asked = _labels(feeds[held_out], queries.sample_ids, recipe.evaluation.label)
-    bank_labels = [label for each in names for label in each]
-    classes = {label: number for number, label in enumerate(sorted({*bank_labels, *asked}))}
-    known = torch.tensor([classes[label] for label in bank_labels])
-    truth = torch.tensor([classes[label] for label in asked])
-
-    def right(of_bank: Sequence[Tensor], of_queries: Tensor) -> Tensor:
-        return (
-            knn_predict(torch.cat(list(of_bank)), known, of_queries, recipe.evaluation.k) == truth
-        )
-
-    correct = {
-        name: right([bank.students[name] for bank in banks], queries.students[name])
-        for name in models
-    }
     per_teacher = {
         teacher: {
             kind: Cosine(
@@ -161,26 +154,47 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
     }
     return Evaluation(
         step=saved.step,
-        label=recipe.evaluation.label,
-        k=recipe.evaluation.k,
-        bank=len(known),
-        queries=len(truth),
-        knn_teacher={
-            teacher: _share(right([bank.teachers[teacher] for bank in banks], summaries))
-            for teacher, summaries in queries.teachers.items()
-        },
-        knn_init=_share(correct[INIT]),
-        knn_final=_share(correct[FINAL]),
-        p_value=paired_test(correct[INIT], correct[FINAL]),
+        knn=_knn(recipe, feeds, dict(zip(train, banks, strict=True)), queries),
         summary=_mean([each["summary"] for each in per_teacher.values()]),
         patches=_mean([each["patches"] for each in per_teacher.values()]),
         per_teacher=per_teacher,
     )
 
 
+def _knn(
+    recipe: Recipe, feeds: Mapping[str, Feed], banks: Mapping[str, Seen], queries: Seen
+) -> Knn | None:
+    """Predict the held-out images' labels from their neighbours among the bank."""
+    label, k = recipe.evaluation.label, recipe.evaluation.k
+    if label is None:
+        return None
+    named = [_labels(feeds[name], bank.sample_ids, label) for name, bank in banks.items()]
+    known, truth = _numbered(
+        list(chain.from_iterable(named)),
+        _labels(feeds[recipe.held_out.name], queries.sample_ids, label),
+    )
+
+    def right(kind: str, name: str) -> Tensor:
+        summaries = torch.cat([getattr(bank, kind)[name] for bank in banks.values()])
+        return knn_predict(summaries, known, getattr(queries, kind)[name], k) == truth
+
+    before, after = right("students", INIT), right("students", FINAL)
+    return Knn(
+        label=label,
+        k=k,
+        bank=len(known),
+        queries=len(truth),
+        teacher={name: _share(right("teachers", name)) for name in queries.teachers},
+        init=_share(before),
+        final=_share(after),
+        p_value=paired_test(before, after),
+    )
+
+
 def write(directory: Path, evaluation: Evaluation) -> Path:
     """Write an evaluation as JSON into a folder; return the file."""
     path = directory / EVALUATION_FILE
+    directory.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
     temporary.replace(path)
@@ -190,7 +204,8 @@ def write(directory: Path, evaluation: Evaluation) -> Path:
 def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
     """Return what the training loop calls every `evaluate_every` steps: held-out cosine and kNN.
 
-    At most HOOK_IMAGES of each set, spread evenly, decoded once and kept.
+    At most HOOK_IMAGES of the first set of the bank and of the held-out set, spread evenly,
+    decoded once and kept.
 
     Args:
         recipe: the run.
@@ -198,36 +213,43 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
         opened: what it trains on.
 
     Raises:
+        ValueError: images without the label.
         StoreError: a cache of centre views cannot be read.
     """
     feeds = inputs.centre_feeds(recipe, stage, opened.normalisers)
-    names = (recipe.train[0].name, recipe.held_out.name)
+    bank_name, held_out, label = recipe.bank[0].name, recipe.held_out.name, recipe.evaluation.label
+    if label is not None:  # asked for now, so that a long run does not end on a label it lacks
+        for name in (bank_name, held_out):
+            rows, _ = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)
+            _labels(feeds[name], feeds[name].source.samples.sample_ids(rows), label)
     kept: dict[str, list[Batch]] = {}
 
     def figures(model: DistillationModel, done: int) -> dict[str, float]:
-        for name in names:
+        for name in (bank_name, held_out):
             if name not in kept:
                 kept[name] = list(sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1])
         device = next(model.parameters()).device
-        bank, queries = (look(kept[name], {FINAL: model}, opened, device=device) for name in names)
-        known, asked = (
-            _labels(feeds[name], seen.sample_ids, recipe.evaluation.label)
-            for name, seen in zip(names, (bank, queries), strict=True)
-        )
-        classes = {label: number for number, label in enumerate(sorted({*known, *asked}))}
-        guessed = knn_predict(
-            bank.students[FINAL],
-            torch.tensor([classes[label] for label in known]),
-            queries.students[FINAL],
-            recipe.evaluation.k,
+        bank, queries = (
+            look(kept[name], {FINAL: model}, opened, device=device)
+            for name in (bank_name, held_out)
         )
         both = torch.stack([queries.cosines[FINAL, name].mean(0) for name in opened.dims]).mean(0)
-        return {
+        found = {
             "held_out/cosine_summary": float(both[0]),
             "held_out/cosine_patches": float(both[1]),
-            "held_out/knn_top1": top1(guessed, torch.tensor([classes[label] for label in asked])),
             SCORE: float(both.mean()),
         }
+        if label is not None:
+            known, truth = _numbered(
+                *(
+                    _labels(feeds[name], seen.sample_ids, label)
+                    for name, seen in ((bank_name, bank), (held_out, queries))
+                )
+            )
+            students = bank.students[FINAL], queries.students[FINAL]
+            guessed = knn_predict(students[0], known, students[1], recipe.evaluation.k)
+            found["held_out/knn_top1"] = top1(guessed, truth)
+        return found
 
     return figures
 
@@ -280,9 +302,17 @@ def _labels(feed: Feed, sample_ids: Sequence[str], label: str) -> list[str]:
         example = json.loads(table["labels"][found.index(None)])
         raise ValueError(
             f"evaluation.label = {label!r}: sample {sample_ids[found.index(None)]!r} has none; its "
-            f"labels are {', '.join(sorted(example)) or 'none at all'}"
+            f"labels are {', '.join(sorted(example)) or 'none at all'}; evaluation.label=null "
+            "leaves kNN out"
         )
     return found
+
+
+def _numbered(bank: Sequence[str], queries: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Number the classes of two lists of labels alike."""
+    classes = {label: number for number, label in enumerate(sorted({*bank, *queries}))}
+    known, asked = (torch.tensor([classes[label] for label in each]) for each in (bank, queries))
+    return known, asked
 
 
 def _share(correct: Tensor) -> float:

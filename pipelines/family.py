@@ -119,7 +119,7 @@ def full(name: str) -> Recipe:
         stages=(_stage1(), _stage2(), _stage3()),
         extraction=ExtractionConfig(compute_batch=64, gpus_per_actor=1, cpus_per_actor=8),
         workers=WorkersConfig(count=8, use_gpu=True, loader_threads=16),
-        evaluation=EvaluationConfig(resolution=224),
+        evaluation=EvaluationConfig(bank=("imagenet1k",), resolution=224),
     )
 
 
@@ -150,6 +150,8 @@ def _stage1() -> StageConfig:
         head_hidden=1536,
         optimizer=OptimizerConfig(lr=2e-4, weight_decay=1e-4),
         warmup_steps=2_000,
+        checkpoint_every=2_000,
+        evaluate_every=10_000,
         activation_checkpointing=True,
         strategy="fsdp2",
     )
@@ -168,6 +170,7 @@ def _stage2() -> StageConfig:
         optimizer=OptimizerConfig(lr=2e-5, weight_decay=1e-4),
         warmup_steps=1_000,
         checkpoint_every=1_000,
+        evaluate_every=5_000,
     )
 
 
@@ -184,6 +187,7 @@ def _stage3() -> StageConfig:
         optimizer=OptimizerConfig(lr=1e-5, weight_decay=1e-4),
         warmup_steps=1_000,
         checkpoint_every=1_000,
+        evaluate_every=5_000,
         initial="stage2",
     )
 
@@ -258,6 +262,7 @@ def _short(stage: StageConfig, teachers: tuple[TeacherConfig, ...]) -> StageConf
             "precision": "float32",  # CPUs without bfloat16 units are many times slower at it
             "activation_checkpointing": False,
             "checkpoint_every": 10,
+            "evaluate_every": 10,
             "log_every": 1,
         }
     )

@@ -34,15 +34,16 @@ class CacheJob(Spec):
     extraction: ExtractionConfig
 
     def __str__(self) -> str:
-        return f"{self.dataset.name}, {self.num_views} {self.views.kind} view(s)"
+        teachers = " + ".join(teacher.name for teacher in self.teachers)
+        return f"{self.dataset.name}, {self.num_views} {self.views.kind} view(s), {teachers}"
 
 
 def cache_jobs(recipe: Recipe) -> list[CacheJob]:
     """List what a recipe needs of its expert teachers.
 
-    The train sets in their training views and in one centre view (the bank of the kNN probe), and
-    the held-out set in one centre view. Where the recipe wants its views' pixels cached, they come
-    out of the same pass as the teachers' features.
+    The train sets in their training views, those of the kNN probe's bank in one centre view too,
+    and the held-out set in one centre view. Where the recipe wants its views' pixels cached, they
+    come out of the same pass as the teachers' features.
     """
     return _jobs(recipe, (*recipe.teachers, *_pixels(recipe, recipe.pixels)))
 
@@ -57,9 +58,22 @@ def proxy_jobs(recipe: Recipe) -> list[CacheJob]:
     """List what a recipe needs of its proxy, once stage 1 is done: every scale that is drawn.
 
     Raises:
-        ValueError: stage 1 has no checkpoint yet, or the recipe has no proxy.
+        ValueError: stage 1 is not trained to its end, or the recipe has no proxy.
     """
     return _jobs(recipe, (proxy_teacher(recipe),))
+
+
+def job_groups(recipe: Recipe) -> list[list[CacheJob]]:
+    """List what can be built of a recipe's caches now, a group for each set of teachers.
+
+    The expert teachers' jobs; and the proxy's, where a stage learns from it and stage 1 is done.
+    """
+    groups = [cache_jobs(recipe)]
+    taught = any(PROXY in stage.teachers for stage in recipe.stages)
+    saved = checkpoint.latest(recipe.stage_directory("stage1"))
+    if taught and saved is not None and saved.step >= _proxy_steps(recipe):
+        groups.append(proxy_jobs(recipe))
+    return groups
 
 
 def jobs_of(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
@@ -74,11 +88,11 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
     pyramid; its adapter heads stay behind.
 
     Raises:
-        ValueError: stage 1 has no checkpoint yet, or the recipe has no proxy.
+        ValueError: stage 1 is not trained to its end, or the recipe has no proxy.
     """
     if recipe.proxy is None:
         raise ValueError(f"recipe {recipe.name} has no proxy")
-    done = checkpoint.require(recipe.stage_directory("stage1"))
+    done = checkpoint.finished(recipe.stage_directory("stage1"), _proxy_steps(recipe))
     scales = {scale for stage in recipe.stages for scale in stage.teacher_scales.get(PROXY, ())}
     return TeacherConfig(
         name=PROXY,
@@ -88,6 +102,11 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
         resolutions=tuple(sorted(scales)),
         codec=recipe.proxy_codec,
     )
+
+
+def _proxy_steps(recipe: Recipe) -> int:
+    """Return how long stage 1 trains; a recipe that shares another's proxy has no such stage."""
+    return next((stage.steps for stage in recipe.stages if stage.stage == "stage1"), 0)
 
 
 def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...]:
@@ -108,7 +127,7 @@ def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...
 def _jobs(recipe: Recipe, teachers: tuple[TeacherConfig, ...]) -> list[CacheJob]:
     wanted = [(dataset, recipe.views, recipe.num_views) for dataset in recipe.train]
     if recipe.views != recipe.held_out_views:
-        wanted += [(dataset, recipe.held_out_views, 1) for dataset in recipe.train]
+        wanted += [(dataset, recipe.held_out_views, 1) for dataset in recipe.bank]
     wanted.append((recipe.held_out, recipe.held_out_views, 1))
     return [
         CacheJob(

@@ -73,6 +73,7 @@ STATED: dict[str, object] = {
         for stage in ("stage1", "stage2", "stage3")
         for field, value in (("normaliser", "zscore"), ("loss.alpha", 0.9), ("loss.beta", 0.1))
     },
+    "evaluation.bank": ["imagenet1k"],
     "evaluation.k": 10,
     "evaluation.resolution": 224,
 }

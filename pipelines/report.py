@@ -73,6 +73,7 @@ def summarise(
         seconds: step of the run -> how long it took, as its caller measured.
         stages: stage -> what it did.
     """
+    knn = evaluation.knn
     return {
         "recipe": recipe.name,
         "images": held.images,
@@ -80,14 +81,15 @@ def summarise(
         "cache_bytes": held.bytes,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "training_steps": evaluation.step,
-        "knn_top1": {
-            "teacher": evaluation.knn_teacher,
-            "student_init": evaluation.knn_init,
-            "student_final": evaluation.knn_final,
-            "queries": evaluation.queries,
-            "p_value": evaluation.p_value,
-            "label": evaluation.label,
-            "k": evaluation.k,
+        "knn_top1": knn
+        and {
+            "teacher": knn.teacher,
+            "student_init": knn.init,
+            "student_final": knn.final,
+            "queries": knn.queries,
+            "p_value": knn.p_value,
+            "label": knn.label,
+            "k": knn.k,
         },
         "cosine": {
             "summary": asdict(evaluation.summary),
@@ -165,7 +167,8 @@ def render(
         evaluation=evaluation,
         kinds={"summary": evaluation.summary, "patches": evaluation.patches},
         bar=_bar,
-        significant=evaluation.p_value < SIGNIFICANT,
+        knn=evaluation.knn,
+        significant=evaluation.knn is not None and evaluation.knn.p_value < SIGNIFICANT,
         curves=curves,
         picture=picture,
         configuration=json.dumps(recipe.model_dump(mode="json"), indent=2),

@@ -59,14 +59,14 @@ def initial_model(
         dims: teacher -> (summary width, patch width).
 
     Raises:
-        ValueError: the initial stage has no checkpoint, or weights do not fit.
+        ValueError: the initial stage is not trained to its end, or weights do not fit.
     """
     student = student_config(recipe, stage)
     encoder = build_student(student.encoder, student.weights, recipe.seed)
     model = DistillationModel(encoder, dims, stage.head_hidden, recipe.seed)
     if stage.initial is not None:
         before = recipe.stage(stage.initial)
-        load(model, checkpoint.require(stage_directory(recipe, before)))
+        load(model, checkpoint.finished(stage_directory(recipe, before), before.steps))
     return model
 
 

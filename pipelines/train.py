@@ -140,16 +140,18 @@ class _Run:
                 for micros in steps:
                     done = self._step(micros, pace) + 1
                     progress.advance()
-                    last, held_out = done == stage.steps, dict[str, float]()
+                    last = done == stage.steps
                     if done % stage.log_every == 0 or last:
                         figures = self._figures(done, pace)
                         trackers.log(done, figures)
                         progress.note(in_words(figures, self.inputs.dims))
-                    if evaluate and (last or _due(done, stage.evaluate_every)):
+                    judged = evaluate and (last or _due(done, stage.evaluate_every))
+                    if judged or last or _due(done, stage.checkpoint_every):
+                        saved = self._save(done)
+                    if judged:  # after saving: what an evaluation raises must lose nothing
                         held_out = self._evaluate(evaluate, done)
                         trackers.log(done, held_out)
-                    if done % stage.checkpoint_every == 0 or last:
-                        saved = self._save(done, held_out.get(SCORE))
+                        saved = self._judge(saved, held_out.get(SCORE))
                     pace.mark()
         finally:
             trackers.close()
@@ -279,7 +281,13 @@ class _Run:
         whole_state.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.window = Window(**state["window"]).part(self.workers).to(self.device)
 
-    def _save(self, done: int, score: float | None) -> Checkpoint | None:
+    def _judge(self, saved: Checkpoint, score: float | None) -> Checkpoint:
+        if self.workers.rank == 0 and score is not None:
+            keep = self.stage.keep_checkpoints
+            saved = checkpoint.judge(self.directory, saved, score, keep)
+        return saved
+
+    def _save(self, done: int) -> Checkpoint:
         encoder = whole_state.weights(self.model.encoder.network)
         heads = whole_state.weights(self.model.heads)
         optimizer = whole_state.optimizer_state(self.model, self.optimizer)
@@ -293,12 +301,11 @@ class _Run:
                 heads=heads,
                 normalisers=start.normaliser_state(self.inputs),
                 state={"optimizer": optimizer, "window": window},
-                score=score,
                 recipe=self.recipe.model_dump(mode="json"),
             )
             checkpoint.save(self.directory, contents, self.stage.keep_checkpoints)
         self.workers.barrier()
-        return checkpoint.latest(self.directory)
+        return checkpoint.require(self.directory)
 
     def _seed(self, step: int) -> None:
         """Address what the network itself draws (drop path, dropout) by the step and the rank."""

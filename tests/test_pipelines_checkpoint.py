@@ -22,7 +22,7 @@ ENCODER = EncoderSpec(
 )
 
 
-def contents(step: int, score: float | None = None, **changes: object) -> Contents:
+def contents(step: int, **changes: object) -> Contents:
     generator = torch.Generator().manual_seed(step)
     values = Contents(
         step=step,
@@ -32,7 +32,6 @@ def contents(step: int, score: float | None = None, **changes: object) -> Conten
         heads={"near.summary.0.weight": torch.ones(2)},
         normalisers={"near.summary.mean": torch.zeros(4)},
         state={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}},
-        score=score,
         recipe={"name": "small"},
     )
     return dataclasses.replace(values, **changes)
@@ -43,8 +42,10 @@ def steps(directory: Path) -> list[int]:
 
 
 def test_what_is_saved_is_read_back(tmp_path):
-    given_contents = contents(7, score=0.25)
+    given_contents = contents(7)
     saved = checkpoint.save(tmp_path, given_contents, keep=1)
+    assert saved.score is None
+    saved = checkpoint.judge(tmp_path, saved, 0.25, keep=1)
     found = checkpoint.require(tmp_path)
     assert found == saved
     assert (found.step, found.score, found.pins) == (7, 0.25, {"noise/centre": 3})
@@ -78,7 +79,9 @@ def test_no_checkpoint_is_none_and_requiring_one_says_so(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path_factory, scores, keep):
     directory = tmp_path_factory.mktemp("kept")
     for step, score in enumerate(scores, start=1):
-        checkpoint.save(directory, contents(step, score), keep)
+        saved = checkpoint.save(directory, contents(step), keep)
+        if score is not None:
+            checkpoint.judge(directory, saved, score, keep)
     newest = set(range(1, len(scores) + 1)[-keep:])
     known = [score for score in scores if score is not None]
     kept = set(steps(directory))

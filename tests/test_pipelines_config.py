@@ -98,6 +98,11 @@ def _restore(changed: object, original: object) -> int:
             "'efficientnet_lite0' is not cached at [7]",
         ),
         ("views={kind: centre, canvas: 64}", "a centre view has only view 0"),
+        ("stages.stage2.warmup_steps=21", "warmup_steps = 21, steps = 20"),
+        ("stages.stage1.loss.gamma.efficientnet_lite9=2", "['efficientnet_lite9']"),
+        ("homogeneous.imagenet=0.1", "the train sets are ['emoji-train']"),
+        ("evaluation.bank=[emoji-test]", "the train sets are ['emoji-train']"),
+        ("held_out.name=emoji-train", "more than one data set of that name"),
     ],
 )
 def test_a_fault_is_one_sentence_that_names_it(recipe, item, sentence):

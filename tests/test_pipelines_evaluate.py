@@ -108,8 +108,8 @@ def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
         torch.from_numpy(queries.summaries(range(16))),
         run.evaluation.k,
     )
-    assert found.knn_teacher == {"lite0": top1(guessed, labels["held-out"].long())}
-    assert (found.bank, found.queries) == (32, 16)
+    assert found.knn.teacher == {"lite0": top1(guessed, labels["held-out"].long())}
+    assert (found.knn.bank, found.knn.queries) == (32, 16)
 
 
 def test_cosines_are_those_of_the_student_and_the_live_teacher_image_by_image(run, found):
@@ -151,7 +151,7 @@ def test_training_moved_the_student_from_where_it_began(found):
     assert found.step == 8
     assert found.summary.final > found.summary.init
     assert found.patches.final > found.patches.init
-    assert 0 < found.p_value <= 1
+    assert 0 < found.knn.p_value <= 1
 
 
 def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
@@ -164,8 +164,8 @@ def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
     )
     checkpoint.save(start.stage_directory(untrained, stage), contents, keep=1)
     found = evaluate.evaluate(untrained, stage)
-    assert found.p_value == 1
-    assert found.knn_init == found.knn_final
+    assert found.knn.p_value == 1
+    assert found.knn.init == found.knn.final
     assert (found.summary.init, found.patches.init) == (found.summary.final, found.patches.final)
 
 
@@ -175,7 +175,7 @@ def test_the_evaluation_during_training_agrees_with_the_one_after(run, found):
     assert sorted(seen) == [4, 8]
     assert seen[8]["held_out/cosine_summary"] == pytest.approx(found.summary.final, abs=1e-6)
     assert seen[8]["held_out/cosine_patches"] == pytest.approx(found.patches.final, abs=1e-6)
-    assert seen[8]["held_out/knn_top1"] == found.knn_final
+    assert seen[8]["held_out/knn_top1"] == found.knn.final
 
 
 def test_a_label_that_is_not_there_is_named(run):
@@ -184,6 +184,16 @@ def test_a_label_that_is_not_there_is_named(run):
     )
     with pytest.raises(ValueError, match=r"label = 'colour': sample '.*' has none; .* label"):
         evaluate.evaluate(asked, asked.stages[0])
+    opened = inputs.from_caches(run, run.stages[0])
+    with pytest.raises(ValueError, match=r"evaluation\.label=null"):  # before a step is trained
+        evaluate.hook(asked, asked.stages[0], opened)
+
+
+def test_no_label_is_no_knn(run, found):
+    asked = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"label": None})})
+    without = evaluate.evaluate(asked, asked.stages[0])
+    assert without.knn is None
+    assert without.summary == found.summary
 
 
 def test_a_stage_that_was_not_trained_says_so(run, tmp_path):

@@ -10,21 +10,23 @@ import small_stage
 
 from flows import summary as closing
 from pipelines import figures, report
-from pipelines.evaluate import Cosine, Evaluation
+from pipelines.evaluate import Cosine, Evaluation, Knn
 from pipelines.figures import TokenPicture
 from pipelines.pyramid import StageFigures
 from pipelines.report import Caches
 
 FOUND = Evaluation(
     step=300,
-    label="category",
-    k=10,
-    bank=1420,
-    queries=486,
-    knn_teacher={"near": 0.7, "far": 0.65},
-    knn_init=0.51,
-    knn_final=0.58,
-    p_value=0.0123,
+    knn=Knn(
+        label="category",
+        k=10,
+        bank=1420,
+        queries=486,
+        teacher={"near": 0.7, "far": 0.65},
+        init=0.51,
+        final=0.58,
+        p_value=0.0123,
+    ),
     summary=Cosine(0.03, 0.001, 0.371),
     patches=Cosine(0.37, -0.002, 0.432),
     per_teacher={
@@ -136,15 +138,24 @@ def test_what_stage_3_adds_is_shown_scale_by_scale(run):
 
 
 def test_a_difference_that_is_not_shown_is_not_claimed(run):
-    shown = replace(FOUND, p_value=0.4)
+    shown = replace(FOUND, knn=replace(FOUND.knn, p_value=0.4))
     summary = report.summarise(run, Caches(1, 1, 1), shown, {}, {})
     page = report.render(run, summary, shown, "<svg></svg>", PICTURE)
     assert "No difference can be shown" in page
     assert "The two differ" not in page
 
 
+def test_without_labels_there_is_a_report_without_knn(run):
+    shown = replace(FOUND, knn=None)
+    summary = report.summarise(run, Caches(1, 1, 1), shown, {}, {})
+    page = report.render(run, summary, shown, "<svg></svg>", PICTURE)
+    assert "kNN" not in page
+    assert "0.371" in page
+    assert all("kNN" not in row["figure"] for row in closing.rows(summary))
+
+
 def test_names_are_escaped(run):
-    shown = replace(FOUND, label="<b>bold</b>")
+    shown = replace(FOUND, knn=replace(FOUND.knn, label="<b>bold</b>"))
     summary = report.summarise(run, Caches(1, 1, 1), shown, {}, {})
     page = report.render(run, summary, shown, "<svg></svg>", PICTURE)
     assert "<b>bold" not in page

@@ -16,6 +16,7 @@ import train_child
 from filelock import FileLock
 
 from pipelines import checkpoint, scales, start, tracking, train
+from pipelines.errors import bad_input
 from pipelines.train import train_stage
 
 CHILD = Path(__file__).with_name("train_child.py")
@@ -117,8 +118,9 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path)
             yield batch
 
     bad = train.Inputs(poisoned, made.dims, made.normalisers, made.identity, made.pins)
-    with pytest.raises(FloatingPointError, match="step 4"):
+    with pytest.raises(FloatingPointError, match="step 4") as stopped:
         train_stage(run, run.stages[0], bad, tmp_path / "stage2")
+    assert bad_input(stopped.value) == str(stopped.value)
     saved = checkpoint.require(tmp_path / "stage2")
     assert saved.step == 4
     assert all(bool(value.isfinite().all()) for value in saved.encoder().values())
@@ -232,6 +234,18 @@ def test_evaluation_is_called_when_due_and_its_score_is_kept(tmp_path):
     best = checkpoint.best(directory)
     assert best is not None
     assert (best.step, best.score) == (5, 0.0)
+
+
+def test_an_evaluation_that_fails_loses_no_step(tmp_path):
+    run = small_stage.recipe(tmp_path, evaluate_every=7, checkpoint_every=100)
+    directory = tmp_path / "stage2"
+
+    def evaluate(model, done):
+        raise ValueError("no label")
+
+    with pytest.raises(ValueError, match="no label"):
+        train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=evaluate)
+    assert checkpoint.require(directory).step == 7
 
 
 def test_evaluation_does_not_change_what_is_learnt(tmp_path):
