@@ -87,7 +87,7 @@ class Samples:
         directory = layout.samples_directory(layout.cache_root(root), dataset)
         head = _read_head(directory)
         if head is None:
-            raise NotBuilt(f"{directory}: dataset {dataset!r} has no samples here; index it first")
+            raise _no_samples(directory, dataset)
         return cls(directory, head, [_map_segment(directory, s) for s in _segments_of(head)])
 
     @classmethod
@@ -304,6 +304,24 @@ def segment_files(root: str | Path, dataset: str) -> list[tuple[Path, str]]:
     directory = layout.samples_directory(layout.cache_root(root), dataset)
     head = _read_head(directory) or {}
     return [(directory / str(s["name"]), str(s["sha256"])) for s in _segments_of(head)]
+
+
+def num_rows_now(root: str | Path, dataset: str) -> int:
+    """Return one past the last row of a dataset as it is now, from its HEAD alone.
+
+    Raises:
+        NotBuilt: the dataset has no samples in this root.
+    """
+    directory = layout.samples_directory(layout.cache_root(root), dataset)
+    head = _read_head(directory)
+    if head is None:
+        raise _no_samples(directory, dataset)
+    last = _segments_of(head)[-1]
+    return int(last["start"]) + int(last["rows"])  # type: ignore[call-overload,no-any-return]
+
+
+def _no_samples(directory: Path, dataset: str) -> NotBuilt:
+    return NotBuilt(f"{directory}: dataset {dataset!r} has no samples here; index it first")
 
 
 def _conform(table: pl.DataFrame | pa.Table) -> pl.DataFrame:

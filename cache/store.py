@@ -14,7 +14,7 @@ from cache import arrow_shard, arrow_tables, atomic, layout, place, zarr_shard
 from cache.codec import Codec, Moments, make_codec
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.manifest import Manifest, ShardRecord
-from cache.samples import Samples, ShardRange
+from cache.samples import Samples, ShardRange, num_rows_now
 from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
 
@@ -148,6 +148,25 @@ class Store:
             self._write_array_metadata(view)
         return self.manifest().commit(records)
 
+    def mend_metadata(self) -> None:
+        """Write the zarr.json of every committed view anew where it is missing or another.
+
+        For builds that find no shard to do, and so commit none.
+        """
+        for view in np.unique(arrow_tables.to_numpy(self.manifest().table()["view"])).tolist():
+            self._write_array_metadata(view)
+
+    def array_metadata(self, num_rows: int) -> bytes:
+        """Return the zarr.json of a view, of so many rows."""
+        return zarr_shard.array_metadata(
+            num_rows,
+            self.samples.rows_per_shard,
+            self.row_shape,
+            self.codec.storage_dtype,
+            self.codec.fill_value,
+            self.attributes(),
+        )
+
     def attributes(self) -> dict[str, object]:
         """What the patches array says about itself: plain data, no provenance."""
         return {
@@ -161,16 +180,15 @@ class Store:
         }
 
     def _write_array_metadata(self, view: int) -> None:
-        content = zarr_shard.array_metadata(
-            self.samples.num_rows,
-            self.samples.rows_per_shard,
-            self.row_shape,
-            self.codec.storage_dtype,
-            self.codec.fill_value,
-            self.attributes(),
-        )
+        """Write the zarr.json of the dataset as it is now; once more if it grew meanwhile.
+
+        Samples are only added: who looks again after writing has shortened nobody's array.
+        """
         path = layout.zarr_file(self.directory, view)
-        if not path.is_file() or path.read_bytes() != content:
+        while True:
+            content = self.array_metadata(num_rows_now(self.root, self.spec.dataset.name))
+            if path.is_file() and path.read_bytes() == content:
+                return
             atomic.write(path, [content], layout.scratch_directory(self.directory))
 
 

@@ -1,7 +1,8 @@
-"""Check a store against its manifest: sizes, checksums, indexes, ids and counts."""
+"""Check a store against its manifest: sizes, checksums, indexes, ids, counts, the arrays' shape."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from cache import arrow_shard, arrow_tables, layout, zarr_shard
 from cache.errors import StoreError
 from cache.manifest import Manifest, ShardRecord
-from cache.samples import segment_files
+from cache.samples import num_rows_now, segment_files
 from cache.store import Store
 
 READ_BYTES = 1 << 22
@@ -65,6 +66,7 @@ def verify(
     if report.problems:
         return report  # shards cannot be judged by tables that are damaged themselves
     records = manifest.records()
+    report.problems.extend(_check_metadata(store, records))
     for done, record in enumerate(records, 1):
         report.num_shards += 1
         report.num_rows += record.stop - record.start
@@ -88,6 +90,32 @@ def _check_pinned(store: Store, manifest: Manifest, report: Report) -> None:
         problem = _compare(path, sha256, report)
         if problem is not None:
             report.problems.append(problem)
+
+
+def _check_metadata(store: Store, records: Sequence[ShardRecord]) -> Iterator[Problem]:
+    """Check what outside readers see of each view: its zarr.json.
+
+    It has the dataset's length at a commit: all committed rows, and no more than there are now.
+    """
+    ends: dict[int, int] = {}
+    for record in records:
+        ends[record.view] = max(record.stop, ends.get(record.view, 0))
+    for view, end in ends.items():
+        path = layout.zarr_file(store.directory, view)
+        try:
+            found = json.loads(path.read_bytes())
+            num_rows = int(found["shape"][0])
+        except FileNotFoundError:
+            yield Problem(path, "missing")
+            continue
+        except (ValueError, LookupError, TypeError) as error:
+            yield Problem(path, f"no metadata of an array ({error})")
+            continue
+        now = num_rows_now(store.root, store.spec.dataset.name)
+        if not end <= num_rows <= now:
+            yield Problem(path, f"{num_rows} rows; {end} are committed, the dataset has {now}")
+        elif found != json.loads(store.array_metadata(num_rows)):
+            yield Problem(path, "describes another array than this store's")
 
 
 def _check_shard(

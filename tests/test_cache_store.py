@@ -224,6 +224,19 @@ def test_growth_only_adds_files(tmp_path):
     assert len(Reader(grown, version=2)) == 6  # the version from before growth
 
 
+def test_a_builder_from_before_growth_shortens_no_array(tmp_path):
+    toy = Toy(tmp_path)
+    toy.add_samples(ids(8))
+    before = toy.store()
+    late = toy.write(before, 0, before.samples.shard_range(1))
+    toy.add_samples(ids(4, "b"))
+    grown = toy.store()
+    grown.commit([toy.write(grown, 0, shard) for _, shard in grown.todo(1)])
+    before.commit([late])
+    array = zarr.open_array(str(layout.view_directory(grown.directory, 0)), mode="r")
+    np.testing.assert_array_equal(array[8], features("b/000", 0)[0].astype(np.float16))
+
+
 def test_a_grown_store_equals_one_built_at_once(tmp_path):
     for name, steps in (("grown", [1, 2]), ("once", [2])):
         toy = Toy(tmp_path / name)

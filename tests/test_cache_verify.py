@@ -11,6 +11,8 @@ from cache.samples import segment_files
 from cache.store import Store
 from cache.verify import verify
 
+LENGTH = b'"shape": [\n    '
+
 
 @pytest.fixture
 def store(tmp_path):
@@ -63,6 +65,38 @@ def test_missing_and_cut_files_are_named(store):
     assert found[str(patches)] == "missing"
     assert "its record says" in found[str(rows)]
     assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda content: None, "missing"),
+        (lambda content: content[:-9], "no metadata of an array"),
+        (lambda content: content.replace(b'"float16"', b'"float32"'), "describes another array"),
+        (lambda content: content.replace(LENGTH + b"6", LENGTH + b"5"), "5 rows; 6 are committed"),
+        (lambda content: content.replace(LENGTH + b"6", LENGTH + b"7"), "the dataset has 6"),
+    ],
+)
+def test_what_outside_readers_see_is_checked_and_mended(store, change, what):
+    path = layout.zarr_file(store.directory, 1)
+    good = path.read_bytes()
+    changed = change(good)
+    path.unlink()
+    if changed is not None:
+        assert changed != good
+        path.write_bytes(changed)
+    (problem,) = verify(store, deep=False).problems
+    assert problem.path == path
+    assert what in problem.what
+    assert store.todo(2) == []  # so a build commits nothing, and mends
+    store.mend_metadata()
+    assert path.read_bytes() == good
+    assert verify(store).problems == []
+
+
+def test_a_dataset_that_has_grown_leaves_its_stores_sound(store):
+    Toy(store.root).add_samples(ids(3, "b"))
+    assert verify(Toy(store.root).store()).problems == []
 
 
 def test_a_swapped_shard_is_found_even_without_checksums(store):
