@@ -209,7 +209,23 @@ def make_view(data: bytes, policy: CentreView | AugmentedView, sample_id: str, v
         ImageError: the bytes are no usable image.
         ValueError: the policy has no such view.
     """
-    image = decode(data, policy.background)
+    return view_of(decode(data, policy.background), policy, sample_id, view)
+
+
+def view_of(
+    image: Image.Image, policy: CentreView | AugmentedView, sample_id: str, view: int
+) -> View:
+    """Draw and render one view of a decoded picture: one decode serves all views of a sample.
+
+    Args:
+        image: of `decode`, over the policy's background.
+        policy: the view policy.
+        sample_id: key of the sample.
+        view: number of the view, from 0.
+
+    Raises:
+        ValueError: the policy has no such view.
+    """
     parameters = draw(policy, sample_id, view, *image.size)
     canvas = render(image, policy, parameters)
     return View(canvas, parameters, digest(canvas))

@@ -69,11 +69,60 @@ class Drawn:
 
 
 class _Pass(NamedTuple):
-    """One compute batch: where it lies in the table, its views, each output on its device."""
+    """One view of a compute batch: where it lies in the table, each output on its device."""
 
     start: int
+    view: int
     drawn: list[Drawn]
     tokens: dict[Output, Features]
+
+
+class _Part:
+    """What one store gets of one view of one shard, gathered batch by batch, then written."""
+
+    def __init__(self, store: Store, view: int, shard: ShardRange) -> None:
+        self._store, self._view, self._shard = store, view, shard
+        self._patches = np.empty((len(shard), *store.row_shape), store.codec.storage_dtype)
+        self._summaries: list[np.ndarray] = []
+        self._escapes: list[Escapes] = []
+        self._starts: list[int] = []
+        self._digests: list[str | None] = []
+        self._parameters: list[str | None] = []
+        self._reasons: list[str | None] = []
+
+    def add(self, batch: _Pass) -> None:
+        """Encode a batch's tokens; its pixels are not kept."""
+        features = batch.tokens[_output(self._store)]
+        encoded = encode(self._store.codec, features.patches.flatten(1, 2))
+        summary = features.summary.cpu().numpy()
+        self._patches[batch.start : batch.start + len(batch.drawn)] = encoded.data
+        self._summaries.append(summary)
+        self._escapes.append(encoded.escapes)
+        self._starts.append(batch.start)
+        self._digests += [image.digest for image in batch.drawn]
+        self._parameters += [image.parameters for image in batch.drawn]
+        self._reasons += [
+            image.reason or _summary_reason(own) or other
+            for image, own, other in zip(batch.drawn, summary, encoded.reasons, strict=True)
+        ]
+
+    def write(self, samples: pl.DataFrame, made_by: Mapping[str, object]) -> ShardRecord:
+        """Write the shard's files, once every batch is there."""
+        summary = np.concatenate(self._summaries)
+        rows = pl.DataFrame(
+            {
+                "sample_id": samples["sample_id"],
+                "valid": [reason is None for reason in self._reasons],
+                "reason": pl.Series(self._reasons, dtype=pl.String),
+                "view_digest": pl.Series(self._digests, dtype=pl.String),
+                "parameters": pl.Series(self._parameters, dtype=pl.String),
+                "summary": pl.Series(summary, dtype=pl.Array(pl.Float32, summary.shape[1])),
+            }
+        )
+        escapes = Escapes.joined(self._escapes, self._starts)
+        return write_shard(
+            self._store, self._view, self._shard, self._patches, rows, made_by, escapes
+        )
 
 
 class Extractor:
@@ -125,7 +174,7 @@ class Extractor:
         """
         parts: dict[Output, list[tuple[np.ndarray, np.ndarray]]] = {each: [] for each in outputs}
         with self._computing:
-            for batch in self._passes(policy, samples, 0, outputs, compute_batch):
+            for batch in self._passes(policy, samples, {0: outputs}, compute_batch):
                 decoded = np.array([drawn.reason is None for drawn in batch.drawn])
                 for output, features in batch.tokens.items():
                     summary = features.summary.cpu().numpy()
@@ -135,68 +184,42 @@ class Extractor:
                     parts[output].append((summary[finite], patches[finite]))
         return {output: _measured(tokens, num_tokens) for output, tokens in parts.items()}
 
-    def extract(self, stores: Sequence[Store], view: int, shard: ShardRange) -> list[ShardRecord]:
-        """Compute and write one shard of one view for several stores.
+    def extract(
+        self, wanted: Mapping[int, Sequence[Store]], shard: ShardRange
+    ) -> list[ShardRecord]:
+        """Compute and write one shard of some views for several stores.
 
-        Each image is read, decoded and drawn once for all of them.
+        Each image is read and decoded once for all of them, each view drawn once.
 
         Args:
-            stores: of one dataset, view policy and compute batch.
-            view: view number.
+            wanted: view number -> stores that want it; all of one dataset, view policy and compute
+                batch.
             shard: which rows.
 
         Returns:
-            one record a store; nothing is committed.
+            one record a view and store, in the order of `wanted`; nothing is committed.
 
         Raises:
             ValueError: weights that cannot be loaded or are not those a store was made with; an
                 image file that is gone or is another one than was indexed.
             StoreError: a file cannot be written.
         """
-        spec, samples = stores[0].spec, stores[0].samples.shard(shard.shard)
+        stores = [store for of_view in wanted.values() for store in of_view]
+        samples = stores[0].samples.shard(shard.shard)
         compute_batch = int(str(stores[0].provenance["compute_batch"]))
-        outputs = [_output(store) for store in stores]
-        drawn: list[Drawn] = []
-        patches = [
-            np.empty((len(shard), *store.row_shape), store.codec.storage_dtype) for store in stores
-        ]
-        summaries: list[list[np.ndarray]] = [[] for _ in stores]
-        escapes: list[list[Escapes]] = [[] for _ in stores]
-        starts: list[int] = []
-        reasons: list[list[str | None]] = [[] for _ in stores]
+        outputs = {view: [_output(store) for store in of_view] for view, of_view in wanted.items()}
+        parts = {
+            view: [_Part(store, view, shard) for store in of_view]
+            for view, of_view in wanted.items()
+        }
         with self._computing:
             for store in stores:
                 _check_teacher(self._teacher(store.spec.teacher.name).spec, store)
-            for batch in self._passes(spec.views, samples, view, outputs, compute_batch):
-                drawn += batch.drawn
-                starts.append(batch.start)
-                rows = slice(batch.start, batch.start + len(batch.drawn))
-                for number, store in enumerate(stores):
-                    features = batch.tokens[outputs[number]]
-                    encoded = encode(store.codec, features.patches.flatten(1, 2))
-                    summary = features.summary.cpu().numpy()
-                    patches[number][rows] = encoded.data
-                    escapes[number].append(encoded.escapes)
-                    summaries[number].append(summary)
-                    reasons[number] += [
-                        image.reason or _summary_reason(own) or other
-                        for image, own, other in zip(
-                            batch.drawn, summary, encoded.reasons, strict=True
-                        )
-                    ]
+            for batch in self._passes(stores[0].spec.views, samples, outputs, compute_batch):
+                for part in parts[batch.view]:
+                    part.add(batch)
         made_by = provenance(self._device, compute_batch, torch.get_num_threads())
-        return [
-            write_shard(
-                store,
-                view,
-                shard,
-                patches[number],
-                _rows(samples, drawn, reasons[number], np.concatenate(summaries[number])),
-                made_by,
-                Escapes.joined(escapes[number], starts),
-            )
-            for number, store in enumerate(stores)
-        ]
+        return [part.write(samples, made_by) for of_view in parts.values() for part in of_view]
 
     def _teacher(self, name: str) -> Teacher:
         if name not in self._teachers:
@@ -210,45 +233,55 @@ class Extractor:
         self,
         policy: CentreView | AugmentedView,
         samples: pl.DataFrame,
-        view: int,
-        outputs: Sequence[Output],
+        wanted: Mapping[int, Sequence[Output]],
         compute_batch: int,
     ) -> Iterator[_Pass]:
-        """Walk over samples in compute batches; the next one is decoded while this one computes."""
-        resolutions = sorted({resolution for _, resolution in outputs})
-        draw = partial(self._draw, policy, view, resolutions)
+        """Walk over samples in compute batches, and in each over the views (view -> outputs).
 
-        def decode(start: int) -> list[Future[Drawn]]:
+        The next batch is decoded, and all its views are drawn, while this one computes.
+        """
+        sides = {view: sorted({side for _, side in outputs}) for view, outputs in wanted.items()}
+        draw = partial(self._draw, policy, sides)
+
+        def decode(start: int) -> list[Future[dict[int, Drawn]]]:
             rows = samples.slice(start, compute_batch).iter_rows(named=True)
             return [self._decoders.submit(draw, sample) for sample in rows]
 
         ahead = decode(0)
         for start in range(0, len(samples), compute_batch):
             coming, ahead = ahead, decode(start + compute_batch)
-            drawn = [future.result() for future in coming]
-            pixels = {side: _stacked(drawn, side) for side in resolutions}
-            tokens = {}
-            for name, side in outputs:
-                tokens[name, side] = padded_forward(
-                    self._teacher(name), pixels[side], compute_batch, self._device
-                )
-            yield _Pass(start, drawn, tokens)
+            images = [future.result() for future in coming]
+            for view, outputs in wanted.items():
+                drawn = [image[view] for image in images]
+                pixels = {side: _stacked(drawn, side) for side in sides[view]}
+                tokens = {}
+                for name, side in outputs:
+                    tokens[name, side] = padded_forward(
+                        self._teacher(name), pixels[side], compute_batch, self._device
+                    )
+                yield _Pass(start, view, drawn, tokens)
 
     def _draw(
         self,
         policy: CentreView | AugmentedView,
-        view: int,
-        resolutions: Sequence[int],
+        sides: Mapping[int, Sequence[int]],
         sample: Mapping[str, object],
-    ) -> Drawn:
+    ) -> dict[int, Drawn]:
+        """Decode a sample once and draw its views, each at its own resolutions."""
         data = self._images.read(sample, verify=True)
         try:
-            drawn = views.make_view(data, policy, str(sample["sample_id"]), view)
+            image = views.decode(data, policy.background)
         except views.ImageError as error:
-            return Drawn({}, None, None, str(error))
-        pixels = {side: views.resize(drawn.canvas, side) for side in resolutions}
-        parameters = json.dumps(drawn.parameters.to_json_dict(), sort_keys=True)
-        return Drawn(pixels, drawn.digest, parameters, None)
+            return dict.fromkeys(sides, Drawn({}, None, None, str(error)))
+        drawn = {}
+        for view, resolutions in sides.items():
+            canvas, parameters, digest = views.view_of(
+                image, policy, str(sample["sample_id"]), view
+            )
+            pixels = {side: views.resize(canvas, side) for side in resolutions}
+            as_json = json.dumps(parameters.to_json_dict(), sort_keys=True)
+            drawn[view] = Drawn(pixels, digest, as_json, None)
+        return drawn
 
 
 def provenance(device: str, compute_batch: int, compute_threads: int) -> dict[str, object]:
@@ -285,25 +318,6 @@ def _stacked(drawn: Sequence[Drawn], side: int) -> np.ndarray:
 
 def _summary_reason(summary: np.ndarray) -> str | None:
     return None if np.isfinite(summary).all() else "the teacher's summary is not finite"
-
-
-def _rows(
-    samples: pl.DataFrame,
-    drawn: Sequence[Drawn],
-    reasons: Sequence[str | None],
-    summary: np.ndarray,
-) -> pl.DataFrame:
-    """Build the table of one shard's rows as `cache.writer` wants it."""
-    return pl.DataFrame(
-        {
-            "sample_id": samples["sample_id"],
-            "valid": [reason is None for reason in reasons],
-            "reason": pl.Series(reasons, dtype=pl.String),
-            "view_digest": pl.Series([each.digest for each in drawn], dtype=pl.String),
-            "parameters": pl.Series([each.parameters for each in drawn], dtype=pl.String),
-            "summary": pl.Series(summary, dtype=pl.Array(pl.Float32, summary.shape[1])),
-        }
-    )
 
 
 def _measured(parts: Sequence[tuple[np.ndarray, np.ndarray]], num_tokens: int) -> Measured:

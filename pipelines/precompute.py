@@ -37,6 +37,8 @@ from pipelines.pool import Pool
 from pipelines.progress import track
 
 REASONS_SHOWN = 3
+VIEWS_TOGETHER = 4
+"""Views of a shard that one call draws from one decode; it holds the patches of all of them."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Extracted:
 
     Attributes:
         num_shards: shards computed, over all stores; 0 if everything was there.
-        num_images: images read, each view counted.
+        num_images: images computed on, each view counted.
         num_invalid: rows of the job's stores that are invalid, now.
         seconds: wall time.
     """
@@ -171,7 +173,7 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
     for store in stores:
         atomic.sweep(layout.scratch_directory(store.directory))  # of killed builders
     tasks = _tasks(stores, job.num_views)
-    num_images = sum(len(shard) for _, _, shard in tasks)
+    num_images = sum(len(wanted) * len(shard) for wanted, shard in tasks)
     num_shards = 0
     invalid = {id(store): _num_invalid(job, store) for store in stores}
     if tasks:
@@ -180,13 +182,14 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
             track(num_images, f"Extracting {job}") as progress,
         ):
             for number, records in workers.run("extract", tasks):
-                wanted, _, shard = tasks[number]
-                for store, record in zip(wanted, records, strict=True):
+                wanted, shard = tasks[number]
+                theirs = [store for of_view in wanted.values() for store in of_view]
+                for store, record in zip(theirs, records, strict=True):
                     store.commit([record])
                     num_shards += 1
                     invalid[id(store)] += record.num_invalid
-                progress.advance(len(shard))
-                _check_invalid(job, wanted, [invalid[id(store)] for store in wanted])
+                progress.advance(len(wanted) * len(shard))
+                _check_invalid(job, theirs, [invalid[id(store)] for store in theirs])
     counts = [_num_invalid(job, store) for store in stores]
     _check_invalid(job, stores, counts)
     return Extracted(num_shards, num_images, sum(counts), time.monotonic() - started)
@@ -304,18 +307,26 @@ def _open(job: CacheJob, spec: StoreSpec) -> Store | None:
         return None
 
 
-def _tasks(stores: Sequence[Store], num_views: int) -> list[tuple[list[Store], int, ShardRange]]:
-    """List (stores that want it, view, shard).
+def _tasks(
+    stores: Sequence[Store], num_views: int
+) -> list[tuple[dict[int, list[Store]], ShardRange]]:
+    """List (view -> stores that want it, shard).
 
-    Stores of one compute batch share a task, and with it one decode of every image.
+    Stores of one compute batch share a task, and with it one decode of every image for all views.
     """
-    wanted: dict[tuple[int, int, str], list[Store]] = defaultdict(list)
+    wanted: dict[tuple[int, str], dict[int, list[Store]]] = defaultdict(lambda: defaultdict(list))
     shards: dict[int, ShardRange] = {}
     for store in stores:
         for view, shard in store.todo(num_views):
-            wanted[view, shard.shard, str(store.provenance["compute_batch"])].append(store)
+            wanted[shard.shard, str(store.provenance["compute_batch"])][view].append(store)
             shards[shard.shard] = shard
-    return [(wanted[key], key[0], shards[key[1]]) for key in sorted(wanted)]
+    tasks = []
+    for key in sorted(wanted):
+        views = sorted(wanted[key])
+        for start in range(0, len(views), VIEWS_TOGETHER):
+            together = views[start : start + VIEWS_TOGETHER]
+            tasks.append(({view: wanted[key][view] for view in together}, shards[key[0]]))
+    return tasks
 
 
 def _num_invalid(job: CacheJob, store: Store) -> int:
