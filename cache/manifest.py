@@ -78,10 +78,11 @@ class Manifest:
         head: the parsed HEAD.
     """
 
-    def __init__(self, directory: Path, head: dict[str, object]):
+    def __init__(self, directory: Path, head: dict[str, object], content: bytes | None):
         """Use `Manifest.open` or `Manifest.create`."""
         self.directory = directory
         self.head = head
+        self._content = content  # of the HEAD file as read, which a commit expects to find
 
     @classmethod
     def open(cls, store: Path) -> "Manifest":
@@ -94,21 +95,22 @@ class Manifest:
         directory = layout.manifest_directory(store)
         path = directory / layout.HEAD
         try:
-            head = json.loads(path.read_bytes())
+            content = path.read_bytes()
+            head = json.loads(content)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotBuilt(f"{store}: no store here (it has no manifest/HEAD)") from error
         except ValueError as error:
             raise Corrupt(f"{path}: no JSON ({error})") from error
         if not isinstance(head, dict) or head.get("format") != 1:
             raise Corrupt(f"{path}: wants a JSON object of format 1")
-        return cls(directory, head)
+        return cls(directory, head, content)
 
     @classmethod
     def create(cls, store: Path, pinned: Mapping[str, object]) -> "Manifest":
         """Write the first HEAD, version 0 without shards; `pinned` fields stay in every HEAD."""
         head = {"format": 1, **pinned, "version": 0, "segments": []}
-        manifest = cls(layout.manifest_directory(store), head)
-        manifest._write_head(head, None)
+        manifest = cls(layout.manifest_directory(store), head, None)
+        manifest._write_head(head)
         return manifest
 
     @property
@@ -179,7 +181,7 @@ class Manifest:
         rows = [asdict(record) for record in records]
         given = time.monotonic() + LOCK_SECONDS
         while True:
-            self.head = Manifest.open(self.directory.parent).head
+            self._read_again()
             version = self.version + 1
             columns = {"version": [version] * len(records)}
             columns |= {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
@@ -206,8 +208,7 @@ class Manifest:
         path = self.directory / f"{first:08d}-{version:08d}.arrow"
         name, written = atomic.write_new(path, arrow_tables.to_bytes(table), scratch)
         entry = {"name": name, "rows": table.num_rows, "sha256": written.sha256}
-        there = _head_bytes(self.head)
-        self._write_head({**self.head, "version": version, "segments": [*segments, entry]}, there)
+        self._write_head({**self.head, "version": version, "segments": [*segments, entry]})
         if isinstance(self.directory, BucketPath):
             return  # another machine may be about to name a segment, or be reading an older HEAD
         named = {str(entry["name"]) for entry in self._segments()}
@@ -215,10 +216,15 @@ class Manifest:
             if path.name not in named:  # merged just now, or left by a killed commit
                 path.unlink(missing_ok=True)
 
-    def _write_head(self, head: dict[str, object], there: bytes | None) -> None:
+    def _write_head(self, head: dict[str, object]) -> None:
         scratch = layout.scratch_directory(self.directory.parent)
-        atomic.swap(self.directory / layout.HEAD, _head_bytes(head), there, scratch)
-        self.head = head
+        content = json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
+        atomic.swap(self.directory / layout.HEAD, content, self._content, scratch)
+        self.head, self._content = head, content
+
+    def _read_again(self) -> None:
+        newest = Manifest.open(self.directory.parent)
+        self.head, self._content = newest.head, newest._content
 
     def _segments(self) -> list[dict[str, object]]:
         segments = self.head["segments"]
@@ -234,10 +240,10 @@ class Manifest:
             try:
                 return [self._segment(entry) for entry in self._segments()]
             except (NotBuilt, Corrupt):
-                newest = Manifest.open(self.directory.parent).head
-                if newest == self.head:
+                before = self.head
+                self._read_again()
+                if self.head == before:
                     raise
-                self.head = newest
 
     def _segment(self, entry: Mapping[str, object]) -> pa.Table:
         path = self.directory / str(entry["name"])
@@ -248,10 +254,6 @@ class Manifest:
         if table.schema != SCHEMA:
             raise Corrupt(f"{path}: not the segment its HEAD describes")
         return table
-
-
-def _head_bytes(head: Mapping[str, object]) -> bytes:
-    return json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def _rows(entry: Mapping[str, object]) -> int:

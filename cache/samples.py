@@ -85,7 +85,7 @@ class Samples:
             Corrupt: a segment is missing or is no Arrow file.
         """
         directory = layout.samples_directory(layout.cache_root(root), dataset)
-        head = _read_head(directory)
+        head, _ = _read_head(directory)
         if head is None:
             raise _no_samples(directory, dataset)
         return cls(directory, head, [_map_segment(directory, s) for s in _segments_of(head)])
@@ -134,7 +134,7 @@ class Samples:
         given: pl.DataFrame,
         rows_per_shard: int | None,
     ) -> "Samples":
-        head = _read_head(directory)
+        head, content_there = _read_head(directory)
         start = 0
         if head is None:
             if rows_per_shard is None:
@@ -172,9 +172,9 @@ class Samples:
             directory / f"{len(segments):08d}.arrow", arrow_tables.to_bytes(segment), scratch
         )
         entry = {"name": name, "start": start, "rows": given.height, "sha256": written.sha256}
-        expected = _head_bytes(head) if segments else None
-        content = _head_bytes({**head, "segments": [*segments, entry]})
-        atomic.swap(directory / layout.HEAD, content, expected, scratch)
+        head["segments"] = [*segments, entry]
+        content = json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
+        atomic.swap(directory / layout.HEAD, content, content_there, scratch)
         return cls.open(root, dataset.name)
 
     def __len__(self) -> int:
@@ -302,8 +302,8 @@ class Samples:
 def segment_files(root: str | Path, dataset: str) -> list[tuple[Path, str]]:
     """Return path and sha256 of every segment of a dataset, from its HEAD alone."""
     directory = layout.samples_directory(layout.cache_root(root), dataset)
-    head = _read_head(directory) or {}
-    return [(directory / str(s["name"]), str(s["sha256"])) for s in _segments_of(head)]
+    head, _ = _read_head(directory)
+    return [(directory / str(s["name"]), str(s["sha256"])) for s in _segments_of(head or {})]
 
 
 def num_rows_now(root: str | Path, dataset: str) -> int:
@@ -313,7 +313,7 @@ def num_rows_now(root: str | Path, dataset: str) -> int:
         NotBuilt: the dataset has no samples in this root.
     """
     directory = layout.samples_directory(layout.cache_root(root), dataset)
-    head = _read_head(directory)
+    head, _ = _read_head(directory)
     if head is None:
         raise _no_samples(directory, dataset)
     last = _segments_of(head)[-1]
@@ -365,22 +365,19 @@ def _frame(table: pa.Table) -> pl.DataFrame:
     return frame
 
 
-def _read_head(directory: Path) -> dict[str, object] | None:
+def _read_head(directory: Path) -> tuple[dict[str, object] | None, bytes | None]:
+    """Return HEAD parsed and as it is, which the next one's writer expects to find."""
     try:
         content = (directory / layout.HEAD).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None, None
     try:
         head = json.loads(content)
     except ValueError as error:
         raise Corrupt(f"{directory / layout.HEAD}: no JSON ({error})") from error
     if not isinstance(head, dict) or head.get("format") != 1:
         raise Corrupt(f"{directory / layout.HEAD}: wants a JSON object of format 1")
-    return head
-
-
-def _head_bytes(head: dict[str, object]) -> bytes:
-    return json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
+    return head, content
 
 
 def _segments_of(head: dict[str, object]) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """A cache root in a bucket: what a local one gives, whatever the network and the disk do."""
 
+import json
 import os
 import pickle
 import shutil
@@ -253,6 +254,18 @@ def test_a_head_that_moved_meanwhile_is_not_replaced(root, tmp_path):
     atomic.swap(head, b"2", b"1", tmp_path)
     atomic.swap(head, b"2", b"1", tmp_path)  # an attempt whose answer was lost
     assert head.read_bytes() == b"2"
+
+
+def test_heads_in_another_formatting_are_moved_too(root, tmp_path):
+    """A file copied by hand, or written by another version, says the same in other bytes."""
+    bucket_child.build(root)
+    store = open_store(root, store_spec())
+    for head in (root / "toy/samples/HEAD", store.directory / "manifest/HEAD"):
+        (tmp_path / "f").write_text(json.dumps(json.loads(head.read_bytes())))
+        bucket.send(tmp_path / "f", head)
+    toy = Toy(root)
+    toy.add_samples(ids(1, "c"))
+    assert toy.build(num_views=2).todo(2) == []
 
 
 def test_a_segment_of_somebody_else_is_not_replaced(root, tmp_path):
