@@ -249,14 +249,16 @@ def swap(path: BucketPath, content: bytes, expected: bytes | None) -> None:
     with _asking(path, "written"):
         try:
             found = obstore.get(store, path.key)
-            tag, there = found.meta["e_tag"], bytes(found.bytes())
+            # S3 and Azure compare the entity tag, Google the version.
+            read = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
+            there = bytes(found.bytes())
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise
         if there == content:
             return
         if there == expected:
-            mode: Any = "create" if there is None else {"e_tag": tag}
+            mode: Any = "create" if there is None else read
             try:
                 obstore.put(store, path.key, content, mode=mode, use_multipart=False)
                 return

@@ -1,0 +1,74 @@
+"""Google's bucket compares generations where S3 compares entity tags: HEADs move there as well."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from cache import bucket
+from cache.bucket import BucketPath
+from cache.errors import Busy
+
+
+class OneObject(BaseHTTPRequestHandler):
+    """Whatever is asked for is one object, kept with its generation as Google's XML API does."""
+
+    content, generation = b"", 0
+
+    def do_GET(self) -> None:
+        there = type(self).generation > 0
+        self.answer(200 if there else 404, type(self).content if there else b"")
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers["x-goog-if-generation-match"] != str(type(self).generation):
+            self.answer(412)
+            return
+        type(self).content, type(self).generation = content, type(self).generation + 1
+        self.answer(200)
+
+    def answer(self, status: int, content: bytes = b"") -> None:
+        """Send a reply."""
+        self.send_response(status)
+        self.send_header("ETag", f'"{hash(type(self).content)}"')
+        self.send_header("x-goog-generation", str(type(self).generation))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def google(tmp_path, monkeypatch):
+    """A server on loopback in Google's place."""
+
+    class Handler(OneObject):
+        pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    nobody = {"client_email": "", "private_key": "", "private_key_id": ""}
+    account = tmp_path / "account.json"
+    account.write_text(json.dumps({"gcs_base_url": url, "disable_oauth": True, **nobody}))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)  # plain http is allowed where it is asked for
+    bucket._connected.cache_clear()
+    yield Handler
+    bucket._connected.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_head_is_replaced_if_it_is_as_expected(google):
+    head = BucketPath("gs://bucket/HEAD")
+    bucket.swap(head, b"1", None)
+    bucket.swap(head, b"2", b"1")
+    assert head.read_bytes() == b"2"
+    with pytest.raises(Busy, match="another process has replaced it"):
+        bucket.swap(head, b"3", b"1")
+    assert (google.content, google.generation) == (b"2", 2)
