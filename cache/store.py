@@ -19,6 +19,7 @@ from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
 
 KINDS = ("summary", "patches")
+BUILD = "build it with `eupe cache build` or `prefect deployment run teacher-cache/default`"
 MOMENTS_SCHEMA = pa.schema(
     [
         ("kind", pa.string()),
@@ -355,12 +356,11 @@ def _not_built(base: Path, directory: Path, spec: StoreSpec) -> NotBuilt | Finge
         for head in sorted(base.glob(pattern))
     ]
     if not near:
-        return NotBuilt(
-            f"{directory}: no such store; build it with `prefect deployment run "
-            f"teacher-cache/default` or `eupe cache build`"
-        )
+        return NotBuilt(f"{directory}: no such store; {BUILD}")
     lines, other = min(near, key=lambda item: (len(item[0]), item[1]))
-    return FingerprintMismatch(f"{directory}: not built; nearest is {other}, asked != there", lines)
+    return FingerprintMismatch(
+        f"{directory}: not built, {BUILD}; nearest is {other}, asked != there", lines
+    )
 
 
 def _lists(arrays: Sequence[npt.NDArray[np.float64]]) -> pa.Array:

@@ -339,6 +339,7 @@ def test_another_store_is_refused_field_by_field(tmp_path):
     other = store_spec(teacher=store.spec.teacher.model_copy(update={"weights": "1" * 64}))
     with pytest.raises(FingerprintMismatch) as caught:
         open_store(tmp_path, other)
+    assert "not built, build it with `eupe cache build`" in str(caught.value)
     assert caught.value.lines == [f"teacher.weights: {'1' * 64!r} != {'0' * 64!r}"]
     with pytest.raises(FingerprintMismatch, match="grid"):
         open_store(tmp_path, store_spec(grid=(GRID[0] + 1, GRID[1])))
