@@ -1,7 +1,9 @@
 """A pool of restartable Ray actors, each with a few calls in flight; results as they come."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from decimal import Decimal
 from itertools import islice
 from typing import Any, Self
 
@@ -22,8 +24,8 @@ class Pool:
     Args:
         make: class of the actors.
         arguments: of its constructor.
-        actors: how many at most.
-        cpus: of each actor.
+        actors: how many at most; fewer, and said on stderr, where the cluster has no room for all.
+        cpus: of each actor, above 0.
         gpus: of each actor.
     """
 
@@ -78,13 +80,20 @@ class Pool:
             yield number, result
 
     def _start(self, count: int) -> None:
-        """Have at least so many actors."""
+        """Have at least so many actors, or as many as fit."""
         if count <= len(self._handles):
             return
         self._connected.enter_context(connect())
         import ray
 
-        _check_fits(ray.nodes(), self._cpus, self._gpus)
+        room = _room(ray.nodes(), self._cpus, self._gpus)
+        if room < count:
+            print(
+                f"{self._make.__name__}: of {self._actors} actors ({self._cpus:g} CPUs and "
+                f"{self._gpus:g} GPUs each) the Ray cluster has room for {room}",
+                file=sys.stderr,
+            )
+            self._actors = count = room
         remote = ray.remote(
             num_cpus=self._cpus,
             num_gpus=self._gpus,
@@ -113,13 +122,41 @@ class Pool:
             ) from error
 
 
-def _check_fits(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> None:
-    """Refuse an actor that Ray would wait for in silence, for ever."""
-    have = [node["Resources"] for node in nodes if node["Alive"]]
-    sizes = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in have]
-    if not any(size[0] >= cpus and size[1] >= gpus for size in sizes):
-        named = ", ".join(f"{size[0]:g} CPUs and {size[1]:g} GPUs" for size in sizes)
+def _room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
+    """Count the actors there is room for; refuse one that Ray would wait for in silence, for ever.
+
+    An actor without room waits like that too, and so does every call that it is given.
+    """
+    room = num_that_fit(nodes, cpus, gpus)
+    if not room:
+        have = [node["Resources"] for node in nodes if node["Alive"]]
+        named = ", ".join(
+            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in have
+        )
         raise ValueError(
             f"an actor of {cpus:g} CPUs and {gpus:g} GPUs fits no Ray node (they have {named}); "
             "lower extraction.cpus_per_actor or extraction.gpus_per_actor"
         )
+    return room
+
+
+def num_that_fit(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
+    """Count the actors that the nodes of a cluster hold together, were it theirs alone.
+
+    Args:
+        nodes: as `ray.nodes` gives them.
+        cpus: of each actor, above 0.
+        gpus: of each actor; Ray takes a part of one below 1, and whole ones above.
+    """
+    # Decimals, since 0.3 // 0.1 is 2.
+    each_cpus, each_gpus = Decimal(str(cpus)), Decimal(str(gpus))
+    total = 0
+    for node in nodes:
+        if not node["Alive"]:
+            continue
+        fit = Decimal(str(node["Resources"].get("CPU", 0))) // each_cpus
+        if each_gpus:
+            have = Decimal(str(node["Resources"].get("GPU", 0)))
+            fit = min(fit, have * (1 // each_gpus) if each_gpus < 1 else have // each_gpus)
+        total += int(fit)
+    return total

@@ -34,6 +34,7 @@ from cache.store import find_stores, open_store
 from eupe import views
 from eupe.spec import CentreView
 from pipelines import jobs, precompute
+from pipelines.pool import num_that_fit
 
 START_SECONDS = 240.0  # Ray, torch and a teacher on a busy machine
 END_SECONDS = 60.0  # Ray's processes after their driver's death
@@ -284,6 +285,43 @@ def test_what_an_actor_raises_arrives_as_it_is(tmp_path, images, ray_cluster):
     hungry = job(tmp_path / "root", source, cpus_per_actor=1000)
     with pytest.raises(ValueError, match="an actor of 1000 CPUs and 0 GPUs fits no Ray node"):
         precompute.resolve_stores(hungry)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)  # it used to wait for ever, for an actor that had no room
+def test_no_more_actors_are_started_than_the_cluster_has_room_for(
+    tmp_path, images, ray_cluster, capfd
+):
+    source = write_folder(tmp_path / "images", images)
+    work = job(tmp_path / "root", source, actors=2, cpus_per_actor=2, rows_per_shard=3)
+    precompute.index_samples(work)
+    with precompute.extractors(work) as pool:
+        stores = precompute.resolve_stores(work, pool)
+        assert precompute.extract_missing(work, stores, pool).num_shards == 8
+    said = "Extractor: of 2 actors (2 CPUs and 0 GPUs each) the Ray cluster has room for 1\n"
+    assert capfd.readouterr().err.count(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "room"),
+    [
+        (2, 0, 4 + 1 + 2),  # GPUs are not asked for
+        (2, 1, 2 + 1),
+        (2, 2, 1),
+        (0.1, 0.3, 2 * 3 + 3),  # an actor's share is of one GPU: three on each, not six on two
+        (0.1, 0.5, 2 * 2 + 2),
+        (3, 0.1, 2 + 1),
+        (0.7, 1 / 3, 2 * 3 + 3),
+        (9, 0, 0),
+        (5, 2, 1),
+        (5, 3, 0),
+    ],
+)
+def test_room_is_counted_node_by_node(cpus, gpus, room):
+    sizes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 4.0}, {"memory": 1.0}]
+    nodes = [{"Alive": True, "Resources": size} for size in sizes]
+    dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    assert num_that_fit([*nodes, dead], cpus, gpus) == room
 
 
 @pytest.mark.ray
