@@ -1,11 +1,16 @@
 """The order of an epoch: a pure function of (seed, epoch), seekable, never held whole.
 
-Shards are shuffled; the shuffled shards are cut into windows of about `window_rows` rows; the rows
-of a window are shuffled among themselves. So a reader touches one window's shards at a time, and
-any stretch of the epoch is found without walking to it.
+Shards are shuffled, and their rows pass through a shuffle buffer one shard after the other: the
+buffer is filled with `buffer_rows` rows first, and from then on each row waits in it for a random
+time of up to as many rows. So shards are wanted one after the other, at an even pace, as a disk or
+an object store likes best, and a reader touches the buffer's shards only; any stretch of the epoch
+is found without walking to it.
 
-Random draws are sort keys hashed from (seed, epoch, window, position), not a generator's stream:
-the order is the same for every version of numpy and on every machine.
+    sequence   0                  B                          num_rows     rows, shard after shard
+    due        max(p, B) + u B, u random in [0, 1): row p comes out in the order of `due`
+
+Random draws are hashed from (seed, epoch, position), not a generator's stream: the order is the
+same for every version of numpy and on every machine.
 """
 
 import hashlib
@@ -17,16 +22,18 @@ import numpy.typing as npt
 
 from cache.samples import Rows, ShardRange
 
-WINDOW_ROWS = 16_384
-"""Rows shuffled together: 24 shards of 680 rows, or 6.4 GB of ViT-B features in flight."""
+BUFFER_ROWS = 16_384
+"""Rows of the shuffle buffer: 24 shards of 680 rows, or 6.4 GB of ViT-B features in flight."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FRACTION_BITS = 20
+"""Of a row's due time: fractions of a row, so that hardly any two fall together."""
 
 
 class EpochOrder:
     """The order of every epoch over some shards.
 
-    Memory is that of the shards (24 bytes each), never of the rows.
+    Memory is that of the shards (24 bytes each) and of the buffer, never of the rows.
 
     Attributes:
         num_rows: rows in an epoch.
@@ -36,7 +43,7 @@ class EpochOrder:
         self,
         shards: Sequence[ShardRange] | tuple[Rows, Rows],
         seed: int,
-        window_rows: int = WINDOW_ROWS,
+        buffer_rows: int = BUFFER_ROWS,
     ):
         """Prepare the order.
 
@@ -44,13 +51,13 @@ class EpochOrder:
             shards: as `Reader.shards` or `Samples.shards` gives them; or, for millions of them,
                 first rows and lengths, both int64 [shards]. Lengths may differ.
             seed: of the run.
-            window_rows: rows shuffled together; a window holds at least one shard.
+            buffer_rows: size of the shuffle buffer; a dataset that fits in it is shuffled fully.
 
         Raises:
-            ValueError: no rows, or a window of none.
+            ValueError: no rows, or a buffer of none.
         """
-        if window_rows < 1:
-            raise ValueError(f"window_rows = {window_rows}: wants at least 1")
+        if buffer_rows < 1:
+            raise ValueError(f"buffer_rows = {buffer_rows}: wants at least 1")
         if isinstance(shards, tuple):
             self._starts, self._lengths = shards
         else:
@@ -59,60 +66,65 @@ class EpochOrder:
         self.num_rows = int(self._lengths.sum())
         if not self.num_rows:
             raise ValueError("no rows to order: the shards are empty")
-        self._seed, self._window_rows = seed, window_rows
+        self._seed, self._buffer = seed, buffer_rows
         self._epoch = lru_cache(maxsize=2)(self._order_shards)
-        self._window = lru_cache(maxsize=4)(self._order_window)
+        self._block = lru_cache(maxsize=4)(self._order_block)
 
     def rows(self, epoch: int, start: int, stop: int) -> Rows:
-        """Return the rows at positions [start, stop) of an epoch.
+        """Return the rows at places [start, stop) of an epoch.
 
         Raises:
-            ValueError: positions outside the epoch.
+            ValueError: places outside the epoch.
         """
         if not 0 <= start <= stop <= self.num_rows:
             raise ValueError(f"positions {start} to {stop}: an epoch has 0 to {self.num_rows}")
-        _, bounds, _ = self._epoch(epoch)
-        window = int(np.searchsorted(bounds, start, side="right")) - 1
         parts = [np.empty(0, np.int64)]
         while start < stop:
-            base, end = int(bounds[window]), int(bounds[window + 1])
-            parts.append(self._window(epoch, window)[start - base : min(stop, end) - base])
-            start, window = end, window + 1
+            block, inside = divmod(start, self._buffer)
+            part = self._block(epoch, block)[inside : inside + stop - start]
+            parts.append(part)
+            start += len(part)
         return np.concatenate(parts)
 
-    def _order_shards(self, epoch: int) -> tuple[Rows, Rows, Rows]:
-        """Return the shuffled shards, the windows' bounds in positions, and in shards."""
-        order = _shuffled(len(self._starts), _key(self._seed, epoch, -1))
-        ends = np.cumsum(self._lengths[order])
-        # A shard belongs to the window in which it ends; windows that get none vanish.
-        _, first = np.unique((ends - 1) // self._window_rows, return_index=True)
-        cuts = np.append(first, len(order))
-        bounds = np.concatenate(([0], ends))[cuts]
-        return order, bounds, cuts
+    def _order_block(self, epoch: int, block: int) -> Rows:
+        """Return the rows at places [block B, (block + 1) B).
 
-    def _order_window(self, epoch: int, window: int) -> Rows:
-        order, _, cuts = self._epoch(epoch)
-        shards = order[cuts[window] : cuts[window + 1]]
-        rows = np.concatenate(
-            [
-                np.arange(start, start + length)
-                for start, length in zip(
-                    self._starts[shards].tolist(), self._lengths[shards].tolist(), strict=True
-                )
-            ]
-        )
-        return rows[_shuffled(len(rows), _key(self._seed, epoch, window))]
+        Of the rows before position p, p >= B, none is due after p + B, and of those from p on none
+        before: so among the rows from p on, those due at p + B or later have the place p + their
+        number. The row at place r is due between r and r + 2 B, so its position is there or B before.
+        """
+        first = block * self._buffer
+        begin = first - self._buffer if first >= 2 * self._buffer else 0
+        end = min(first + 3 * self._buffer, self.num_rows)
+        positions = np.arange(begin, end)
+        hashes = hashed(positions, f"cache.order/{self._seed}/{epoch}/rows")
+        waits = hashes % np.uint64(self._buffer << _FRACTION_BITS)
+        entered = np.maximum(positions, self._buffer) << _FRACTION_BITS
+        order = np.argsort(entered + waits.astype(np.int64), kind="stable")
+        places = order[first - begin : first - begin + self._buffer]
+        return self._rows_at(epoch, positions[places])
+
+    def _rows_at(self, epoch: int, positions: Rows) -> Rows:
+        """Return the rows at positions of the sequence, shard after shuffled shard."""
+        order, ends = self._epoch(epoch)
+        number = np.searchsorted(ends, positions, side="right")
+        shards = order[number]
+        rows: Rows = self._starts[shards] + positions - (ends[number] - self._lengths[shards])
+        return rows
+
+    def _order_shards(self, epoch: int) -> tuple[Rows, Rows]:
+        """Return the shuffled shards and where each ends in the sequence."""
+        address = f"cache.order/{self._seed}/{epoch}/shards"
+        hashes = hashed(np.arange(len(self._starts)), address)
+        order = np.argsort(hashes, kind="stable")
+        return order, np.cumsum(self._lengths[order])
 
 
-def _key(seed: int, epoch: int, window: int) -> np.uint64:
-    digest = hashlib.sha256(f"cache.order/{seed}/{epoch}/{window}".encode()).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))
-
-
-def _shuffled(count: int, key: np.uint64) -> Rows:
-    """Return a permutation of range(count): positions sorted by their splitmix64 hashes."""
-    x: npt.NDArray[np.uint64] = np.arange(1, count + 1, dtype=np.uint64)
-    x = x * _GOLDEN + key  # wraps, as meant
+def hashed(numbers: Rows, address: str) -> npt.NDArray[np.uint64]:
+    """Hash numbers int64 [n] with splitmix64, under a key that is the hash of an address."""
+    key = np.uint64(int.from_bytes(hashlib.sha256(address.encode()).digest()[:8], "little"))
+    x = (numbers.astype(np.uint64) + np.uint64(1)) * _GOLDEN + key  # wraps, as meant
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed

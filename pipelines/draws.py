@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from cache.order import EpochOrder
+from cache.order import EpochOrder, hashed
 from cache.samples import ShardRange
 from pipelines.mix import Mix
 
@@ -45,7 +45,9 @@ class TrainingDraw:
     """Endless epochs over a mix of datasets.
 
     A dataset is walked completely, epoch after epoch, in the order of `cache.order`; a sample's
-    view moves on by one from each epoch to the next (see `view_numbers`).
+    view moves on by one from each epoch to the next (see `view_numbers`). The samples of a shard
+    show the same view number in an epoch, so that one file a shard is read: what a view number
+    looks like is drawn for each sample apart, so their views are as independent as ever.
 
     Args:
         mix: which dataset fills which slot.
@@ -70,6 +72,7 @@ class TrainingDraw:
         self.names = mix.names
         self._mix, self._seed = mix, seed
         self._orders = [EpochOrder(shards[name], _named_seed(seed, name)) for name in mix.names]
+        self._shards = [np.array([shard.start for shard in shards[name]]) for name in mix.names]
         self._num_views = [num_views[name] for name in mix.names]
 
     def epochs(self, step: int) -> dict[str, float]:
@@ -95,7 +98,9 @@ class TrainingDraw:
                 first, last = int(places[there].min()), int(places[there].max())
                 own[there] = order.rows(epoch, first, last + 1)[places[there] - first]
             rows[ours] = own
-            views[ours] = view_numbers(self._seed, epochs, own, self._num_views[number])
+            shards = np.searchsorted(self._shards[number], own, side="right") - 1
+            first = self._shards[number][shards]
+            views[ours] = view_numbers(self._seed, epochs, first, self._num_views[number])
         return Drawn(datasets, rows, views)
 
 
@@ -124,30 +129,20 @@ class Sweep:
         return Drawn(np.zeros_like(rows), rows, np.full_like(rows, self._view))
 
 
-def view_numbers(seed: int, epochs: np.ndarray, rows: np.ndarray, num_views: int) -> np.ndarray:
+def view_numbers(seed: int, epochs: np.ndarray, shards: np.ndarray, num_views: int) -> np.ndarray:
     """Return the view that each sample shows in its epoch, int64 [n].
 
-    A sample starts at a view hashed from (seed, row) and goes one further each epoch, so that any
-    num_views epochs in a row show all of its views once.
+    A shard starts at a view hashed from (seed, its first row) and goes one further each epoch, so
+    that any num_views epochs in a row show all views of its samples once.
 
     Args:
         seed: of the run.
         epochs: int64 [n].
-        rows: int64 [n].
+        shards: first row of each sample's shard, int64 [n].
         num_views: views there are.
     """
-    digest = hashlib.sha256(f"pipelines.draws/view/{seed}".encode()).digest()
-    key = np.uint64(int.from_bytes(digest[:8], "little"))
-    start = _mixed(rows.astype(np.uint64) ^ key) >> np.uint64(1)
-    return (start.astype(np.int64) % num_views + epochs) % num_views
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """Mix 64 bits thoroughly (the finaliser of splitmix64); wraps, as meant."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = x ^ (x >> np.uint64(31))
-    return mixed
+    start = hashed(shards, f"pipelines.draws/view/{seed}") % np.uint64(num_views)
+    return (start.astype(np.int64) + epochs) % num_views
 
 
 def _named_seed(seed: int, name: str) -> int:

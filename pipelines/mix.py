@@ -7,14 +7,15 @@ sequence of epochs, so that every dataset is walked through completely, epoch af
 the mix; `Mix` says which positions, `cache.order` which rows those are.
 """
 
-import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from cache.order import hashed
+
 STEPS_PER_BLOCK = 1024
-"""Steps drawn from one generator: making one a step would cost more than the draws."""
+"""Steps whose counts are drawn and summed together."""
 
 
 class Slots(NamedTuple):
@@ -71,7 +72,7 @@ class Mix:
         self.global_batch = global_batch
         self._kinds = np.append(alone, max(0.0, 1 - alone.sum()))
         self._rest = rest / rest.sum() if rest.sum() else rest
-        self._key = hashlib.sha256(f"mix/{seed}".encode()).digest()
+        self._seed = seed
         self._totals = [np.zeros(len(self.names), dtype=np.int64)]
         self._blocks: dict[int, np.ndarray] = {}
 
@@ -96,22 +97,28 @@ class Mix:
         positions = np.concatenate(
             [np.arange(start, start + n) for start, n in zip(consumed, counts, strict=True)]
         )
-        order = self._generator("deal", step).permutation(self.global_batch)
+        numbers = np.arange(self.global_batch)
+        order = np.argsort(hashed(numbers, f"mix/{self._seed}/deal/{step}"), kind="stable")
         return Slots(datasets[order], positions[order])
 
     def _block(self, block: int) -> np.ndarray:
         """Draw the counts of a block of steps: int64 [STEPS_PER_BLOCK, datasets]."""
         if block not in self._blocks:
-            generator = self._generator("block", block)
-            kinds = generator.choice(len(self._kinds), size=STEPS_PER_BLOCK, p=self._kinds)
-            mixed = generator.multinomial(self.global_batch, self._rest, size=STEPS_PER_BLOCK)
+            kinds = np.searchsorted(
+                np.cumsum(self._kinds)[:-1], self._uniform(f"kinds/{block}"), side="right"
+            )
+            # Systematic sampling: each batch holds its shares to within one slot.
+            edges = np.cumsum(self._rest).round(12) * self.global_batch
+            upper = np.floor(edges + self._uniform(f"shares/{block}")[:, None]).astype(np.int64)
+            counts = np.diff(upper, axis=1, prepend=0)
             alone = np.eye(len(self.names) + 1, len(self.names), dtype=np.int64)[kinds]
-            mixed[kinds < len(self.names)] = 0
+            counts[kinds < len(self.names)] = 0
             if len(self._blocks) > 8:  # a run walks forward: old blocks are not asked for again
                 self._blocks.pop(min(self._blocks))
-            self._blocks[block] = mixed + alone * self.global_batch
+            self._blocks[block] = counts + alone * self.global_batch
         return self._blocks[block]
 
-    def _generator(self, purpose: str, number: int) -> np.random.Generator:
-        digest = hashlib.sha256(self._key + f"/{purpose}/{number}".encode()).digest()
-        return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
+    def _uniform(self, what: str) -> np.ndarray:
+        """Draw float64 [STEPS_PER_BLOCK] in [0, 1), the same for every version of numpy."""
+        hashes = hashed(np.arange(STEPS_PER_BLOCK), f"mix/{self._seed}/{what}")
+        return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53

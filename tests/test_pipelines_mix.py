@@ -11,6 +11,10 @@ DRAWS = 100_000
 TOLERANCE = 5 * 0.5 / np.sqrt(DRAWS)
 
 
+PINNED_COUNTS = [[0, 6, 2], [0, 6, 2], [8, 0, 0]]
+PINNED_POSITIONS = [6, 8, 10, 2, 3, 9, 7, 11]
+
+
 def paper_mix(global_batch: int = 8, seed: int = 3) -> Mix:
     return Mix({"in1k": 1.0, "web": 3.0, "photos": 1.0}, {"in1k": 0.1}, global_batch, seed)
 
@@ -25,6 +29,19 @@ def test_frequencies_over_100_000_draws() -> None:
     rest = counts[~homogeneous].sum(axis=0)
     assert abs(rest[1] / rest.sum() - 0.75) < TOLERANCE
     assert abs(rest[2] / rest.sum() - 0.25) < TOLERANCE
+
+
+def test_a_mixed_batch_holds_its_shares_to_within_one_slot() -> None:
+    counts = np.stack([paper_mix(global_batch=30).counts(step) for step in range(2000)])
+    mixed = counts[counts[:, 0] == 0]
+    assert set(mixed[:, 1].tolist()) == {22, 23}  # three quarters of 30
+
+
+def test_draws_are_the_pinned_ones() -> None:
+    """A resumed run must draw what the run before it drew, with any version of numpy."""
+    mix = paper_mix()
+    assert [mix.counts(step).tolist() for step in (0, 1, 5000)] == PINNED_COUNTS
+    assert mix.slots(1).positions.tolist() == PINNED_POSITIONS
 
 
 def test_any_step_can_be_asked_first() -> None:
