@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
@@ -38,6 +39,8 @@ SPARE_SHARE = 0.05
 """Evicted beyond need, so that a full mirror is not searched through for every object."""
 SEARCH_SHARE = 0.05
 """Of the time may go into adding up the folder; in between, this process's own fills are added."""
+FILL_TRIES = 3
+"""A copy may be evicted between being put in place and being noted as used."""
 HINT_THREADS = 4
 MAX_HINTS = 256
 NUM_LOCKS = 64
@@ -99,7 +102,7 @@ class Mirror:
     def local(self, wanted: Wanted) -> Path:
         """Return the local copy of an object, filled first if it is not there.
 
-        The copy may be evicted by others before it is opened: ask again then (`place.using`).
+        The copy may be evicted by others before it is opened: fill it again then (`place.using`).
 
         Args:
             wanted: the object; without sha256 its entity tag is asked for once a process.
@@ -119,11 +122,13 @@ class Mirror:
         except FileNotFoundError:
             pass
         with self._one_filler(copy):
-            try:
-                return self._opened(copy)
-            except FileNotFoundError:
+            for _ in range(FILL_TRIES):
+                with suppress(FileNotFoundError):
+                    return self._opened(copy)
                 self._fill(wanted, copy, hint=False)
-            return self._opened(copy)
+            with suppress(FileNotFoundError):
+                return self._opened(copy)
+        raise self.evicted(wanted.path, FILL_TRIES)
 
     def will_need(self, files: Iterable[Wanted]) -> None:
         """Start filling objects that will be asked for soon; returns at once.
@@ -211,6 +216,8 @@ class Mirror:
             if hint:
                 with self._lock:
                     self._awaited.add(str(copy))
+            now = time.time_ns()  # not when its room was taken: it would be the next to go
+            os.utime(temporary, ns=(now, now))
             os.replace(temporary, copy)
         except FileNotFoundError as error:
             raise NotBuilt(f"{path}: no such object") from error
@@ -340,6 +347,13 @@ class Mirror:
         if last != self._evicted_ns:
             self._evicted_ns = last
             mapped.let_go()
+
+    def evicted(self, path: BucketPath, times: int) -> StoreError:
+        """Say that a copy never lasted until it was opened."""
+        return StoreError(
+            f"{self.folder}: the copy of {path} was evicted {times} times before it was opened; "
+            f"raise {BYTES_VARIABLE} of all processes that share this mirror"
+        )
 
     def _full(self, wanted: Wanted, num_bytes: int, why: str) -> StoreError:
         return StoreError(

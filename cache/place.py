@@ -5,6 +5,7 @@ files to be mapped or opened are asked for here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -54,13 +55,11 @@ def using(
     """
     if not isinstance(path, BucketPath):
         return use(path)
-    for _ in range(OPEN_TRIES - 1):
+    for _ in range(OPEN_TRIES):
         copy = mirror.default().local(Wanted(path, num_bytes, sha256))
-        try:
+        with suppress(NotBuilt, FileNotFoundError):
             return use(copy)
-        except (NotBuilt, FileNotFoundError):
-            continue
-    return use(mirror.default().local(Wanted(path, num_bytes, sha256)))
+    raise mirror.default().evicted(path, OPEN_TRIES)
 
 
 def opened(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> IO[bytes]:

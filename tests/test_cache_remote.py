@@ -1,5 +1,6 @@
 """A cache root in a bucket: what a local one gives, whatever the network and the disk do."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -443,7 +444,7 @@ def test_threads_that_want_one_object_fetch_it_once(s3, root, tmp_path):
 def test_hints_leave_what_other_hints_brought(s3, root, tmp_path):
     names = put_objects(root, tmp_path, 4, 1000)
     small = Mirror(tmp_path / "small", 2500)
-    digests = [atomic.hashlib.sha256(bytes([n]) * 1000).hexdigest() for n in range(4)]
+    digests = [hashlib.sha256(bytes([n]) * 1000).hexdigest() for n in range(4)]
     wanted = [Wanted(*each) for each in zip(names, [1000] * 4, digests, strict=True)]
     s3.behave()
     for asked in (wanted[:2], wanted):  # the first two first: hints given at once race for room
@@ -454,6 +455,68 @@ def test_hints_leave_what_other_hints_brought(s3, root, tmp_path):
     for number, each in enumerate(wanted):  # what was asked for may go, the rest is fetched
         assert small.local(each).read_bytes() == bytes([number]) * 1000
     assert len(s3.requests) == 4
+
+
+def test_what_was_just_filled_is_not_the_next_to_go(s3, root, tmp_path):
+    """It counts as used when it is there, not when its fetching began."""
+    names = put_objects(root, tmp_path, 4, 1000)
+    digests = [hashlib.sha256(bytes([n]) * 1000).hexdigest() for n in range(4)]
+    wanted = [Wanted(*each) for each in zip(names, [1000] * 4, digests, strict=True)]
+    small = Mirror(tmp_path / "small", 3200)
+    copies = [small.local(each) for each in wanted[:2]]
+
+    def meanwhile(request) -> bool:
+        for each in wanted[:2]:
+            small.local(each)
+        return False
+
+    s3.behave(throttle=meanwhile)
+    small.will_need([wanted[2]])
+    wait_until(lambda: not small._hinted)
+    s3.behave()
+    Mirror(tmp_path / "small", 3200).local(wanted[3])  # as another process does
+    assert [copy.exists() for copy in copies] == [False, True]
+    small.local(wanted[2])
+    assert len(s3.requests) == 1
+
+
+class Robbed(Mirror):
+    """A mirror from which another process evicts what was filled, so many times."""
+
+    robberies = 0
+
+    def _fill(self, wanted, copy, hint):
+        super()._fill(wanted, copy, hint)
+        if self.robberies:
+            self.robberies -= 1
+            copy.unlink()
+
+
+def test_a_copy_evicted_before_it_is_used_is_filled_again(s3, root, tmp_path):
+    names = put_objects(root, tmp_path, 2, 1000)
+    robbed = Robbed(tmp_path / "small", 3200)
+    robbed.robberies = mirror.FILL_TRIES - 1
+    assert robbed.local(Wanted(names[1])).read_bytes() == bytes([1]) * 1000
+    robbed.robberies = mirror.FILL_TRIES
+    with pytest.raises(StoreError, match=r"0 was evicted 3 times .*raise EUPE_MIRROR_BYTES"):
+        robbed.local(Wanted(names[0]))
+
+
+@pytest.mark.parametrize(("times", "enough"), [(place.OPEN_TRIES - 1, True), (99, False)])
+def test_a_copy_evicted_before_it_is_opened_is_filled_again(s3, root, tmp_path, times, enough):
+    (name,) = put_objects(root, tmp_path, 1, 1000)
+    robberies = iter(range(times))
+
+    def use(copy: Path) -> bytes:
+        if next(robberies, None) is not None:
+            copy.unlink()
+        return copy.read_bytes()
+
+    if enough:
+        assert place.using(name, use) == bytes(1000)
+    else:
+        with pytest.raises(StoreError, match="was evicted 8 times before it was opened"):
+            place.using(name, use)
 
 
 def small_disk(folder: Path, kibibytes: int) -> None:
