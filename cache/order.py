@@ -91,7 +91,7 @@ class EpochOrder:
 
         Of the rows before position p, p >= B, none is due after p + B, and of those from p on none
         before: so among the rows from p on, those due at p + B or later have the place p + their
-        number. The row at place r is due between r and r + 2 B, so its position is there or B before.
+        number. The row at place r is due between r and r + 2 B, and lies there or up to B before.
         """
         first = block * self._buffer
         begin = first - self._buffer if first >= 2 * self._buffer else 0

@@ -6,12 +6,14 @@ from pydantic import Field
 
 from pipelines.config import Override
 
-RecipeName = Annotated[str, Field(description="name of a recipe", examples=["demo"])]
+RecipeName = Annotated[
+    str, Field(description="name of a recipe, or a YAML file that changes one", examples=["demo"])
+]
 Overrides = Annotated[
     list[Override],
     Field(
         description="fields to change, path.to.field=value; stages, teachers and train sets are "
         "addressed by name",
-        examples=[["stages.stage2.steps=50", "extraction.actors=2"]],
+        examples=[["stages.stage2.optimizer.lr=1e-4", "extraction.actors=2"]],
     ),
 ]

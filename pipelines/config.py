@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
+from yaml import YAMLError
 
 from eupe.spec import (
     CentreView,
@@ -164,6 +165,10 @@ class WorkersConfig(Spec):
     use_gpu: bool = False
     loader_threads: int = Field(2, ge=1)
     prefetch_batches: int = Field(4, ge=1)
+    store_access: Literal["map", "read"] = Field(
+        "map", description="read: by position, for file systems where maps are slow (NFS, Lustre)"
+    )
+    copy_threads: int = Field(1, ge=1, description="that copy one batch out of a store")
 
 
 class EvaluationConfig(Spec):
@@ -299,17 +304,29 @@ def override(recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
         ValueError: a field that does not exist (naming the nearest that does) or a value that does
             not fit it.
     """
-    tree = recipe.model_dump(mode="json")
+    fields = list[tuple[str, object]]()
     for item in overrides:
-        path, separator, _ = item.partition("=")
+        path, separator, text = item.partition("=")
         if not separator:
             raise ValueError(f"override {item!r}: wants path.to.field=value")
-        resolved = _resolve(tree, path.strip())
         try:
-            update = OmegaConf.from_dotlist([f"value={item.partition('=')[2]}"])
+            update = OmegaConf.from_dotlist([f"value={text}"])
             value = OmegaConf.to_container(update)["value"]  # type: ignore[index, call-overload]
-        except OmegaConfBaseException as error:
-            raise ValueError(f"override {item!r}: {error}") from error
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"override {item!r}: {' '.join(str(error).split())}") from error
+        fields.append((path.strip(), value))
+    return changed(recipe, fields)
+
+
+def changed(recipe: Recipe, fields: Sequence[tuple[str, object]]) -> Recipe:
+    """Return the recipe with fields changed, (path, plain value), and checked as a whole.
+
+    Raises:
+        ValueError: as `override`.
+    """
+    tree = recipe.model_dump(mode="json")
+    for path, value in fields:
+        resolved = _resolve(tree, path)
         target: object = tree
         for key in resolved[:-1]:
             target = target[key]  # type: ignore[index]

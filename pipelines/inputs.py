@@ -206,7 +206,13 @@ def _feed(
     pins: Mapping[str, int],
 ) -> Feed:
     def reader(store: Store) -> Reader:
-        return Reader(store, job.num_views, pins.get(str(store.spec.directory())))
+        return Reader(
+            store,
+            job.num_views,
+            pins.get(str(store.spec.directory())),
+            recipe.workers.store_access,
+            recipe.workers.copy_threads,
+        )
 
     readers = {
         (store.spec.teacher.name, store.spec.resolution): reader(store)

@@ -1,10 +1,14 @@
-"""Recipes by name, their relative paths resolved once against EUPE_HOME."""
+"""Recipes by name or from a file, their relative paths resolved once against EUPE_HOME."""
 
 import difflib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from pipelines import family
@@ -20,11 +24,13 @@ from pipelines.config import (
     StageName,
     StudentConfig,
     WorkersConfig,
+    changed,
     override,
 )
 
 DEFAULT = "demo"
 STAGE_2_ONLY = "demo_stage2"
+FILES = (".yaml", ".yml")
 DEMO_PYRAMID = (64, 96, 128)
 
 
@@ -143,17 +149,44 @@ def get(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of that name, its paths absolute.
 
     Args:
-        name: of the recipe.
+        name: of the recipe; or a YAML file that says which recipe it changes, and how.
         overrides: fields to change, path.to.field=value (see `config.override`).
 
     Raises:
-        ValueError: there is none, naming the nearest; or an override does not fit.
+        ValueError: there is none, naming the nearest; or a change does not fit.
     """
+    named = _from_file(home() / name) if name.endswith(FILES) else _named(name)
+    return _placed(override(named, overrides), home())
+
+
+def _from_file(path: Path) -> Recipe:
+    """Read `recipe: NAME` and `set: {path.to.field: value}`; the new recipe has the file's name.
+
+    Raises:
+        ValueError: no such file, no YAML of that form, or a change that does not fit.
+    """
+    try:
+        asked = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise ValueError(f"{path}: no recipe there ({error.strerror})") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(asked, dict) or set(asked) != {"recipe", "set"}:
+        raise ValueError(f"{path}: wants `recipe: NAME` and `set: {{path.to.field: value}}`")
+    base = _named(str(asked["recipe"]))
+    fields = [("name", path.stem), *(asked["set"] or {}).items()]
+    try:
+        return changed(base, fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _named(name: str) -> Recipe:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(RECIPES))}"
         raise ValueError(f"no recipe {name!r}; {hint}")
-    return _placed(override(RECIPES[name](), overrides), home())
+    return RECIPES[name]()
 
 
 def home() -> Path:

@@ -89,6 +89,7 @@ def _restore(changed: object, original: object) -> int:
         ("teachers.efficientnet_lite7.codec=int8", "did you mean 'efficientnet_lite"),
         ("seed.deeper=1", "'seed' is a plain value"),
         ("seed", "wants path.to.field=value"),
+        ('seed="', "unexpected end of stream"),
         ("stages.stage2.steps=soon", "steps"),
         ("stages.stage2.steps=0", "greater than or equal to 1"),
         ("views.crop_area=[0.9, 0.1]", "wants 0 < low <= high"),

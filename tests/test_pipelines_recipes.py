@@ -8,6 +8,8 @@ from eupe.encoders import Encoder
 from pipelines import recipes, start
 from pipelines.config import PROXY, validated
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.mark.parametrize("name", sorted(recipes.RECIPES))
 def test_a_recipe_is_valid_as_data_and_is_called_by_its_name(name):
@@ -76,3 +78,41 @@ def test_a_mistyped_name_is_told_its_neighbour():
         recipes.get("dmo")
     with pytest.raises(ValueError, match=r"there are .*demo"):
         recipes.get("zzzzzz")
+
+
+def test_a_file_changes_a_recipe_and_gives_it_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("EUPE_HOME", str(tmp_path))
+    (tmp_path / "longer.yaml").write_text(
+        "recipe: demo\nset: {run_directory: runs/longer, stages.stage2.steps: 900}\n"
+    )
+    recipe = recipes.get("longer.yaml", ["seed=5"])
+    assert (recipe.name, recipe.stage("stage2").steps, recipe.seed) == ("longer", 900, 5)
+    assert recipe.run_directory == str(tmp_path / "runs" / "longer")
+    assert recipe.stage("stage3") == recipes.get("demo").stage("stage3")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_files_that_come_with_the_project_fit(path, monkeypatch):
+    monkeypatch.setenv("EUPE_HOME", str(ROOT))
+    assert recipes.get(str(path.relative_to(ROOT))).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "no recipe there"),
+        ("recipe: [", "is no YAML"),
+        ("recipe: demo", "wants `recipe: NAME` and `set:"),
+        ("recipe: dmo\nset: {}", "did you mean 'demo'"),
+        ("recipe: demo\nset: {stages.stage2.stepps: 3}", "did you mean 'steps'"),
+        ("recipe: demo\nset: {stages.stage2.steps: few}", "steps"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_sentence(tmp_path, monkeypatch, text, sentence):
+    monkeypatch.setenv("EUPE_HOME", str(tmp_path))
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the sentence is matched below)
+        recipes.get("mine.yaml")
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
