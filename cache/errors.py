@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+AGAIN = "delete the file and build again"
+"""Advice for a file of a shard that has its recorded size: a build looks at sizes alone."""
+
 
 class StoreError(Exception):
     """A cache root, store or file that cannot be used as asked."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cache import arrow_shard, arrow_tables, layout
 from cache.bucket import BucketPath
 from cache.encoded import Escapes
-from cache.errors import Corrupt, MissingSamples, NotBuilt, StoreError
+from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError
 from cache.mapped import Bytes, Recent, major_faults
 from cache.place import using, will_need
 from cache.samples import Rows, ShardRange
@@ -360,7 +360,8 @@ class Reader:
         if self._record(view, shard, "samples_digest") != self.store.samples.shard_digest(shard):
             raise StoreError(
                 f"{self.store.directory}: view {view}, shard {shard} was made of other samples or "
-                f"images than the dataset's table names; restore that table or rebuild the store"
+                f"images than the dataset's table names; restore that table, or delete the store "
+                f"and build again"
             )
         self._checked[position] = True
 
@@ -385,8 +386,12 @@ class Reader:
         )
 
     def _open_table(self, view: int, shard: int) -> TableRows:
-        table = self._use(view, shard, "rows", arrow_tables.map_table)
+        path = layout.rows_file(self.store.directory, view, shard)
+        content = self._use(view, shard, "rows", arrow_tables.map_file)
+        try:
+            table = arrow_tables.parse_table(content, str(path))
+        except Corrupt as error:
+            raise Corrupt(f"{error}; {AGAIN}") from error
         if table.schema != self.store.rows_schema:
-            path = layout.rows_file(self.store.directory, view, shard)
-            raise Corrupt(f"{path}: columns {table.schema.names} are not those of a table of rows")
+            raise Corrupt(f"{path}: {table.schema.names} are no columns of rows; {AGAIN}")
         return TableRows(table)

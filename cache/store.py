@@ -105,8 +105,9 @@ class Store:
     def todo(self, num_views: int) -> list[tuple[int, ShardRange]]:
         """Return what is wanted and not there: (view, shard), in view order.
 
-        A shard is there when the manifest has it for these very samples and both files have the
-        recorded size; a deleted or cut file is to do again (law 11).
+        A shard is there when the manifest has it for these rows and both files have the recorded
+        size; a deleted or cut file is to do again (law 11). What the files hold is not looked at,
+        nor which samples it was made of: readers and `verify` do that, shard by shard.
         """
         recorded: list[tuple[int, int, int]] = []
         files: list[tuple[Path, int]] = []
@@ -342,9 +343,9 @@ def _read_spec(directory: Path) -> object:
     try:
         return json.loads(path.read_bytes())["spec"]
     except FileNotFoundError as error:
-        raise Corrupt(f"{path}: missing, though the store has a manifest") from error
+        raise Corrupt(f"{path}: missing, though the store has a manifest; restore it") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Corrupt(f"{path}: no store spec in it ({error})") from error
+        raise Corrupt(f"{path}: no store spec in it ({error}); restore it") from error
 
 
 def _not_built(base: Path, directory: Path, spec: StoreSpec) -> NotBuilt | FingerprintMismatch:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cache import arrow_shard, arrow_tables, layout, zarr_shard
-from cache.errors import StoreError
+from cache.errors import AGAIN, StoreError
 from cache.manifest import Manifest, ShardRecord
 from cache.samples import num_rows_now, segment_files
 from cache.store import Store
@@ -137,7 +137,7 @@ def _check_shard(
         elif deep:
             problem = _compare(path, sha256, report)
             if problem is not None:
-                yield problem
+                yield Problem(path, f"{problem.what}; {AGAIN}")
                 whole = False
     if not whole:
         return
@@ -161,7 +161,7 @@ def _check_contents(
     slots = zarr_shard.parse_index(tail, row_bytes, record.patches_bytes, str(patches))
     table = arrow_tables.map_table(rows, record.rows_bytes, record.rows_sha256)
     if table.schema != store.rows_schema:
-        yield Problem(rows, f"columns {table.schema.names} are not those of a table of rows")
+        yield Problem(rows, f"{table.schema.names} are no columns of rows; {AGAIN}")
         return
     if table["sample_id"].to_pylist() != samples.shard(record.shard)["sample_id"].to_list():
         yield Problem(rows, "sample ids are not those of the dataset's rows")

@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import Corrupt
+from cache.errors import AGAIN, Corrupt
 
 ABSENT = np.uint64(2**64 - 1)
 ENTRY_BYTES = 16
@@ -112,13 +112,13 @@ def parse_index(
     """
     body = bytes(tail[:-CHECKSUM_BYTES])
     if checksum(body) != bytes(tail[-CHECKSUM_BYTES:]):
-        raise Corrupt(f"{where}: the index does not match its crc32c; rebuild this shard")
+        raise Corrupt(f"{where}: the index does not match its crc32c; {AGAIN}")
     index = np.frombuffer(body, "<u8").reshape(-1, 2)
     absent = (index == ABSENT).all(axis=1)
     offsets, sizes = index[~absent, 0], index[~absent, 1]
     data_bytes = file_bytes - len(tail)
     if np.any(sizes != row_bytes) or np.any(offsets % row_bytes) or np.any(offsets >= data_bytes):
-        raise Corrupt(f"{where}: the index points outside the {row_bytes}-byte rows of the file")
+        raise Corrupt(f"{where}: the index points outside its {row_bytes}-byte rows; {AGAIN}")
     slots = np.full(len(index), -1, np.int64)
     slots[~absent] = offsets // row_bytes
     return slots

@@ -108,6 +108,25 @@ def test_a_swapped_shard_is_found_even_without_checksums(store):
     assert {problem.path for problem in verify(store).problems} == {one, two}
 
 
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [(layout.patches_file, Reader.take), (layout.rows_file, Reader.summaries)],
+)
+def test_a_damaged_file_of_the_right_size_says_what_helps(tmp_path, file, read):
+    """A build looks at sizes, so `build again` alone would find nothing to do, each time."""
+    toy = Toy(tmp_path)
+    toy.add_samples(ids(6))
+    store = toy.build(num_views=1)
+    path = file(store.directory, 0, 1)
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(Corrupt, match=rf"^{path}: .*; delete the file and build again$"):
+        read(Reader(store), [4])
+    (problem,) = verify(store).problems
+    assert problem.what.endswith("; delete the file and build again")
+    path.unlink()
+    assert verify(toy.build(num_views=1)).problems == []
+
+
 def test_a_damaged_manifest_is_refused_by_readers(store):
     path, _ = store.manifest().segment_files[0]
     content = bytearray(path.read_bytes())
