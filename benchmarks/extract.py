@@ -29,6 +29,7 @@ from eupe import views
 from eupe.spec import AugmentedView
 from eupe.teachers import Teacher, load_teacher
 from pipelines import family, images, precompute
+from pipelines.codec_torch import encode
 from pipelines.config import ExtractionConfig, SourceConfig
 from pipelines.images import ImageReader
 from pipelines.jobs import CacheJob
@@ -71,7 +72,7 @@ class Loop:
             pixels = np.stack([future.result() for future in coming])
             tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
             summary, patches = self._teacher(tensor)
-            encoded = self._store.codec.encode(patches.flatten(1, 2).numpy())
+            encoded = encode(self._store.codec, patches.flatten(1, 2))
             done.append((summary.numpy(), encoded.data))
             if (start + COMPUTE_BATCH) % ROWS_PER_SHARD == 0 or start == starts[-1]:
                 self._write(f"{view}-{start}", done)

@@ -9,16 +9,20 @@ A ViT-T/16 learns at 256 pixels from one teacher, in one process, float32, in fo
     C  the real thing: images as in B, targets read from a store, decoded and normalised
     D  images as in B, the teacher runs in the loop
 
-B, C and D are the batches of `pipelines.batches`, threads and prefetching included: a batch is made
-while the step before it runs, so each way pays for its own. All ways take turns; every fourth round
-has D and the teacher's forward alone. Ratios are medians over the steps of one round, with their
-bootstrap intervals. ideal_ratio = (teacher's forward alone + B) / B is what D over C can be.
+B, C and D are the batches of `pipelines.batches`, threads and prefetching included. Ways take turns
+in blocks of steps: the first ones of a block use up what was made ahead during another way's turn
+and are not timed, so every timed step pays for its own batch, in waiting or in sharing the cores.
+Every fourth round has D and the teacher's forward alone. Ratios are medians over rounds, each of
+two blocks' mean steps, with their bootstrap intervals. Stores are in the page cache
+(benchmarks/read.py reads cold ones). ideal_ratio = (teacher's forward alone + B) / B is what D over
+C can be.
 
 Teachers: EfficientNet-Lite2, a ViT-B/16, and the proxy, 1.9 B parameters in bfloat16 (random
 weights: times do not depend on them). The proxy's forward takes minutes a batch on a CPU: D has
 `--proxy-depth` of its 50 equal blocks, and what one more block takes is measured and multiplied;
-the row's note says so. CPUs without bfloat16 units multiply bfloat16 matrices so slowly that the
-linear layers do it in float32 (benchmarks/proxy_step.py).
+the row's note says so, and its share of the ideal is then next to B / C, no finding of its own.
+CPUs without bfloat16 units multiply bfloat16 matrices so slowly that the linear layers do it in
+float32 (benchmarks/proxy_step.py).
 """
 
 import argparse
@@ -62,7 +66,10 @@ from pipelines.mix import Mix
 from pipelines.scales import Scales
 from pipelines.sources import CachedSource, LiveSource, Normalisers, Raw, Targets
 
-WARM_UP = -1
+PREFETCH = 1
+SETTLE = PREFETCH + 1
+"""Steps of a block that use batches made during another way's turn."""
+TIMED = 3
 LIVE_EVERY = 4
 COLUMNS = {
     "teacher": "",
@@ -113,26 +120,31 @@ def batches(feed: Feed, samples: Samples, teacher: str, batch: int, threads: int
         lambda scale, rows: rows,
         range(1_000_000),
         threads=threads,
+        prefetch=PREFETCH,
     )
 
 
 class Way:
-    """One way to do a step, timed: round -> seconds.
+    """One way to do a step, timed in blocks: round -> mean seconds.
 
     Args:
         step: does it and returns the seconds it waited for its batch.
+        settle: steps of a block that are not timed.
     """
 
-    def __init__(self, step: Callable[[], float]) -> None:
-        self._step = step
+    def __init__(self, step: Callable[[], float], settle: int) -> None:
+        self._step, self._settle = step, settle
         self.seconds: dict[int, float] = {}
         self.waited: dict[int, float] = {}
 
     def run(self, number: int) -> None:
-        """Do the step of a round."""
+        """Do the block of a round."""
+        for _ in range(self._settle):
+            self._step()
         started = time.perf_counter()
-        self.waited[number] = self._step()
-        self.seconds[number] = time.perf_counter() - started
+        waited = sum(self._step() for _ in range(TIMED))
+        self.seconds[number] = (time.perf_counter() - started) / TIMED
+        self.waited[number] = waited / TIMED
 
     @property
     def median(self) -> float:
@@ -153,7 +165,7 @@ def learning(learn: TrainingStep, made: Iterator[Batch]) -> Way:
         learn(batch.pixels, batch.targets())
         return batch.wait_seconds
 
-    return Way(step)
+    return Way(step, SETTLE)
 
 
 def looking(teacher: Teacher, batch: int) -> Way:
@@ -164,7 +176,7 @@ def looking(teacher: Teacher, batch: int) -> Way:
         teacher(pixels)
         return 0.0
 
-    return Way(step)
+    return Way(step, 1)
 
 
 def same_again(batch: Batch) -> Iterator[Batch]:
@@ -203,15 +215,11 @@ def measure(
     ways = {"A": learning(learn, same_again(next(streams["B"])))}
     ways |= {key: learning(learn, stream) for key, stream in streams.items()}
     ways["teacher"] = looking(subject.teacher, arguments.batch)
-    for way in ways.values():
-        way.run(WARM_UP)
     for number in track(range(arguments.rounds), f"{name}: A, B, C, D", console=console):
         live_too = number % LIVE_EVERY == 0
         keys = [key for key in ways if live_too or key not in ("D", "teacher")]
         for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
             ways[key].run(number)
-    for way in ways.values():
-        del way.seconds[WARM_UP], way.waited[WARM_UP]
     for stream in streams.values():
         stream.close()  # type: ignore[attr-defined]
     more = subject.missing_blocks * block_seconds(subject, arguments.batch)
@@ -270,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teachers", nargs="+", choices=[*SUBJECTS], default=[*SUBJECTS])
     parser.add_argument("--codecs", nargs="+", default=["float16", "int8", "rot4"])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=48, help="steps of A, B and each C")
+    parser.add_argument("--rounds", type=int, default=16, help="blocks of A, B and each C")
     parser.add_argument("--threads", type=int, default=2, help="that decode and draw")
     parser.add_argument("--proxy-depth", type=int, default=3, help="blocks of the proxy that run")
     arguments = parser.parse_args(argv)
