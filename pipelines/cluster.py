@@ -5,6 +5,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 TOKEN_BYTES = 32
 
@@ -48,11 +49,23 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
 def _authenticate() -> None:
     """Settle token authentication: the user's own token, else one for this process and its Ray.
 
+    A cluster that RAY_ADDRESS names has a token already: an invented one would only be refused.
     Ray keeps the first token it reads, so a process has one for its life.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+    if not os.environ.get("RAY_ADDRESS") and not _has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(TOKEN_BYTES)
     if "ray" not in sys.modules:
         # Set later it would contradict what Ray has read; ray.init turns tokens on by itself then.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _has_token() -> bool:
+    """Say whether Ray finds a token of the user's, looking where Ray looks, in its order.
+
+    A path that is named and leads nowhere counts: Ray refuses it, naming it.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    kept = Path(os.environ.get("HOME") or ".") / ".ray" / "auth_token"
+    return kept.is_file() and bool(kept.read_text().partition("\n")[0].strip())
