@@ -29,18 +29,41 @@ def one_sentence() -> Iterator[None]:
 def bad_input(error: BaseException) -> str | None:
     """Return what to tell the user about bad input, None if the error is no such thing.
 
-    A StoreError always is. A ValueError is when a `raise` of ours made it, having looked at the
-    input; one that escapes from a library is a bug, and its traceback is worth more. An error of
-    a Ray task counts as the error the task raised.
+    A StoreError always is. A ValueError, or the FloatingPointError of a loss that is not finite,
+    is when a `raise` of ours made it, having looked at the input; one that escapes from a library
+    is a bug, and its traceback is worth more. An error of a Ray task counts as the error the task
+    raised, which is ours if `telling_whose` found so there.
     """
     cause = getattr(error, "cause", None)  # ray.exceptions.RayTaskError
     if isinstance(cause, Exception):
-        return str(cause) if isinstance(cause, StoreError | ValueError) else None
+        error = cause
     if isinstance(error, StoreError):
         return str(error)
-    if isinstance(error, ValueError) and raised_here(error):
+    if isinstance(error, ValueError | FloatingPointError) and (
+        getattr(error, "ours", False) or raised_here(error)
+    ):
         return str(error)
     return None
+
+
+class RemoteBug(RuntimeError):
+    """An error of another process that is no bad input; it says the traceback it had there."""
+
+
+@contextmanager
+def telling_whose() -> Iterator[None]:
+    """Have an error that leaves for another process say whether it is ours.
+
+    Pickling drops the traceback that would tell. Our own errors are marked, any other becomes a
+    RemoteBug.
+    """
+    try:
+        yield
+    except Exception as error:
+        if bad_input(error) is None:
+            raise RemoteBug(traceback.format_exc()) from None
+        error.ours = True
+        raise
 
 
 def raised_here(error: BaseException) -> bool:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from cache.errors import StoreError
 from eupe.heads import DistillationModel
 from pipelines import checkpoint, cluster, distributed, start
 from pipelines.config import Recipe, StageConfig
+from pipelines.errors import bad_input, telling_whose
 from pipelines.inputs import Inputs, from_caches
 from pipelines.meters import in_words
 from pipelines.progress import track
@@ -34,8 +34,6 @@ RAY_FOLDER = "ray"
 LOOK_EVERY_SECONDS = 1.0
 TAIL_BYTES = 1 << 16
 """Of a file of figures: a line is a small part of it."""
-FAULTS = (ValueError, StoreError, FloatingPointError)
-"""What a worker says that a user can act on; anything else is shown as it came."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,7 @@ def train(
         ValueError: as for `train_stage`, or more workers than there is room for.
         StoreError: a cache cannot be read.
         FloatingPointError: the loss is not finite.
+        WorkerGroupError: of Ray Train: a worker raised anything else; its notes say all of it.
     """
     saved = checkpoint.latest(start.stage_directory(recipe, stage))
     pins = None if saved is None else saved.pins
@@ -137,11 +136,17 @@ def _train_distributed(job: _Job) -> StageResult:
             with _own_interrupts(), _followed(job):
                 result = trainer.fit()
         except WorkerGroupError as error:
-            raise _fault(error.worker_failures) or error from error
+            fault = _fault(error.worker_failures)
+            if fault is not None:
+                raise fault from error
+            for rank, failure in sorted(error.worker_failures.items()):
+                error.add_note(f"rank {rank}: {failure}")  # whole: Ray Train's own words are cut
+            raise
     done: StageResult = result.return_value
     return done
 
 
+@telling_whose()
 def _worker(config: dict[str, _Job]) -> StageResult:
     """Run in each of Ray Train's workers, in a process group that Ray Train has made."""
     from ray.train.torch import get_device
@@ -172,9 +177,9 @@ def _check_room(recipe: Recipe) -> None:
 
 
 def _fault(failures: Mapping[int, Exception]) -> Exception | None:
-    """Return what went wrong in a worker, not what that broke in the others; None if unclear."""
-    faults = (failures[rank] for rank in sorted(failures) if isinstance(failures[rank], FAULTS))
-    return next(faults, None)
+    """Return what a worker says that the user can act on; None if nothing does."""
+    faults = (failures[rank] for rank in sorted(failures))
+    return next((fault for fault in faults if bad_input(fault) is not None), None)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Self
 
 from pipelines.cluster import connect
-from pipelines.errors import bad_input
+from pipelines.errors import bad_input, telling_whose
 
 IN_FLIGHT = 2  # a call writes its files while the next one computes
 MAX_RESTARTS = 3
@@ -56,9 +56,10 @@ class Pool:
             tasks: positional arguments of each call.
 
         Raises:
-            ValueError: one actor needs more than any node of the cluster has.
+            ValueError: one actor needs more than any node of the cluster has, or a call refused.
+            StoreError: a call refused.
+            RemoteBug: a call raised anything else.
             RuntimeError: actors died more often than they are started anew.
-            Exception: whatever a call raised.
         """
         self._start(min(self._actors, len(tasks)))
         import ray  # after `connect` has settled its environment
@@ -68,7 +69,7 @@ class Pool:
 
         def feed(handle: Any) -> None:
             for number, task in islice(waiting, 1):
-                running[getattr(handle, method).remote(*task)] = (number, handle)
+                running[handle.__ray_call__.remote(_call, method, *task)] = (number, handle)
 
         for handle in self._handles * IN_FLIGHT:
             feed(handle)
@@ -113,13 +114,20 @@ class Pool:
         try:
             return ray.get(reference)
         except RayTaskError as error:
-            # Of bad input the sentence alone; of a bug the other process's traceback too.
-            raise error.cause from (error if bad_input(error) is None else None)
+            if bad_input(error) is None:
+                raise
+            raise error.cause from None  # the sentence alone
         except RayActorError as error:
             raise RuntimeError(
                 f"{self._make.__name__} died more than {MAX_RESTARTS} times; what was finished is "
                 "kept. Often memory ran out: lower extraction.compute_batch or extraction.actors"
             ) from error
+
+
+@telling_whose()
+def _call(actor: object, method: str, *task: Any) -> Any:
+    """Do one call, in the actor's process."""
+    return getattr(actor, method)(*task)
 
 
 def _room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:

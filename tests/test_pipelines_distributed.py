@@ -1,6 +1,7 @@
 """Several workers learn what one process learns: DDP, FSDP2, Ray Train; any may resume another."""
 
 import json
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from two_workers import Pair, Trained
 from eupe.weights import state_digest
 from pipelines import checkpoint, launch, recipes, tracking
 from pipelines.config import Recipe, StudentConfig, WorkersConfig
+from pipelines.errors import bad_input
 
 STEPS = 20
 LOG_EVERY, CHECKPOINT_EVERY, STOP_AT = 3, 4, 10  # a checkpoint falls between two logs
@@ -265,15 +267,23 @@ def travelling(ray_cluster: None) -> Iterator[None]:
 @pytest.mark.usefixtures("travelling")
 def test_ray_train_runs_the_same_loop(tmp_path, alone):
     run = small(tmp_path).model_copy(update={"workers": WorkersConfig(count=2)})
-    with pytest.raises(ValueError, match="rank 1 is on fire; put it out"):
+    with pytest.raises(Exception, match="rank 1 is on fire; put it out") as bug:
         launch.train(run, run.stages[0], make_inputs=two_workers.inputs_that_fail_on_rank_1)
+    assert bad_input(bug.value) is None  # no room of ours raised it
+    shown = "".join(traceback.format_exception(bug.value))
+    assert all(f"in {name}" in shown for name in ("_worker", "inputs_that_fail_on_rank_1"))
+    assert "workers.rank, workers.size)" in shown  # the middle, which Ray Train leaves out
+    odd = run.stages[0].model_copy(update={"strategy": "fsdp2", "global_batch": 7})
+    with pytest.raises(ValueError, match=r"^stage2: global_batch = 7 and 2 workers") as refused:
+        launch.train(run, odd, make_inputs=two_workers.noise_inputs)
+    assert bad_input(refused.value) == str(refused.value)
     done = train_with_ray(run)
     assert done.checkpoint == checkpoint.require(run.directory / "stage2")
     assert done.checkpoint.step == STEPS
     assert done.checkpoint.score is not None
     assert_same_losses(run, alone[0])
     names = [path.name for path in (run.directory / "stage2" / launch.RAY_FOLDER).iterdir()]
-    assert len(names) == 2, "under one name Ray Train would have repeated the failure"
+    assert len(names) == 3, "under one name Ray Train would have repeated the failure"
     assert train_with_ray(run).first_step == STEPS  # finds its work done
 
 

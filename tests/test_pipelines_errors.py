@@ -1,15 +1,17 @@
 """Bad input is one sentence and exit code 2; a bug keeps its traceback and exits 1."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache.errors import NotBuilt
 from eupe import fingerprint
 from flows.cli import main
-from pipelines.errors import bad_input
+from pipelines.errors import bad_input, telling_whose
 
 
 def raised(action) -> Exception:
@@ -41,11 +43,35 @@ def test_a_value_error_from_c_inside_our_own_file_is_a_bug():
     assert bad_input(error) is None
 
 
+def test_a_floating_point_error_of_a_library_is_a_bug():
+    with np.errstate(divide="raise"):
+        error = raised(lambda: np.ones(1) / np.zeros(1))
+    assert isinstance(error, FloatingPointError)
+    assert bad_input(error) is None
+
+
 def test_what_a_ray_task_raised_counts():
     class Wrapped(Exception):
         cause = NotBuilt("no shard yet")
 
     assert bad_input(Wrapped()) == "no shard yet"
+
+
+def arrived(action) -> Exception:
+    """Return the error of an action as another process gets it: without a traceback."""
+    return pickle.loads(pickle.dumps(raised(telling_whose()(action))))
+
+
+def test_an_error_from_another_process_is_ours_if_it_was_there():
+    ours = arrived(lambda: fingerprint.canonical_json(float("nan")))
+    assert bad_input(ours) == "$: nan is not finite and has no JSON form"
+    assert bad_input(arrived(lambda: fingerprint.canonical_json("\ud800"))) is None
+    assert bad_input(arrived(lambda: np.zeros(2) + np.zeros(3))) is None
+
+
+def test_an_error_from_another_process_that_does_not_say_whose_it_is_is_a_bug():
+    error = raised(lambda: fingerprint.canonical_json(float("nan")))
+    assert bad_input(pickle.loads(pickle.dumps(error))) is None
 
 
 @pytest.mark.parametrize(
