@@ -278,6 +278,7 @@ def test_ray_train_runs_the_same_loop(tmp_path, alone):
         launch.train(run, odd, make_inputs=two_workers.noise_inputs)
     assert bad_input(refused.value) == str(refused.value)
     done = train_with_ray(run)
+    assert done.images_per_second == pytest.approx(images_per_second(run))
     assert done.checkpoint == checkpoint.require(run.directory / "stage2")
     assert done.checkpoint.step == STEPS
     assert done.checkpoint.score is not None
@@ -285,6 +286,17 @@ def test_ray_train_runs_the_same_loop(tmp_path, alone):
     names = [path.name for path in (run.directory / "stage2" / launch.RAY_FOLDER).iterdir()]
     assert len(names) == 3, "under one name Ray Train would have repeated the failure"
     assert train_with_ray(run).first_step == STEPS  # finds its work done
+
+
+def images_per_second(run: Recipe) -> float:
+    """Return the pace over all steps, of the paces that the run showed as it went."""
+    images, seconds, before = 0, 0.0, 0
+    for line in tracking.read(run.directory / "stage2" / tracking.METRICS_FILE):
+        if "images_per_second" in line:
+            own = int(line["step"] - before) * run.stages[0].global_batch
+            images, seconds = images + own, seconds + own / line["images_per_second"]
+            before = int(line["step"])
+    return images / seconds
 
 
 def train_with_ray(run: Recipe):
@@ -300,6 +312,7 @@ def test_one_worker_trains_here(tmp_path, alone):
     run = small(tmp_path)
     done = launch.train(run, run.stages[0], make_inputs=two_workers.noise_inputs)
     assert done.checkpoint.step == STEPS
+    assert done.images_per_second == pytest.approx(images_per_second(run))
     assert losses(run) == losses(alone[0])
 
 
