@@ -4,6 +4,7 @@ A codec undoes itself: decoding returns the teacher's features. What the loss wa
 normaliser) is another matter (law 9).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +15,16 @@ from cache.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
 from cache.quantised import BITS, FIT, QuantisedCodec
 from eupe.spec import CodecSpec
 
-__all__ = ["Codec", "Encoded", "Escapes", "Moments", "PlainCodec", "default_codec", "make_codec"]
+__all__ = [
+    "Codec",
+    "Encoded",
+    "Escapes",
+    "Moments",
+    "PlainCodec",
+    "default_codec",
+    "make_codec",
+    "stored_codec",
+]
 
 PLAIN = ("float32", "float16", "bfloat16", "uint8")
 BFLOAT16_NAN = 0x7FC0
@@ -139,14 +149,28 @@ def make_codec(spec: CodecSpec, moments: Moments | None = None) -> Codec:
     Raises:
         ValueError: the fit rule is not the codec's, or moments are needed and not given.
     """
-    if spec != default_codec(spec.name):
-        rule = default_codec(spec.name).fit
-        raise ValueError(f"codec {spec.name}: fit = {spec.fit!r}, this version knows {rule!r}")
+    _check_fit(spec)
     if spec.fit is None:
         return PlainCodec(spec.name)
     if moments is None:
         raise ValueError(f"codec {spec.name}: is fitted to the moments of the patches; give them")
     return QuantisedCodec.fitted(spec.name, moments)
+
+
+def stored_codec(spec: CodecSpec, said: Mapping[str, object]) -> Codec:
+    """Return the codec that a store was created with, from what its spec.json says of it.
+
+    Raises:
+        ValueError: the fit rule is not the codec's.
+    """
+    _check_fit(spec)
+    return PlainCodec(spec.name) if spec.fit is None else QuantisedCodec.from_json_dict(said)
+
+
+def _check_fit(spec: CodecSpec) -> None:
+    rule = default_codec(spec.name).fit
+    if spec.fit != rule:
+        raise ValueError(f"codec {spec.name}: fit = {spec.fit!r}, this version knows {rule!r}")
 
 
 def row_bytes(name: str, num_tokens: int, dim: int) -> int:

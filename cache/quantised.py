@@ -15,8 +15,10 @@ values are kept beside the codes, so the bound holds for every token of finite f
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +37,7 @@ WORST_ERROR = {"int8": 0.12, "rot4": 0.25, "rot3": 0.40, "rot2": 0.65}
 MEAN_COSINE = {"int8": 0.997, "rot4": 0.994, "rot3": 0.98, "rot2": 0.93}
 """Documented mean cosine; a build whose sample falls below it is refused."""
 
-SMALLEST_STD = 1e-6  # of the largest channel's: a dead channel divides by this, not by zero
+SMALLEST_STD = 1e-6  # of the widest channel's: below it a channel is dead in the sample
 CHUNK_TOKENS = 1 << 14  # encoded at a time: 50 MB of float32 at D = 768
 
 
@@ -69,16 +71,30 @@ class QuantisedCodec:
     def fitted(cls, name: str, moments: Moments) -> "QuantisedCodec":
         """Fit mean and standard deviation of each channel.
 
+        A channel that is dead in the sample may fire in other images, and gets the root mean square
+        of all widths. Rotated codecs spread their error over the channels by width: with a far
+        smaller one, a token in which the channel fires has to escape; with the widest, that the
+        z-score takes, every other token has to. With this one a token's relative error stays what
+        it is, whether the channel fires or not and however strongly.
+
         Raises:
             ValueError: fewer than two tokens were measured.
         """
         count, mean, scatter = moments
         if count < 2:
             raise ValueError(f"codec {name}: fitted to {count} tokens, wants at least 2")
-        std = np.sqrt(np.diagonal(scatter) / count)
-        largest = float(std.max()) or 1.0
-        floor = max(SMALLEST_STD * largest, float(np.finfo(np.float32).tiny))
-        return cls(name, mean.astype(np.float32), np.maximum(std, floor).astype(np.float32))
+        variance = np.diagonal(scatter) / count
+        std = np.sqrt(variance)
+        of_dead = float(np.sqrt(variance.mean())) or 1.0
+        std = np.where(std < SMALLEST_STD * (std.max() or 1.0), of_dead, std)
+        std = np.maximum(std, np.finfo(np.float32).tiny)
+        return cls(name, mean.astype(np.float32), std.astype(np.float32))
+
+    @classmethod
+    def from_json_dict(cls, said: Mapping[str, Any]) -> "QuantisedCodec":
+        """Undo `to_json_dict`: the same codec, to the last bit."""
+        mean, std = (np.array(said[name], np.float32) for name in ("mean", "std"))
+        return cls(said["name"], mean, std)
 
     @property
     def storage_dtype(self) -> np.dtype[np.generic]:

@@ -1,5 +1,6 @@
 """A store: every (sample, view) of a dataset through one teacher at one resolution."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cache import arrow_shard, arrow_tables, atomic, layout, place, zarr_shard
-from cache.codec import Codec, Moments, make_codec
+from cache.codec import Codec, Moments, make_codec, stored_codec
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.manifest import Manifest, ShardRecord
 from cache.samples import Samples, ShardRange, num_rows_now
@@ -49,6 +50,7 @@ class Store:
         provenance = manifest.head.get("provenance", {})
         assert isinstance(provenance, dict)
         self.provenance: dict[str, object] = provenance
+        self._spec_sha256 = str(manifest.head["spec_sha256"])
         self._moments_sha256 = str(manifest.head["moments_sha256"])
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -65,9 +67,16 @@ class Store:
 
     @cached_property
     def codec(self) -> Codec:
-        """The codec, fitted to this store's moments."""
-        fitted = self.spec.codec.fit is not None
-        return make_codec(self.spec.codec, self.moments()["patches"] if fitted else None)
+        """The codec, as fitted when the store was created: other code may fit it otherwise.
+
+        Raises:
+            Corrupt: spec.json is not what HEAD says.
+        """
+        path = layout.spec_file(self.directory)
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self._spec_sha256:
+            raise Corrupt(f"{path}: contents do not match the sha256 in HEAD; restore the file")
+        return stored_codec(self.spec.codec, json.loads(content)["codec"])
 
     @property
     def row_shape(self) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """Codecs: round trips, the documented bound for every finite token, and what that costs in bits."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from cache_stores import GRID, PATCH_DIM, Toy, features, ids
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.codec import CodecSpec, default_codec, make_codec
+from cache.errors import Corrupt
 from cache.quantised import (
     BITS,
     MEAN_COSINE,
@@ -26,6 +30,8 @@ ALLOWED_BITS = {"int8": 8.2, "rot4": 4.2, "rot3": 3.2, "rot2": 2.2}
 ORTHONORMAL_ATOL = 1e-5
 # The bound is checked on float32 values when encoding; float64 arithmetic here rounds otherwise.
 BOUND_RTOL = 1e-4
+# Of Gaussian tokens of some 384 channels: bounds are about twice their error.
+FEW_ESCAPES = 0.005
 
 quantised = pytest.mark.parametrize("name", list(BITS))
 
@@ -72,6 +78,28 @@ def test_one_strong_channel_a_token_is_no_trouble_for_rotated_codecs(name):
     encoded = codec.encode(patches)
     assert cosine(codec.decode(encoded.data, encoded.escapes), patches).mean() >= MEAN_COSINE[name]
     assert len(encoded.escapes.row) < 0.001 * len(tokens)
+
+
+@quantised
+@pytest.mark.parametrize("spread", [0.5, 1.0])
+def test_channels_that_are_dead_in_the_sample_may_fire(name, spread):
+    """A third of all channels, beside some that are hundreds of times wider than others."""
+    rng = np.random.default_rng(0)
+    dim = 384
+    patches = rng.standard_normal((80, 50, dim)) * np.exp(spread * rng.standard_normal(dim))
+    dead = np.arange(0, dim, 3)
+    patches[..., dead] = 0.25
+    codec = QuantisedCodec.fitted(name, moments_of(patches))
+    fires = rng.choice(dead, (40, 50, 1))
+    strong = 3 * patches.std(axis=(0, 1)).max()
+    np.put_along_axis(patches[40:], fires, strong * rng.random((40, 50, 1)), axis=2)
+    patches = patches.astype(np.float32)
+    for part in (patches[:40], patches[40:]):
+        encoded = codec.encode(part)
+        got = codec.decode(encoded.data, encoded.escapes)
+        assert relative_error(got, part).max() <= WORST_ERROR[name] * (1 + BOUND_RTOL)
+        assert cosine(got, part).mean() >= MEAN_COSINE[name]
+        assert len(encoded.escapes.row) <= FEW_ESCAPES * part[..., 0].size
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -196,6 +224,24 @@ def test_a_store_keeps_codes_and_escapes(tmp_path, name):
         assert relative_error(got[place], wanted).max() <= WORST_ERROR[name] * (1 + BOUND_RTOL)
     assert reader.take(rows, 1).shape == (5, 1, GRID[0] * GRID[1] * (store.codec.token_bytes + 2))
     assert got.shape[2] == PATCH_DIM
+
+
+def test_a_store_keeps_the_scaling_it_was_created_with(tmp_path):
+    """Whatever rule later code fits by: its rows were encoded with the old values."""
+    toy = Toy(tmp_path, "rot4")
+    toy.add_samples(ids(4))
+    store = toy.store()
+    spec, head = store.directory / "spec.json", store.directory / "manifest/HEAD"
+    said = json.loads(spec.read_bytes())
+    said["codec"]["std"][2] = 0.125
+    content = json.dumps(said).encode()
+    old, new = (hashlib.sha256(text).hexdigest() for text in (spec.read_bytes(), content))
+    spec.write_bytes(content)
+    with pytest.raises(Corrupt, match="do not match the sha256 in HEAD"):
+        toy.store().row_shape  # noqa: B018
+    head.write_text(head.read_text().replace(old, new))
+    assert toy.store().codec.std.tolist() == [1, 1, 0.125, 1, 1, 1, 1, 1]
+    assert toy.store().codec.to_json_dict() == said["codec"]
 
 
 def test_codecs_by_name():
