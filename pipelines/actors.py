@@ -173,8 +173,9 @@ class Extractor:
             ValueError: weights that cannot be loaded, or an image file that is gone.
         """
         parts: dict[Output, list[tuple[np.ndarray, np.ndarray]]] = {each: [] for each in outputs}
+        passes = self._passes(policy, samples, {0: outputs}, compute_batch)
         with self._computing:
-            for batch in self._passes(policy, samples, {0: outputs}, compute_batch):
+            for batch in passes:
                 decoded = np.array([drawn.reason is None for drawn in batch.drawn])
                 for output, features in batch.tokens.items():
                     summary = features.summary.cpu().numpy()
@@ -212,10 +213,11 @@ class Extractor:
             view: [_Part(store, view, shard) for store in of_view]
             for view, of_view in wanted.items()
         }
+        passes = self._passes(stores[0].spec.views, samples, outputs, compute_batch)
         with self._computing:
             for store in stores:
                 _check_teacher(self._teacher(store.spec.teacher.name).spec, store)
-            for batch in self._passes(stores[0].spec.views, samples, outputs, compute_batch):
+            for batch in passes:
                 for part in parts[batch.view]:
                     part.add(batch)
         made_by = provenance(self._device, compute_batch, torch.get_num_threads())
@@ -238,7 +240,8 @@ class Extractor:
     ) -> Iterator[_Pass]:
         """Walk over samples in compute batches, and in each over the views (view -> outputs).
 
-        The next batch is decoded, and all its views are drawn, while this one computes.
+        The next batch is decoded, and all its views are drawn, while this one computes; the first
+        one from now on, while the call before may still compute.
         """
         sides = {view: sorted({side for _, side in outputs}) for view, outputs in wanted.items()}
         draw = partial(self._draw, policy, sides)
@@ -247,19 +250,21 @@ class Extractor:
             rows = samples.slice(start, compute_batch).iter_rows(named=True)
             return [self._decoders.submit(draw, sample) for sample in rows]
 
-        ahead = decode(0)
-        for start in range(0, len(samples), compute_batch):
-            coming, ahead = ahead, decode(start + compute_batch)
-            images = [future.result() for future in coming]
-            for view, outputs in wanted.items():
-                drawn = [image[view] for image in images]
-                pixels = {side: _stacked(drawn, side) for side in sides[view]}
-                tokens = {}
-                for name, side in outputs:
-                    tokens[name, side] = padded_forward(
-                        self._teacher(name), pixels[side], compute_batch, self._device
-                    )
-                yield _Pass(start, view, drawn, tokens)
+        def walk(ahead: list[Future[dict[int, Drawn]]]) -> Iterator[_Pass]:
+            for start in range(0, len(samples), compute_batch):
+                coming, ahead = ahead, decode(start + compute_batch)
+                images = [future.result() for future in coming]
+                for view, outputs in wanted.items():
+                    drawn = [image[view] for image in images]
+                    pixels = {side: _stacked(drawn, side) for side in sides[view]}
+                    tokens = {}
+                    for name, side in outputs:
+                        tokens[name, side] = padded_forward(
+                            self._teacher(name), pixels[side], compute_batch, self._device
+                        )
+                    yield _Pass(start, view, drawn, tokens)
+
+        return walk(decode(0))
 
     def _draw(
         self,

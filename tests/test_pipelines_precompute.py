@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ from pipelines_caches import (
 from cache.errors import FingerprintMismatch, NotBuilt, StoreError
 from cache.reader import Reader
 from cache.store import find_stores, open_store
-from eupe import views
 from eupe.spec import CentreView
 from pipelines import jobs, precompute
 from pipelines.pool import num_that_fit
@@ -105,31 +103,6 @@ def test_a_lost_shard_alone_is_computed_again(tmp_path, images):
     assert (done.num_shards, done.num_images) == (1, 10)
     assert data_files(tmp_path / "root") == before
     assert jobs.open_stores(work)[0].spec == store.spec
-
-
-@pytest.mark.parametrize(("num_views", "times"), [(2, 1), (5, 2)])
-def test_one_decode_serves_all_resolutions_and_up_to_four_views(
-    tmp_path, images, monkeypatch, num_views, times
-):
-    source = write_folder(tmp_path / "images", images)
-    teachers = (teacher((64, 96)),)
-    for count in range(1, num_views + 1):  # one view at a time
-        build(job(tmp_path / "apart", source, num_views=count, teachers=teachers))
-    work = job(tmp_path / "together", source, num_views=num_views, teachers=teachers)
-    precompute.index_samples(work)
-    pool = HerePool(work)
-    stores = precompute.resolve_stores(work, pool)
-    decoded, decode = [], views.decode
-
-    def counted(data, *rest):
-        decoded.append(data)
-        return decode(data, *rest)
-
-    monkeypatch.setattr(views, "decode", counted)
-    done = precompute.extract_missing(work, stores, pool)
-    assert list(Counter(decoded).values()) == [times] * len(images)
-    assert (done.num_shards, done.num_images) == (3 * 2 * num_views, 24 * num_views)
-    assert data_files(tmp_path / "together") == data_files(tmp_path / "apart")
 
 
 def test_growing_adds_files_and_changes_none(tmp_path, images):
