@@ -5,6 +5,9 @@
     checkpoint:<directory>            a checkpoint of ours: <directory>/encoder.safetensors
     hub                               timm's or open_clip's own download (open_clip: hub:<tag>)
     random:<seed>                     the architecture's own initialisation
+    sha256:<digest>                   the tensors of that digest, which are not here: enough to read
+                                      features that were cached from them, as `eupe cache inspect`
+                                      names it; not to compute any
 
 Nothing is ever unpickled: safetensors, or torch.load with weights_only.
 """
@@ -13,7 +16,9 @@ import hashlib
 import importlib.resources
 import importlib.util
 import pickle
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import open_clip
@@ -56,13 +61,41 @@ def load_state_dict(uri: str, spec: EncoderSpec) -> dict[str, Tensor]:
         return dict(Encoder(spec, seed=int(place)).network.state_dict())
     if scheme == "hub":
         return _from_hub(spec, place)
+    if scheme == "sha256":
+        raise ValueError(
+            f"weights {uri!r} of {spec.architecture} are named, not here: computing with them "
+            "wants a package:, file:, checkpoint: or hub"
+        )
     if scheme not in ("package", "file", "checkpoint") or not place:
         raise ValueError(
             f"weights {uri!r}: wants package:<package>/<file>, file:<path>, checkpoint:<directory>,"
-            " hub or random:<seed>"
+            " hub, random:<seed> or sha256:<digest>"
         )
     path = _path(scheme, place, uri)
     return _fit(_plain(_read(path, uri), uri), spec, uri)
+
+
+def digest(uri: str, spec: EncoderSpec) -> str:
+    """Return the digest of the tensors that `load_state_dict` gives, read once while a file stays.
+
+    Raises:
+        ValueError: as `load_state_dict`, or no digest after sha256:.
+    """
+    scheme, _, place = uri.partition(":")
+    if scheme == "sha256":
+        if not re.fullmatch("[0-9a-f]{64}", place):
+            raise ValueError(f"weights {uri!r}: wants sha256: and 64 hexadecimal digits")
+        return place
+    stamp = None
+    if scheme in ("package", "file", "checkpoint"):
+        stat = _path(scheme, place, uri).stat()
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return _digest(uri, spec.model_dump_json(), stamp)
+
+
+@lru_cache(maxsize=64)
+def _digest(uri: str, spec: str, stamp: tuple[int, ...] | None) -> str:
+    return state_digest(load_state_dict(uri, EncoderSpec.model_validate_json(spec)))
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -56,8 +56,9 @@ class TeacherConfig(Spec):
     """A teacher as a recipe names it; `weights` says where the file is, which is not identity.
 
     weights: `package:<python package>/<file>`, `file:<path>` (safetensors or a weights-only
-    checkpoint), `hub` (timm's or open_clip's own download), `random:<seed>`, or
-    `checkpoint:<directory>` for a checkpoint of ours.
+    checkpoint), `hub` (timm's or open_clip's own download), `random:<seed>`,
+    `checkpoint:<directory>` for a checkpoint of ours, or `sha256:<digest>` for weights that are
+    not on this machine: enough to train from their cached features.
     """
 
     name: Name

@@ -8,7 +8,7 @@ from cache.store import Store, open_store
 from eupe.encoders import Encoder
 from eupe.pixels import RGB
 from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
-from eupe.weights import load_state_dict, state_digest
+from eupe.weights import digest
 from pipelines import checkpoint
 from pipelines.config import (
     PIXELS,
@@ -177,11 +177,10 @@ def open_stores(job: CacheJob) -> list[Store]:
 
 
 def _teacher_spec(config: TeacherConfig) -> TeacherSpec:
-    state = load_state_dict(config.weights, config.encoder)
     return TeacherSpec(
         name=config.name,
         encoder=config.encoder,
-        weights=state_digest(state),
+        weights=digest(config.weights, config.encoder),
         dtype=config.dtype,
     )
 

@@ -12,7 +12,7 @@ from eupe.encoders import Encoder
 from eupe.spec import EncoderSpec
 from eupe.students import FAMILY, build_student
 from eupe.teachers import Teacher, load_teacher
-from eupe.weights import load_state_dict, state_digest
+from eupe.weights import digest, load_state_dict, state_digest
 
 LITE0 = EncoderSpec(
     architecture="tf_efficientnet_lite0",
@@ -71,6 +71,27 @@ def test_digest_sees_names_dtypes_shapes_and_values():
 
 
 # URIs.
+
+
+def test_weights_may_be_named_by_digest_where_they_are_not_needed(tmp_path):
+    path = tmp_path / "student.pth"
+    torch.save(randomised(VITT).network.state_dict(), path)
+    known = digest(f"file:{path}", VITT)
+    assert known == state_digest(load_state_dict(f"file:{path}", VITT))
+    assert digest(f"sha256:{known}", VITT) == known
+    with pytest.raises(ValueError, match="are named, not here"):
+        load_state_dict(f"sha256:{known}", VITT)
+    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        digest("sha256:abc", VITT)
+
+
+def test_a_digest_follows_its_file(tmp_path):
+    path = tmp_path / "student.pth"
+    state = randomised(VITT).network.state_dict()
+    torch.save(state, path)
+    before = digest(f"file:{path}", VITT)
+    torch.save({name: value * 2 for name, value in state.items()}, path)
+    assert digest(f"file:{path}", VITT) != before
 
 
 def test_random_weights_are_reproducible_and_leave_the_global_state_alone():
