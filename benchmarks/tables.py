@@ -26,7 +26,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def console() -> Console:
-    """Return stdout as a console that cuts no column when it is a pipe or a file."""
+    """Return stdout as a console, wide where it is a pipe or a file."""
     return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
@@ -44,7 +44,7 @@ def show(
     """
     shown = Table(title=title)
     for column in columns:
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", overflow="fold")
     for row in rows:
         shown.add_row(*(format(row[c], form) if c in row else "" for c, form in columns.items()))
     out.print(shown)

@@ -31,7 +31,7 @@ def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -
         metavar="PATH=VALUE",
         action="append",
         default=[],
-        help=f"change a field of the recipe, e.g. stages.{name}.steps=50; may be given many times",
+        help=f"change a field of the recipe, e.g. stages.{name}.optimizer.lr=1e-4; may be given many times",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     asked = parser.parse_args(arguments)
