@@ -5,7 +5,7 @@
 Each stage is a Ray job; a recipe without a proxy has stage 2 alone.
 
 A step whose output is there already does nothing: caches by their manifests, a stage by its last
-checkpoint.
+checkpoint, evaluation and report by the fingerprint of what they were made of.
 """
 
 import os
@@ -115,15 +115,17 @@ def distill(
         cached = False
         for stage in asked.stages:
             if PROXY in stage.teachers and not cached:
-                build(proxy_jobs(asked), f"Stores of the proxy of recipe {recipe}")
+                build([proxy_jobs(asked)], f"Stores of the proxy of recipe {recipe}")
                 cached = True
                 clock("proxy caches")
             train(stage.stage, recipe, overrides, address)
             clock(stage.stage)
-    evaluation = evaluate_student(asked, asked.stages[-1])
-    stages = {stage.stage: look_at_stage(asked, stage) for stage in asked.stages}
-    clock("evaluation")
-    found = write_report(asked, asked.stages[-1], evaluation, seconds, stages)
+    found = report.current(asked)
+    if found is None:
+        evaluation = evaluate_student(asked, asked.stages[-1])
+        stages = {stage.stage: look_at_stage(asked, stage) for stage in asked.stages}
+        clock("evaluation")
+        found = write_report(asked, asked.stages[-1], evaluation, seconds, stages)
     artifacts.table("distill-summary", summary.rows(found), summary.steps(found))
     print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
     return found

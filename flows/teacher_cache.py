@@ -18,7 +18,7 @@ from flows import artifacts
 from flows.inspection import store_lines
 from flows.parameters import Overrides, RecipeName
 from pipelines import precompute, recipes
-from pipelines.jobs import CacheJob, cache_jobs
+from pipelines.jobs import CacheJob, job_groups
 from pipelines.pool import Pool
 from pipelines.precompute import Built, Extracted, Indexed
 
@@ -57,7 +57,7 @@ def teacher_cache(
     overrides: Overrides = [],  # noqa: B006 (Prefect shows it as the default; nobody changes it)
     deep_verify: bool = False,
 ) -> Built:
-    """Build or extend the teacher caches of a recipe.
+    """Build or extend the teacher caches of a recipe; the proxy's too, once stage 1 is done.
 
     Args:
         recipe: name of the recipe.
@@ -68,30 +68,30 @@ def teacher_cache(
         ValueError: bad input: recipe, override, images or weights.
         StoreError: a store that cannot be used or written.
     """
-    return build(
-        cache_jobs(recipes.get(recipe, overrides)), f"Stores of recipe {recipe}", deep_verify
-    )
+    groups = job_groups(recipes.get(recipe, overrides))
+    return build(groups, f"Stores of recipe {recipe}", deep_verify)
 
 
-def build(jobs: list[CacheJob], title: str, deep_verify: bool = False) -> Built:
+def build(groups: list[list[CacheJob]], title: str, deep_verify: bool = False) -> Built:
     """Build or extend the stores of some jobs, inside a flow.
 
     Args:
-        jobs: of the same teachers.
+        groups: jobs of the same teachers.
         title: of the table that the flow run shows.
         deep_verify: also read every byte again and compare checksums.
     """
     started = time.monotonic()
-    indexed = [index_samples(job) for job in {job.dataset.name: job for job in jobs}.values()]
+    indexed = [index_samples(job) for job in precompute.datasets(groups)]
     extracted: dict[str, Extracted] = {}
     stores: list[Store] = []
-    with precompute.extractors(jobs[0]) as pool:  # starts Ray when there is work
-        for job in jobs:
-            own = resolve_stores(job, pool)
-            extracted[str(job)] = extract_missing(job, own, pool)
-            stores += own
+    for jobs in groups:
+        with precompute.extractors(jobs[0]) as pool:  # starts Ray when there is work
+            for job in jobs:
+                own = resolve_stores(job, pool)
+                extracted[str(job)] = extract_missing(job, own, pool)
+                stores += own
     verify_stores(stores, deep_verify)
     built = Built(indexed, extracted, stores, time.monotonic() - started)
-    artifacts.table("teacher-cache-stores", store_lines(jobs[0].root, stores), title)
+    artifacts.table("teacher-cache-stores", store_lines(groups[0][0].root, stores), title)
     print(built, file=sys.stderr)
     return built

@@ -109,8 +109,7 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
     """
     saved = checkpoint.require(start.stage_directory(recipe, stage))
     opened = inputs.from_caches(recipe, stage, saved.pins)
-    untrained = stage.model_copy(update={"initial": None})  # not what an earlier stage made of it
-    models = {name: start.initial_model(recipe, untrained, opened.dims) for name in (INIT, FINAL)}
+    models = {name: start.untrained_model(recipe, stage, opened.dims) for name in (INIT, FINAL)}
     start.load(models[FINAL], saved)
     for model in models.values():
         model.eval().to(device)

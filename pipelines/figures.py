@@ -118,7 +118,7 @@ def token_picture(
     opened = inputs.from_caches(recipe, stage, saved.pins)
     feed = inputs.centre_feeds(recipe, stage, opened.normalisers)[recipe.held_out.name]
     models = {
-        title: start.initial_model(recipe, stage, opened.dims) for title in ("before", "after")
+        title: start.untrained_model(recipe, stage, opened.dims) for title in ("before", "after")
     }
     start.load(models[AFTER], saved)
     ids, shown = list[str](), list[Tensor]()

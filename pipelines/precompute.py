@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import polars as pl
 
@@ -26,9 +27,9 @@ from pipelines.actors import Extractor, provenance
 from pipelines.config import Recipe
 from pipelines.jobs import (
     CacheJob,
-    cache_jobs,
     compute_threads,
     device,
+    job_groups,
     rows_per_shard,
     store_specs,
 )
@@ -36,7 +37,7 @@ from pipelines.measure import measure
 from pipelines.pool import Pool
 from pipelines.progress import track
 
-REASONS_SHOWN = 3
+REASONS_SHOWN = 10
 VIEWS_TOGETHER = 4
 """Views of a shard that one call draws from one decode; it holds the patches of all of them."""
 
@@ -71,6 +72,7 @@ def index_samples(job: CacheJob) -> Indexed:
     there = _samples(job)
     known = frozenset() if there is None else frozenset(there.arrow["sample_id"].to_pylist())
     found = images.index(job.dataset.source, known, job.extraction.decode_threads)
+    _list_failures(job, found.failures)
     num_seen = found.records.height + found.failures.height + found.known
     _check_share(
         job,
@@ -82,7 +84,6 @@ def index_samples(job: CacheJob) -> Indexed:
     if per_shard is None and there is None:
         per_shard = rows_per_shard(job)
     samples = Samples.append(job.root, dataset, found.records, per_shard)
-    _list_failures(job, found.failures)
     num_before = 0 if there is None else len(there)
     return Indexed(dataset.name, len(samples), len(samples) - num_before, found.failures)
 
@@ -147,12 +148,14 @@ class Extracted:
         num_shards: shards computed, over all stores; 0 if everything was there.
         num_images: images computed on, each view counted.
         num_invalid: rows of the job's stores that are invalid, now.
+        reasons: of the first of them, with their sample.
         seconds: wall time.
     """
 
     num_shards: int
     num_images: int
     num_invalid: int
+    reasons: list[str]
     seconds: float
 
 
@@ -172,6 +175,7 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
     started = time.monotonic()
     for store in stores:
         atomic.sweep(layout.scratch_directory(store.directory))  # of killed builders
+        store.mend_metadata()
     tasks = _tasks(stores, job.num_views)
     num_images = sum(len(wanted) * len(shard) for wanted, shard in tasks)
     num_shards = 0
@@ -192,7 +196,9 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
                 _check_invalid(job, theirs, [invalid[id(store)] for store in theirs])
     counts = [_num_invalid(job, store) for store in stores]
     _check_invalid(job, stores, counts)
-    return Extracted(num_shards, num_images, sum(counts), time.monotonic() - started)
+    named = [_reasons(store) for store, count in zip(stores, counts, strict=True) if count]
+    reasons = list(dict.fromkeys(chain.from_iterable(named)))[:REASONS_SHOWN]
+    return Extracted(num_shards, num_images, sum(counts), reasons, time.monotonic() - started)
 
 
 def verify_stores(stores: Sequence[Store], deep: bool = True) -> list[Report]:
@@ -212,7 +218,7 @@ def verify_stores(stores: Sequence[Store], deep: bool = True) -> list[Report]:
             report = verify(store, deep, lambda done, all_of_them: progress.advance())
         if report.problems:
             more = f", and {len(report.problems) - 1} more" if len(report.problems) > 1 else ""
-            raise Corrupt(f"{report.problems[0]}{more}; build again or restore the files")
+            raise Corrupt(f"{report.problems[0]}{more}")
         reports.append(report)
     return reports
 
@@ -249,16 +255,17 @@ class Built:
             for each in self.indexed
             for f in each.failures.iter_rows(named=True)
         ]
-        lines += [
-            f"{job}: {each.num_shards} shards computed, {each.num_invalid} invalid rows, "
-            f"{each.seconds:.1f} s"
-            for job, each in self.extracted.items()
-        ]
+        for job, each in self.extracted.items():
+            lines.append(
+                f"{job}: {each.num_shards} shards computed, {each.num_invalid} invalid rows, "
+                f"{each.seconds:.1f} s"
+            )
+            lines += [f"  invalid {reason}" for reason in each.reasons]
         return "\n".join([*lines, f"{self.num_shards} shards computed in {self.seconds:.1f} s"])
 
 
 def build(recipe: Recipe, deep: bool = False) -> Built:
-    """Build or extend every cache a recipe needs of its expert teachers.
+    """Build or extend every cache of a recipe that can be built now (`jobs.job_groups`).
 
     Args:
         recipe: the run.
@@ -269,16 +276,22 @@ def build(recipe: Recipe, deep: bool = False) -> Built:
         StoreError: a store that cannot be used or written, see the steps.
     """
     started = time.monotonic()
-    jobs = cache_jobs(recipe)
-    indexed = [index_samples(job) for job in {job.dataset.name: job for job in jobs}.values()]
+    groups = job_groups(recipe)
+    indexed = [index_samples(job) for job in datasets(groups)]
     extracted, stores = {}, []
-    with extractors(jobs[0]) as pool:
-        for job in jobs:
-            own = resolve_stores(job, pool)
-            extracted[str(job)] = extract_missing(job, own, pool)
-            stores += own
+    for jobs in groups:
+        with extractors(jobs[0]) as pool:
+            for job in jobs:
+                own = resolve_stores(job, pool)
+                extracted[str(job)] = extract_missing(job, own, pool)
+                stores += own
     verify_stores(stores, deep)
     return Built(indexed, extracted, stores, time.monotonic() - started)
+
+
+def datasets(groups: Sequence[Sequence[CacheJob]]) -> list[CacheJob]:
+    """Return one job of each dataset, whose images are to be indexed."""
+    return list({job.dataset.name: job for jobs in groups for job in jobs}.values())
 
 
 # ------------------------------------------------------------------------------ steps of the steps
@@ -364,8 +377,8 @@ def _check_share(job: CacheJob, failed: int, total: int, reasons: Sequence[str])
     if failed > share * total:
         raise ValueError(
             f"{job.dataset.name}: {failed} of {total} images or features are unusable, more than "
-            f"max_failure_share = {share:g} allows ({'; '.join(reasons[:REASONS_SHOWN])}); mend "
-            "the images or raise extraction.max_failure_share"
+            f"max_failure_share = {share:g} allows ({'; '.join(reasons[:REASONS_SHOWN])}); take "
+            "them out, give mended ones new names, or raise extraction.max_failure_share"
         )
 
 

@@ -50,8 +50,7 @@ def stage_figures(
     saved = checkpoint.require(directory)
     whole = over_pyramid(recipe, stage)
     opened = inputs.from_caches(recipe, whole)
-    untrained = stage.model_copy(update={"initial": None})
-    model = start.initial_model(recipe, untrained, opened.dims)
+    model = start.untrained_model(recipe, stage, opened.dims)
     start.load(model, saved)
     model.eval().to(device)
     name = recipe.held_out.name

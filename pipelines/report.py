@@ -9,11 +9,13 @@ from pathlib import Path
 import jinja2
 import torch
 
-from pipelines import evaluate, figures, start, tracking
-from pipelines.config import PROXY, Recipe, StageConfig
+from cache.store import Store
+from eupe import fingerprint as fp
+from pipelines import checkpoint, evaluate, figures, start, tracking
+from pipelines.config import Recipe, StageConfig
 from pipelines.evaluate import Cosine, Evaluation
 from pipelines.figures import TokenPicture
-from pipelines.jobs import cache_jobs, open_stores, proxy_jobs
+from pipelines.jobs import job_groups, open_stores
 from pipelines.pyramid import StageFigures
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
@@ -45,16 +47,49 @@ def caches(recipe: Recipe) -> Caches:
     """
     images: dict[str, int] = {}
     rows = num_bytes = 0
-    jobs = cache_jobs(recipe)
-    if any(PROXY in stage.teachers for stage in recipe.stages):
-        jobs += proxy_jobs(recipe)
-    for job in jobs:
-        for store in open_stores(job):
-            images[job.dataset.name] = len(store.samples)
-            for record in store.manifest().records():
-                rows += record.stop - record.start
-                num_bytes += record.patches_bytes + record.rows_bytes
+    for store in _stores(recipe):
+        images[store.spec.dataset.name] = len(store.samples)
+        for record in store.manifest().records():
+            rows += record.stop - record.start
+            num_bytes += record.patches_bytes + record.rows_bytes
     return Caches(sum(images.values()), rows, num_bytes)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Hash what a run's figures depend on: the recipe, its newest checkpoints and its stores.
+
+    Raises:
+        ValueError: a stage without a checkpoint, or weights that cannot be read.
+        StoreError: a store is absent or half built.
+    """
+    saved = [checkpoint.require(recipe.stage_directory(stage.stage)) for stage in recipe.stages]
+    return fp.fingerprint(
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "checkpoints": [{"step": each.step, "identity": each.identity} for each in saved],
+            "stores": {
+                str(store.spec.directory()): store.manifest().version for store in _stores(recipe)
+            },
+        }
+    )
+
+
+def current(recipe: Recipe) -> dict[str, object] | None:
+    """Return the summary that is there, if nothing it depends on has changed since.
+
+    Raises:
+        ValueError: as `fingerprint`.
+        StoreError: as `fingerprint`.
+    """
+    files = [recipe.directory / name for name in (SUMMARY_FILE, REPORT_FILE)]
+    if not all(path.is_file() for path in files):
+        return None
+    summary: dict[str, object] = json.loads(files[0].read_text(encoding="utf-8"))
+    return summary if summary.get("fingerprint") == fingerprint(recipe) else None
+
+
+def _stores(recipe: Recipe) -> list[Store]:
+    return [store for jobs in job_groups(recipe) for job in jobs for store in open_stores(job)]
 
 
 def summarise(
@@ -122,6 +157,7 @@ def write(
         StoreError: a cache cannot be read.
     """
     summary = summarise(recipe, caches(recipe), evaluation, seconds, stages)
+    summary["fingerprint"] = fingerprint(recipe)
     lines = tracking.read(start.stage_directory(recipe, stage) / tracking.METRICS_FILE)
     page = render(
         recipe,

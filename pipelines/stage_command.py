@@ -24,14 +24,19 @@ def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -
         "checkpoint. Relative paths of recipes are below $EUPE_HOME, which is the working folder "
         "unless set.",
     )
-    parser.add_argument("--recipe", default=default, help=f"name of a recipe (default: {default})")
+    parser.add_argument(
+        "--recipe",
+        default=default,
+        help=f"name of a recipe, or a YAML file that changes one (default: {default})",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
         metavar="PATH=VALUE",
         action="append",
         default=[],
-        help=f"change a field of the recipe, e.g. stages.{name}.optimizer.lr=1e-4; may be given many times",
+        help=f"change a field of the recipe, e.g. stages.{name}.optimizer.lr=1e-4; may be given "
+        "many times",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     asked = parser.parse_args(arguments)

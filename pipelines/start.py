@@ -70,6 +70,13 @@ def initial_model(
     return model
 
 
+def untrained_model(
+    recipe: Recipe, stage: StageConfig, dims: Mapping[str, tuple[int, int]]
+) -> DistillationModel:
+    """Build a stage's model as it was before any stage trained it; arguments as `initial_model`."""
+    return initial_model(recipe, stage.model_copy(update={"initial": None}), dims)
+
+
 def load(model: DistillationModel, saved: Checkpoint) -> None:
     """Put a checkpoint's encoder and heads into a model.
 

@@ -128,7 +128,10 @@ def test_growing_adds_files_and_changes_none(tmp_path, images):
 def test_an_image_that_is_cut_is_an_invalid_row(tmp_path, images):
     first = next(iter(images))
     source = write_folder(tmp_path / "images", {**images, first: cut(images[first])})
-    (store,) = build(job(tmp_path / "root", source, max_failure_share=0.1))
+    work = job(tmp_path / "root", source, max_failure_share=0.1)
+    (store,) = build(work)
+    (reason,) = precompute.extract_missing(work, [store]).reasons
+    assert reason.startswith(f"{Path(first).with_suffix('')}: ")
     reader = Reader(store)
     rows = np.arange(len(images))
     bad = store.samples.rows_of([str(Path(first).with_suffix(""))])
@@ -143,9 +146,14 @@ def test_too_many_unusable_images_fail_the_build_and_lose_nothing(tmp_path, imag
     build(work)
     before = data_files(tmp_path / "root")
     write_folder(tmp_path / "images", {"even/empty.png": b"", "even/text.png": b"text"})
+    listed = tmp_path / "root/emoji/failures.jsonl"
     with pytest.raises(ValueError, match=r"2 of 26 .* max_failure_share = 0\.01 .*no bytes"):
         precompute.index_samples(work)
     assert data_files(tmp_path / "root") == before
+    assert {json.loads(line)["sample_id"] for line in listed.read_text().splitlines()} == {
+        "even/empty",
+        "even/text",
+    }
 
 
 def test_too_many_invalid_rows_fail_the_build_every_time(tmp_path, images):

@@ -19,7 +19,14 @@ from pipelines_runs import (
 from cache.errors import FingerprintMismatch
 from pipelines import inputs, launch, pyramid, scales
 from pipelines.config import PROXY, Recipe, StageConfig
-from pipelines.jobs import cache_jobs, open_stores, proxy_jobs, proxy_teacher, store_specs
+from pipelines.jobs import (
+    cache_jobs,
+    job_groups,
+    open_stores,
+    proxy_jobs,
+    proxy_teacher,
+    store_specs,
+)
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 
@@ -90,6 +97,28 @@ def test_the_proxy_is_cached_at_every_scale_and_normalised_over_all(trained):
         assert {k: v.tolist() for k, v in ours.state_dict().items()} == {
             k: v.tolist() for k, v in theirs.state_dict().items()
         }
+
+
+def test_the_proxys_caches_can_be_built_once_stage_1_is_done(trained, tmp_path):
+    experts, proxys = job_groups(trained)
+    assert (experts, proxys) == (cache_jobs(trained), proxy_jobs(trained))
+    untrained = trained.model_copy(update={"proxy_directory": str(tmp_path)})
+    assert job_groups(untrained) == [experts]
+
+
+def test_no_stage_begins_from_one_that_is_still_on_its_way(trained):
+    def longer(name: str) -> Recipe:
+        stages = [
+            stage.model_copy(update={"steps": 100}) if stage.stage == name else stage
+            for stage in trained.stages
+        ]
+        return trained.model_copy(update={"stages": tuple(stages)})
+
+    assert len(job_groups(longer("stage1"))) == 1
+    with pytest.raises(ValueError, match=r"stage1: trained for \d+ of 100 steps; finish this"):
+        proxy_jobs(longer("stage1"))
+    with pytest.raises(ValueError, match=r"stage2: trained for \d+ of 100 steps; finish this"):
+        launch.train(longer("stage2"), trained.stage("stage3"))
 
 
 def test_figures_of_a_stage_name_every_scale(trained):
