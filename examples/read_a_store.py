@@ -2,7 +2,7 @@
 
     python examples/read_a_store.py ROOT
 
-ROOT is a cache root, as `eupe cache build` or the demo writes one (runs/demo/cache, say). The files
+ROOT is a cache root, as `eupe cache build` or the demo writes one (runs/cache). The files
 are standard Zarr v3 and Arrow IPC: nothing of this project is needed to read them.
 """
 

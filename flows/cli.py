@@ -257,7 +257,7 @@ def evaluate(
     judged = asked.stage(stage) if stage else asked.stages[-1]
     from pipelines import evaluate as evaluation
 
-    found = evaluation.evaluate(asked, judged, "cuda" if asked.workers.use_gpu else "cpu")
+    found = evaluation.evaluate(asked, judged, evaluation.device(asked))
     path = evaluation.write(asked.directory, found)
     if as_json:
         print_json(asdict(found))

@@ -61,13 +61,13 @@ def train(stage: str, recipe: str, overrides: list[str], address: str) -> None:
 def evaluate_student(recipe: Recipe, stage: StageConfig) -> Evaluation:
     """Compare the student with itself before training, its teachers and a constant."""
     with artifacts.progress("evaluate"):
-        return evaluate.evaluate(recipe, stage, device(recipe))
+        return evaluate.evaluate(recipe, stage, evaluate.device(recipe))
 
 
 @task(name="stage figures", task_run_name="figures of {stage.stage}", cache_policy=NO_CACHE)
 def look_at_stage(recipe: Recipe, stage: StageConfig) -> StageFigures:
     """Measure a stage's losses and its held-out cosine at every scale."""
-    return pyramid.stage_figures(recipe, stage, device(recipe))
+    return pyramid.stage_figures(recipe, stage, evaluate.device(recipe))
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -79,7 +79,7 @@ def write_report(
     stages: dict[str, StageFigures],
 ) -> dict[str, object]:
     """Write summary.json and report.html; return the summary."""
-    return report.write(recipe, stage, evaluation, seconds, stages, device(recipe))
+    return report.write(recipe, stage, evaluation, seconds, stages, evaluate.device(recipe))
 
 
 @flow(name="distill", flow_run_name="distill {recipe}")
@@ -129,8 +129,3 @@ def distill(
     artifacts.table("distill-summary", summary.rows(found), summary.steps(found))
     print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
     return found
-
-
-def device(recipe: Recipe) -> str:
-    """Return where the flow's own process computes."""
-    return "cuda" if recipe.workers.use_gpu else "cpu"

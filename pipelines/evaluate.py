@@ -190,6 +190,11 @@ def _knn(
     )
 
 
+def device(recipe: Recipe) -> str:
+    """Return where this process evaluates: it may run on a node without the workers' GPUs."""
+    return "cuda" if recipe.workers.use_gpu and torch.cuda.is_available() else "cpu"
+
+
 def write(directory: Path, evaluation: Evaluation) -> Path:
     """Write an evaluation as JSON into a folder; return the file."""
     path = directory / EVALUATION_FILE

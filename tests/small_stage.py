@@ -79,8 +79,14 @@ class MemorySource:
         raise NotImplementedError("this source is only ever handed canvases")
 
 
-def recipe(directory: Path, **stage: object) -> Recipe:
-    """Return a run of one stage; fields of the stage may be given."""
+def recipe(directory: Path, *, drop_path: float = 0.2, **stage: object) -> Recipe:
+    """Return a run of one stage; fields of the stage may be given.
+
+    Args:
+        directory: of the run.
+        drop_path: rate, above zero so that a test sees whether the network's draws are addressed.
+        stage: fields of the stage.
+    """
     settings = {
         "stage": "stage2",
         "teachers": tuple(TEACHERS),
@@ -105,7 +111,7 @@ def recipe(directory: Path, **stage: object) -> Recipe:
             "embed_dim": 32,
             "depth": 2,
             "num_heads": 2,
-            "drop_path_rate": 0.2,  # so that a test sees whether the network's draws are addressed
+            "drop_path_rate": drop_path,
         },
     )
     return Recipe(

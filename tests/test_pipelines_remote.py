@@ -8,12 +8,15 @@ import small_run
 import torch
 from bucket_server import NAME
 from cache_stores import files_under
+from pipelines_runs import from_cache, one_thread
 
 from cache import bucket, place
 from cache.bucket import BucketPath
 from pipelines import images, inputs
 from pipelines.config import SourceConfig
 from pipelines.jobs import cache_jobs
+
+__all__ = ["one_thread"]  # a fixture, used by itself
 
 NUM_IMAGES = 20
 STEPS = range(3)
@@ -79,7 +82,7 @@ def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
 
 @pytest.mark.slow
 def test_a_run_from_a_bucket_is_that_from_a_disk(root, tmp_path, emoji):
-    """Images, caches, batches: features byte for byte, and equal targets at every step."""
+    """Features byte for byte, equal targets, and equal losses of a training from either."""
     pictures = pipelines_caches.pictures(emoji, NUM_IMAGES)
     pipelines_caches.write_parquet(tmp_path / "train.parquet", pictures)
     bucket.send(tmp_path / "train.parquet", root / "train.parquet")
@@ -105,3 +108,7 @@ def test_a_run_from_a_bucket_is_that_from_a_disk(root, tmp_path, emoji):
         assert torch.equal(ours.pixels, theirs.pixels)
         for a, b in zip(ours.targets()["lite0"], theirs.targets()["lite0"], strict=True):
             assert torch.equal(a, b)
+    every = stage.model_copy(update={"log_every": 1})
+    assert from_cache(remote, every, tmp_path / "remote") == from_cache(
+        local, every, tmp_path / "local"
+    )

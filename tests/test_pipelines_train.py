@@ -1,7 +1,9 @@
 """The training loop: exact resume, exact accumulation, addressed draws, honest refusals."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ CHILD = Path(__file__).with_name("train_child.py")
 # Sums of float32 in another order: a few units in the last place, grown over 12 steps of AdamW,
 # which divides small gradients by their own size.
 SAME_MATHS = {"rtol": 2e-4, "atol": 1e-5}
+COMPILED = 1e-4  # composed modules in float32, operations fused and reordered
 WORDS = ("loss/", "lr", "gradient_norm")
 
 
@@ -154,9 +157,25 @@ def test_kill_at_a_random_step_then_resume_gives_bit_equal_losses(tmp_path, one_
         assert torch.equal(ours.encoder()[name], value), name
 
 
-def run_child(directory: Path, pause: float) -> subprocess.Popen[bytes]:
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+def test_a_compiled_stage_learns_as_one_that_is_not(tmp_path):
+    """In processes without the shape checks, which a compiler cannot trace."""
+    short = {"steps": 4, "log_every": 1, "checkpoint_every": 4, "student_scales": [32]}
+    for name in ("plain", "compiled"):
+        stage = {**short, "compile": name == "compiled"}
+        assert run_child(tmp_path / name, 0, drop_path=0.0, **stage).wait(timeout=300) == 0
+    plain, compiled = (
+        [line["loss/total"] for line in figures(tmp_path / name / "stage2")]
+        for name in ("plain", "compiled")
+    )
+    assert len(plain) == 4
+    assert compiled == pytest.approx(plain, rel=COMPILED)
+
+
+def run_child(directory: Path, pause: float, **stage: object) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(CHILD), str(directory), str(pause)]
+    command = [sys.executable, str(CHILD), str(directory), str(pause), json.dumps(stage)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 

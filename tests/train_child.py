@@ -1,5 +1,6 @@
 """Trains the small stage, slowly enough to be killed in the middle when run as a process."""
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from pipelines.inputs import Inputs
 from pipelines.train import StageResult, train_stage
 
 
-def train(directory: Path, pause: float) -> StageResult:
-    """Train 30 steps, `pause` seconds apart."""
-    run = small_stage.recipe(directory, steps=30, log_every=2, checkpoint_every=5)
+def train(directory: Path, pause: float, **stage: object) -> StageResult:
+    """Train 30 steps, `pause` seconds apart; fields of the stage may be given."""
+    run = small_stage.recipe(
+        directory, **{"steps": 30, "log_every": 2, "checkpoint_every": 5, **stage}
+    )
     made = small_stage.inputs(run)
 
     def slowly(steps: range) -> Iterator[Batch]:
@@ -29,4 +32,4 @@ def train(directory: Path, pause: float) -> StageResult:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), float(sys.argv[2]))
+    train(Path(sys.argv[1]), float(sys.argv[2]), **json.loads(sys.argv[3]))
