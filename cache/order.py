@@ -33,7 +33,7 @@ _FRACTION_BITS = 20
 class EpochOrder:
     """The order of every epoch over some shards.
 
-    Memory is that of the shards (24 bytes each) and of the buffer, never of the rows.
+    Memory is that of the shards (48 bytes each at most) and of the buffer, never of the rows.
 
     Attributes:
         num_rows: rows in an epoch.
@@ -77,7 +77,7 @@ class EpochOrder:
             ValueError: places outside the epoch.
         """
         if not 0 <= start <= stop <= self.num_rows:
-            raise ValueError(f"positions {start} to {stop}: an epoch has 0 to {self.num_rows}")
+            raise ValueError(f"places {start} to {stop}: an epoch has 0 to {self.num_rows}")
         parts = [np.empty(0, np.int64)]
         while start < stop:
             block, inside = divmod(start, self._buffer)
@@ -89,9 +89,10 @@ class EpochOrder:
     def _order_block(self, epoch: int, block: int) -> Rows:
         """Return the rows at places [block B, (block + 1) B).
 
-        Of the rows before position p, p >= B, none is due after p + B, and of those from p on none
-        before: so among the rows from p on, those due at p + B or later have the place p + their
-        number. The row at place r is due between r and r + 2 B, and lies there or up to B before.
+        Take the rows from some position p >= B on, sorted by when they are due. Every row before p
+        is due before p + B, and so before any of these that is due at p + B or later: of those the
+        place is p + their number. At most B of these are due before p + B, so places p + B and on
+        are right. And the row at place r is due by max(r + B, 2 B): its position is no higher.
         """
         first = block * self._buffer
         begin = first - self._buffer if first >= 2 * self._buffer else 0

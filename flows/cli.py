@@ -64,7 +64,7 @@ Root = Annotated[
 def cache_build(
     recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
-    """Compute what is missing of a recipe's teacher caches, without Prefect.
+    """Compute what is missing of a recipe's caches, the proxy's too once stage 1 is done.
 
     Kill it whenever you like: the same command goes on with the shards that are missing, and
     gives the same bytes.

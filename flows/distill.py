@@ -18,12 +18,12 @@ from prefect.cache_policies import NO_CACHE
 from flows import artifacts, summary
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
-from flows.teacher_cache import build, teacher_cache
+from flows.teacher_cache import build
 from pipelines import evaluate, pyramid, recipes, report
 from pipelines.config import PROXY, Recipe, StageConfig
 from pipelines.errors import BAD_INPUT
 from pipelines.evaluate import Evaluation
-from pipelines.jobs import proxy_jobs
+from pipelines.jobs import cache_jobs, proxy_jobs
 from pipelines.progress import Relay
 from pipelines.pyramid import StageFigures
 
@@ -110,7 +110,7 @@ def distill(
 
     with job_cluster() as address:  # one Ray for caching and training
         clock("start ray")
-        teacher_cache(recipe, overrides)
+        build([cache_jobs(asked)], f"Stores of recipe {recipe}")
         clock("teacher caches")
         cached = False
         for stage in asked.stages:

@@ -25,6 +25,7 @@ from eupe.spec import (
     Spec,
     ViewPolicy,
 )
+from pipelines.mix import Mix
 
 StageName = Literal["stage1", "stage2", "stage3"]
 PROXY = "proxy"
@@ -177,7 +178,9 @@ class EvaluationConfig(Spec):
 
     label: str | None = Field("label", description="what kNN predicts; None: no kNN")
     bank: tuple[str, ...] | None = Field(
-        None, description="train sets that kNN looks among; None: all of them"
+        None,
+        min_length=1,
+        description="train sets that kNN looks among and the baseline is fitted to; None: all",
     )
     k: int = Field(10, ge=1)
     resolution: int = Field(ge=1, description="of the student's input, pixels")
@@ -222,10 +225,7 @@ class Recipe(Spec):
                 f"{sorted(twice)}: more than one data set of that name; every train set and the "
                 "held-out set wants a name of its own"
             )
-        if unknown := set(self.homogeneous) - set(names[:-1]):
-            raise ValueError(
-                f"homogeneous names {sorted(unknown)}; the train sets are {names[:-1]}"
-            )
+        Mix({each.name: each.share for each in self.train}, self.homogeneous, 1, self.seed)
         if unknown := set(self.evaluation.bank or ()) - set(names[:-1]):
             raise ValueError(
                 f"evaluation.bank names {sorted(unknown)}; the train sets are {names[:-1]}"

@@ -228,15 +228,14 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
             _labels(feeds[name], feeds[name].source.samples.sample_ids(rows), label)
     kept: dict[str, list[Batch]] = {}
 
-    def figures(model: DistillationModel, done: int) -> dict[str, float]:
-        for name in (bank_name, held_out):
-            if name not in kept:
-                kept[name] = list(sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1])
+    def seen(name: str, model: DistillationModel) -> Seen:
+        if name not in kept:
+            kept[name] = list(sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1])
         device = next(model.parameters()).device
-        bank, queries = (
-            look(kept[name], {FINAL: model}, opened, device=device)
-            for name in (bank_name, held_out)
-        )
+        return look(kept[name], {FINAL: model}, opened, device=device)
+
+    def figures(model: DistillationModel, done: int) -> dict[str, float]:
+        queries = seen(held_out, model)
         both = torch.stack([queries.cosines[FINAL, name].mean(0) for name in opened.dims]).mean(0)
         found = {
             "held_out/cosine_summary": float(both[0]),
@@ -244,11 +243,10 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
             SCORE: float(both.mean()),
         }
         if label is not None:
+            bank = seen(bank_name, model)
             known, truth = _numbered(
-                *(
-                    _labels(feeds[name], seen.sample_ids, label)
-                    for name, seen in ((bank_name, bank), (held_out, queries))
-                )
+                _labels(feeds[bank_name], bank.sample_ids, label),
+                _labels(feeds[held_out], queries.sample_ids, label),
             )
             students = bank.students[FINAL], queries.students[FINAL]
             guessed = knn_predict(students[0], known, students[1], recipe.evaluation.k)

@@ -140,7 +140,7 @@ def of_feeds(
 def centre_feeds(
     recipe: Recipe, stage: StageConfig, normalisers: Mapping[str, Normalisers]
 ) -> dict[str, Feed]:
-    """Open the centre views of the train sets and of the held-out set, for evaluation.
+    """Open the centre views of the bank's sets and of the held-out set, for evaluation.
 
     Args:
         recipe: the run.

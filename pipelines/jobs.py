@@ -10,6 +10,7 @@ from eupe.pixels import RGB
 from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
 from eupe.weights import digest
 from pipelines import checkpoint
+from pipelines.checkpoint import Checkpoint
 from pipelines.config import (
     PIXELS,
     PROXY,
@@ -71,7 +72,7 @@ def job_groups(recipe: Recipe) -> list[list[CacheJob]]:
     groups = [cache_jobs(recipe)]
     taught = any(PROXY in stage.teachers for stage in recipe.stages)
     saved = checkpoint.latest(recipe.stage_directory("stage1"))
-    if taught and saved is not None and saved.step >= _proxy_steps(recipe):
+    if taught and saved is not None and saved.step >= _proxy_steps(recipe, saved):
         groups.append(proxy_jobs(recipe))
     return groups
 
@@ -92,7 +93,8 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
     """
     if recipe.proxy is None:
         raise ValueError(f"recipe {recipe.name} has no proxy")
-    done = checkpoint.finished(recipe.stage_directory("stage1"), _proxy_steps(recipe))
+    directory = recipe.stage_directory("stage1")
+    done = checkpoint.finished(directory, _proxy_steps(recipe, checkpoint.require(directory)))
     scales = {scale for stage in recipe.stages for scale in stage.teacher_scales.get(PROXY, ())}
     return TeacherConfig(
         name=PROXY,
@@ -104,9 +106,11 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
     )
 
 
-def _proxy_steps(recipe: Recipe) -> int:
-    """Return how long stage 1 trains; a recipe that shares another's proxy has no such stage."""
-    return next((stage.steps for stage in recipe.stages if stage.stage == "stage1"), 0)
+def _proxy_steps(recipe: Recipe, saved: Checkpoint) -> int:
+    """Return how long stage 1 trains: here, or in the recipe whose proxy this one shares."""
+    ours = [stage.model_dump() for stage in recipe.stages]
+    theirs = saved.recipe.get("stages", [])
+    return next(stage["steps"] for stage in (*ours, *theirs) if stage["stage"] == "stage1")
 
 
 def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...]:

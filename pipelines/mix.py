@@ -110,6 +110,9 @@ class Mix:
             # Systematic sampling: each batch holds its shares to within one slot.
             edges = np.cumsum(self._rest).round(12) * self.global_batch
             upper = np.floor(edges + self._uniform(f"shares/{block}")[:, None]).astype(np.int64)
+            # Rounding must lose or add no slot.
+            upper = np.minimum(upper, self.global_batch)
+            upper[:, -1] = self.global_batch
             counts = np.diff(upper, axis=1, prepend=0)
             alone = np.eye(len(self.names) + 1, len(self.names), dtype=np.int64)[kinds]
             counts[kinds < len(self.names)] = 0

@@ -290,8 +290,12 @@ def build(recipe: Recipe, deep: bool = False) -> Built:
 
 
 def datasets(groups: Sequence[Sequence[CacheJob]]) -> list[CacheJob]:
-    """Return one job of each dataset, whose images are to be indexed."""
-    return list({job.dataset.name: job for jobs in groups for job in jobs}.values())
+    """Return the first job of each dataset, whose images are to be indexed.
+
+    The expert teachers' come first: their patches set how many rows a shard has (law 4).
+    """
+    jobs = [job for group in groups for job in group]
+    return list({job.dataset.name: job for job in reversed(jobs)}.values())[::-1]
 
 
 # ------------------------------------------------------------------------------ steps of the steps

@@ -11,6 +11,7 @@ import torch
 
 from cache.store import Store
 from eupe import fingerprint as fp
+from eupe.weights import state_digest
 from pipelines import checkpoint, evaluate, figures, start, tracking
 from pipelines.config import Recipe, StageConfig
 from pipelines.evaluate import Cosine, Evaluation
@@ -21,6 +22,8 @@ from pipelines.pyramid import StageFigures
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 TEMPLATE = "report.html.j2"
 SIGNIFICANT = 0.05
+FORMAT = 1
+"""Of a summary: raised with a change of what stands in it."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ def fingerprint(recipe: Recipe) -> str:
     saved = [checkpoint.require(recipe.stage_directory(stage.stage)) for stage in recipe.stages]
     return fp.fingerprint(
         {
+            "format": FORMAT,
             "recipe": recipe.model_dump(mode="json"),
-            "checkpoints": [{"step": each.step, "identity": each.identity} for each in saved],
+            "weights": [state_digest({**each.encoder(), **each.heads()}) for each in saved],
             "stores": {
                 str(store.spec.directory()): store.manifest().version for store in _stores(recipe)
             },
@@ -168,8 +172,9 @@ def write(
     )
     recipe.directory.mkdir(parents=True, exist_ok=True)
     evaluate.write(recipe.directory, evaluation)
-    _replace(recipe.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     _replace(recipe.directory / REPORT_FILE, page)
+    # Last: its fingerprint says that all of it is there.
+    _replace(recipe.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 

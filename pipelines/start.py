@@ -26,6 +26,9 @@ EXECUTION = {
 }
 """Fields of a stage that change how it runs and not what it learns: free to change on resuming."""
 
+DRAWS = 2
+"""Version of order, mix and view numbers: a run goes on only with the draws it began with."""
+
 
 def stage_directory(recipe: Recipe, stage: StageConfig) -> Path:
     """Return where a stage writes checkpoints and figures."""
@@ -103,6 +106,7 @@ def identity(
     """
     weights = {**model.encoder.network.state_dict(), **model.heads.state_dict(prefix="heads.")}
     return {
+        "draws": DRAWS,
         "seed": recipe.seed,
         "stage": stage.model_dump(mode="json", exclude=EXECUTION),
         "student": student_config(recipe, stage).encoder.model_dump(mode="json"),

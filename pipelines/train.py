@@ -128,11 +128,16 @@ class _Run:
         if saved is not None:
             self._restore(saved, resume)
         first = saved.step if saved is not None else 0
+        # Killed between saving and judging: what an undisturbed run has is made up for.
+        unjudged = evaluate is not None and saved is not None and self._due(first)
+        unjudged = unjudged and self._on_any(saved.score is None)
         trackers = tracking.Trackers()
-        if self.workers.rank == 0 and first < stage.steps:
+        if self.workers.rank == 0 and (unjudged or first < stage.steps):
             trackers = tracking.open_trackers(self.directory, first + 1)
         pace = Pace()
         try:
+            if unjudged:
+                saved = self._judged(evaluate, saved, trackers)
             with (
                 track(stage.steps - first, f"Training {stage.stage}", "steps") as progress,
                 closing(_steps(self.inputs.batches(range(first, stage.steps)))) as steps,
@@ -145,13 +150,11 @@ class _Run:
                         figures = self._figures(done, pace)
                         trackers.log(done, figures)
                         progress.note(in_words(figures, self.inputs.dims))
-                    judged = evaluate and (last or _due(done, stage.evaluate_every))
-                    if judged or last or _due(done, stage.checkpoint_every):
+                    due = evaluate is not None and self._due(done)
+                    if due or last or done % stage.checkpoint_every == 0:
                         saved = self._save(done)
-                    if judged:  # after saving: what an evaluation raises must lose nothing
-                        held_out = self._evaluate(evaluate, done)
-                        trackers.log(done, held_out)
-                        saved = self._judge(saved, held_out.get(SCORE))
+                    if due:  # after saving: what an evaluation raises must lose nothing
+                        saved = self._judged(evaluate, saved, trackers)
                     pace.mark()
         finally:
             trackers.close()
@@ -253,16 +256,32 @@ class _Run:
         figures["invalid_rows"] = float(invalid)
         return {**figures, **pace.since(self.workers.size)}
 
-    def _evaluate(self, evaluate: Evaluate, done: int) -> dict[str, float]:
+    def _due(self, done: int) -> bool:
+        """Whether the student is judged after so many steps."""
+        every = self.stage.evaluate_every
+        return done == self.stage.steps or (every is not None and done % every == 0)
+
+    def _on_any(self, here: bool) -> bool:
+        """Whether something holds on any worker, as all of them must see it alike."""
+        return bool(self.workers.sum(torch.tensor(float(here), device=self.device)) > 0)
+
+    def _judged(
+        self, evaluate: Evaluate, saved: Checkpoint, trackers: tracking.Trackers
+    ) -> Checkpoint:
+        """Judge the student as it was just saved, and write the figures down."""
         figures: Mapping[str, float] = {}
         with self.workers.whole(self.model) as model:
             if self.workers.rank == 0:
                 model.eval()
                 with torch.no_grad():
-                    figures = evaluate(model, done)
+                    figures = evaluate(model, saved.step)
                 model.train()
+        trackers.log(saved.step, figures)
+        if SCORE in figures:  # on rank 0 alone
+            keep = self.stage.keep_checkpoints
+            saved = checkpoint.judge(self.directory, saved, figures[SCORE], keep)
         self.workers.barrier()
-        return dict(figures)
+        return saved
 
     def _restore(self, saved: Checkpoint, resume: bool) -> None:
         if not resume:
@@ -280,12 +299,6 @@ class _Run:
         state = saved.state()
         whole_state.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.window = Window(**state["window"]).part(self.workers).to(self.device)
-
-    def _judge(self, saved: Checkpoint, score: float | None) -> Checkpoint:
-        if self.workers.rank == 0 and score is not None:
-            keep = self.stage.keep_checkpoints
-            saved = checkpoint.judge(self.directory, saved, score, keep)
-        return saved
 
     def _save(self, done: int) -> Checkpoint:
         encoder = whole_state.weights(self.model.encoder.network)
@@ -325,10 +338,6 @@ def _steps(batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:
 
     for batch in stream:
         yield rest(batch)
-
-
-def _due(done: int, every: int | None) -> bool:
-    return every is not None and done % every == 0
 
 
 @contextmanager

@@ -58,6 +58,21 @@ def test_views_are_spread_over_an_epoch():
     assert counts.min() > 1800  # 2000 expected, standard deviation 39
 
 
+def test_a_shard_shows_one_view_an_epoch_and_another_the_next():
+    draw, num_views = training_draw(3, COUNT), 3  # a step is an epoch
+    of_epoch = []
+    for step in range(num_views):
+        drawn = draw(step)
+        views = {}
+        for shard in SHARDS:
+            inside = (drawn.rows >= shard.start) & (drawn.rows < shard.stop)
+            (views[shard.shard],) = set(drawn.views[inside].tolist())
+        of_epoch.append(views)
+    for shard in SHARDS:
+        assert {views[shard.shard] for views in of_epoch} == set(range(num_views))
+    assert len(set(of_epoch[0].values())) > 1
+
+
 def test_a_draw_is_a_pure_function_of_the_step():
     forwards = [training_draw()(step) for step in range(12)]
     draw = training_draw()

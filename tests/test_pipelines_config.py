@@ -102,6 +102,8 @@ def _restore(changed: object, original: object) -> int:
         ("stages.stage2.warmup_steps=21", "warmup_steps = 21, steps = 20"),
         ("stages.stage1.loss.gamma.efficientnet_lite9=2", "['efficientnet_lite9']"),
         ("homogeneous.imagenet=0.1", "the train sets are ['emoji-train']"),
+        ("homogeneous.emoji-train=1.5", "sum to at most 1"),
+        ("evaluation.bank=[]", "evaluation.bank: "),
         ("evaluation.bank=[emoji-test]", "the train sets are ['emoji-train']"),
         ("held_out.name=emoji-train", "more than one data set of that name"),
     ],

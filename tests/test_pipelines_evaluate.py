@@ -1,17 +1,31 @@
 """Evaluation: the baseline is the best constant, and every figure is what a plain loop gives."""
 
+import shutil
+
 import numpy as np
 import pytest
 import small_run
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from cache.reader import Reader
 from eupe.encoders import Features
 from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
 from eupe.views import decode, draw, render, resize
-from pipelines import checkpoint, evaluate, inputs, launch, recipes, stage_command, start, train
+from eupe.weights import CHECKPOINT_FILE
+from pipelines import (
+    checkpoint,
+    evaluate,
+    inputs,
+    launch,
+    recipes,
+    report,
+    stage_command,
+    start,
+    train,
+)
 from pipelines.checkpoint import Contents
 from pipelines.compare import Constants
 from pipelines.images import ImageReader
@@ -200,6 +214,41 @@ def test_a_stage_that_was_not_trained_says_so(run, tmp_path):
     elsewhere = run.model_copy(update={"run_directory": str(tmp_path)})
     with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
         evaluate.evaluate(elsewhere, elsewhere.stages[0])
+
+
+def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, tmp_path):
+    moved = run.model_copy(update={"run_directory": str(tmp_path)})
+    stage = moved.stages[0]
+    shutil.copytree(run.stage_directory(stage.stage), moved.stage_directory(stage.stage))
+    assert report.current(moved) is None
+    summary = report.write(moved, stage, found, {"evaluation": 1.0}, {})
+    assert report.current(moved) == summary
+    other = moved.evaluation.model_copy(update={"k": 1})
+    assert report.current(moved.model_copy(update={"evaluation": other})) is None
+    (moved.directory / report.REPORT_FILE).unlink()
+    assert report.current(moved) is None
+    report.write(moved, stage, found, {"evaluation": 1.0}, {})
+    saved = checkpoint.require(moved.stage_directory(stage.stage))
+    weights = saved.encoder()
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, saved.directory / CHECKPOINT_FILE)
+    assert report.current(moved) is None
+
+
+def test_a_bank_of_some_sets_is_all_that_is_cached_and_looked_among(run):
+    (train_set,) = run.train
+    more = train_set.model_copy(update={"name": "more"})
+    asked = run.model_copy(
+        update={
+            "train": (more, train_set),
+            "evaluation": run.evaluation.model_copy(update={"bank": (train_set.name,)}),
+        }
+    )
+    centred = [job.dataset.name for job in cache_jobs(asked) if job.views == run.held_out_views]
+    assert centred == [train_set.name, run.held_out.name]
+    opened = inputs.from_caches(run, run.stages[0])
+    feeds = inputs.centre_feeds(asked, asked.stages[0], opened.normalisers)
+    assert sorted(feeds) == sorted(centred)
 
 
 @pytest.fixture

@@ -265,6 +265,18 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path):
     with pytest.raises(ValueError, match="no label"):
         train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=evaluate)
     assert checkpoint.require(directory).step == 7
+    # Going on makes up for it, as if it had never failed.
+    asked = []
+
+    def sound(model, done):
+        asked.append(done)
+        return {train.SCORE: -float(done)}
+
+    train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=sound)
+    assert asked == [7, 12]
+    assert checkpoint.best(directory).step == 7
+    train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=sound)
+    assert asked == [7, 12]
 
 
 def test_evaluation_does_not_change_what_is_learnt(tmp_path):
