@@ -31,7 +31,7 @@ up: $(INSTALLED)  ## start Prefect, a worker and a Ray head here; then: . runs/l
 down:  ## stop what `make up` started
 	@test ! -x $(BIN)/python || $(BIN)/python -m flows.local_stack down
 
-bench: $(PEERS)/installed  ## the store's reading speed beside numpy.memmap and eight other readers
+bench: $(PEERS)/installed  ## reading speed beside numpy.memmap and eight other readers (an environment of its own: 5.5 GB more)
 	$(PEERS)/bin/python -m benchmarks.read
 
 clean: down  ## remove .venv and what the tools cached; runs/ (your caches and results) stays
