@@ -20,7 +20,7 @@ from cache.samples import Rows
 
 SHARES = 2
 """Parts that each copying thread does of a batch, on average: what a late one leaves, others do."""
-DISK_READS = 4
+DISK_READS = 8
 """Rows read from a disk at once: a disk, local or not, is slow one by one."""
 
 
@@ -66,6 +66,7 @@ class MappedRows:
         self._path, self._fill, self._file = path, fill, MappedFile(path, num_bytes)
         content, row_bytes = self._file.bytes, len(fill)
         end = max(len(content) - zarr_shard.index_bytes(rows_per_shard), 0)
+        self._file.will_need(end, len(content) - end)  # and no more: a fault would read megabytes
         self._slots = _parse(content[end:].tobytes(), num_bytes, num_rows, row_bytes, path)
         stored = content[:end].reshape(-1, row_bytes)
         dense = len(stored) == num_rows and (self._slots == np.arange(num_rows)).all()

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from cache_stores import ROWS_PER_SHARD, Toy, ids
 
-from cache import mapped
+from cache import mapped, zarr_shard
 from cache.errors import StoreError
 from cache.mapped import MappedFile, Recent
 from cache.reader import Reader
+from cache.shard_rows import MappedRows
 
 NUM_SHARDS = 12
 LARGE = 1 << 40  # of address space, of a sparse file: no memory, no disk
@@ -100,3 +101,17 @@ def test_descriptors_make_room_for_each_other_where_there_are_no_more(store):
             readers[0].take(list(rows))
     for handle in spare:
         os.close(handle)
+
+
+def test_opening_a_shard_reads_its_index_alone(tmp_path):
+    rows = np.zeros((64, 1, 32_768), np.uint8)
+    path = tmp_path / "shard"
+    with path.open("wb") as file:
+        file.writelines(zarr_shard.pack(rows, np.ones(64, bool), 64))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if MappedFile(path).is_resident(0):
+        pytest.skip("this file system keeps its files in memory")
+    shard = MappedRows(path, path.stat().st_size, 64, 64, rows[0].reshape(-1))
+    assert not any(shard.is_resident(row) for row in range(64))
