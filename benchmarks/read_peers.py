@@ -6,9 +6,11 @@ to a compressor. A peer that reads ranges is asked for runs of neighbours as one
 write a class and list it.
 """
 
+import io
 import json
 import os
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -334,7 +336,8 @@ class Webdataset:
 
         shards = json.loads((folder / "index.json").read_text())
         cache = str(folder / "cache")  # made cold with the rest
-        self.rows = wids.ShardListDataset(shards, keep=True, cache_dir=cache)
+        with redirect_stderr(io.StringIO()):  # it prints what it was given
+            self.rows = wids.ShardListDataset(shards, keep=True, cache_dir=cache)
 
     def gather(self, rows: Rows, out: np.ndarray) -> None:
         """Read row by row."""
