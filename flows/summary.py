@@ -20,16 +20,18 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                 f"{teachers}; p = {knn['p_value']:.2g}",
             )
         )
+    whole = {"stage2", "stage3"} <= summary.keys()
+    whose = "the proxy's" if whole else "teachers'"
     closing += [
         (
-            f"cosine to teachers' {kind}, held out",
+            f"cosine to {whose} {kind}, held out",
             f"{cosine[kind]['init']:.3f}",
             f"{cosine[kind]['final']:.3f}",
             f"ignoring the image {cosine[kind]['baseline']:.3f}",
         )
         for kind in ("summary", "patches")
     ]
-    if {"stage2", "stage3"} <= summary.keys():
+    if whole:
         second, third = summary["stage2"]["cosine"], summary["stage3"]["cosine"]
         closing += [
             (
