@@ -64,7 +64,7 @@ from pipelines.draws import TrainingDraw
 from pipelines.images import ImageReader
 from pipelines.mix import Mix
 from pipelines.scales import Scales
-from pipelines.sources import CachedSource, LiveSource, Normalisers, Raw, Targets
+from pipelines.sources import CachedSource, FeatureSource, LiveSource, Normalisers, Raw, Targets
 
 PREFETCH = 1
 SETTLE = PREFETCH + 1
@@ -87,23 +87,21 @@ COLUMNS = {
 }
 
 
-class InMemory:
+class InMemory(FeatureSource):
     """A feature source whose targets lie there already: every batch gets the same ones."""
-
-    mirrored = False
 
     def __init__(self, samples: Samples, targets: Mapping[str, Targets]) -> None:
         self.samples, self._targets = samples, dict(targets)
 
     def fetch(
         self,
-        sample_ids: Sequence[str],
+        rows: np.ndarray,
         view_numbers: np.ndarray,
         resolutions: Mapping[str, int],
         canvases: np.ndarray | None = None,
     ) -> Raw:
         """Bring nothing."""
-        return Raw(np.ones(len(sample_ids), bool), None, {}, {})
+        return Raw(np.ones(len(rows), bool), None, {}, {})
 
     def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
         """Return the targets."""
@@ -199,8 +197,8 @@ def measure(
     reader = ImageReader()
     memory = InMemory(samples, {name: targets_of(tokens, slice(arguments.batch))})
 
-    def made(source: object) -> Batches:
-        feed = Feed(source, reader, POLICY)  # type: ignore[arg-type]
+    def made(source: FeatureSource) -> Batches:
+        feed = Feed(source, reader, POLICY)
         return batches(feed, samples, name, arguments.batch, arguments.threads)
 
     learn = TrainingStep({name: (tokens.summary.shape[-1], tokens.patches.shape[-1])})

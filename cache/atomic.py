@@ -8,8 +8,11 @@ killed writers left behind lists one small folder instead of walking the store.
 import hashlib
 import itertools
 import os
+import secrets
 import socket
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +20,19 @@ from cache import bucket
 from cache.bucket import BucketPath
 from cache.errors import StoreError
 
-_serial = itertools.count()
-_HOST = socket.gethostname().replace("~", "-")
+ABANDONED_SECONDS = 24 * 3600.0
+"""A temporary file that nobody has written to for so long is swept, whoever began it."""
+
+
+def _host() -> str:
+    """Name who can tell whether a process lives: this host, in containers this pid namespace."""
+    name = socket.gethostname().replace("~", "-")
+    with suppress(OSError):
+        name += f"-{os.stat('/proc/self/ns/pid').st_ino}"
+    return name
+
+
+_HOST = _host()
 
 
 @dataclass(frozen=True)
@@ -101,10 +115,24 @@ def write_new(path: Path, content: bytes | memoryview, scratch: Path) -> tuple[s
     raise AssertionError("counting ended")
 
 
+def write_once(path: Path, content: bytes | memoryview, scratch: Path) -> bytes | memoryview:
+    """Write a file that a HEAD will pin; return what it holds.
+
+    Locally the caller's lock keeps others away, and a file that is there was left by a killed
+    writer: it is replaced. In a bucket somebody else may be about to pin what is there: that stays.
+    """
+    try:
+        write(path, [content], scratch, new=True)
+    except FileExistsError:
+        return path.read_bytes()
+    return content
+
+
 def swap(path: Path, content: bytes, expected: bytes | None, scratch: Path) -> None:
     """Replace a HEAD that says what is expected (None: that is not there).
 
-    Locally the caller holds a lock and has looked; a bucket looks itself, at the same moment.
+    Locally the caller holds a lock, in which it has looked; a bucket looks itself, at the same
+    moment.
 
     Raises:
         Busy: another process has replaced it in the bucket.
@@ -117,8 +145,8 @@ def swap(path: Path, content: bytes, expected: bytes | None, scratch: Path) -> N
 
 
 def temporary_name(name: str) -> str:
-    """Return a name for a temporary file that tells `sweep` who writes it."""
-    return f"{_HOST}~{os.getpid()}~{next(_serial)}~{name}"
+    """Return a name for a temporary file, its own, that tells `sweep` who writes it."""
+    return f"{_HOST}~{os.getpid()}~{secrets.token_hex(8)}~{name}"
 
 
 def make_directories(path: Path) -> None:
@@ -130,10 +158,10 @@ def make_directories(path: Path) -> None:
     _sync_directory(path.parent)
 
 
-def sweep(scratch: Path) -> int:
+def sweep(scratch: Path, abandoned_seconds: float = ABANDONED_SECONDS) -> int:
     """Delete temporary files whose writer is gone; return how many.
 
-    Only files of this host are judged: whether a process of another host lives cannot be seen.
+    Whether a process of another host lives cannot be seen: its files go when they are old.
     """
     if not scratch.is_dir():
         return 0
@@ -141,10 +169,21 @@ def sweep(scratch: Path) -> int:
     for name in os.listdir(scratch):
         host, _, rest = name.partition("~")
         pid = rest.partition("~")[0]
-        if host == _HOST and pid.isdigit() and not _alive(int(pid)):
+        if not pid.isdigit():
+            continue  # a lock, say
+        gone = host == _HOST and not _alive(int(pid))
+        if gone or _age(scratch / name) > abandoned_seconds:
             (scratch / name).unlink(missing_ok=True)
             swept += 1
     return swept
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was last written to."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _alive(pid: int) -> bool:

@@ -158,8 +158,14 @@ class BucketPath(PosixPath):
                 else:
                     yield below
 
-    def open(self, *args: Any, **options: Any) -> IO[Any]:  # type: ignore[override]
-        """Read the object as it is now, from the bucket: seekable, by ranges of READ_BYTES."""
+    def open(self, mode: str = "r", *args: Any, **options: Any) -> IO[Any]:  # type: ignore[override]
+        """Read the object as it is now, from the bucket: seekable, by ranges of READ_BYTES.
+
+        Raises:
+            ValueError: a mode other than "rb".
+        """
+        if mode != "rb":
+            raise ValueError(f"{self}: an object can be opened in mode 'rb' only, not {mode!r}")
         with _asking(self, "read"):
             return _Ranges(self)  # type: ignore[return-value]
 

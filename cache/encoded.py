@@ -15,7 +15,7 @@ Moments = tuple[int, npt.NDArray[np.float64], npt.NDArray[np.float64]]
 class Escapes(NamedTuple):
     """Tokens that their codec serves badly, kept as float32 beside the codes; k of them.
 
-    row: int64 [k], place of the row in its batch, rising.
+    row: int64 [k], place of the row in its batch; rising as encoded, in any order as read.
     token: int32 [k], place of the token in its row.
     values: float32 [k, D].
     """
@@ -31,7 +31,7 @@ class Escapes(NamedTuple):
 
     @classmethod
     def joined(cls, parts: "list[Escapes]", starts: list[int]) -> "Escapes":
-        """Join the escapes of consecutive batches whose first rows are `starts`."""
+        """Join the escapes of batches whose first rows are `starts`."""
         return cls(
             np.concatenate([part.row + start for part, start in zip(parts, starts, strict=True)]),
             np.concatenate([part.token for part in parts]),

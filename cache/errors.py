@@ -35,6 +35,10 @@ class Corrupt(StoreError):
     """A file is not what its checksum, its index or its format says."""
 
 
+class WrongSize(Corrupt):
+    """A file does not have the size its record says."""
+
+
 class MissingSamples(StoreError):
     """Sample ids or rows were asked for that the dataset or store does not hold."""
 

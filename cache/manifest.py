@@ -8,7 +8,8 @@ read after segments have been merged: a run pins the version it trains on.
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -166,15 +167,8 @@ class Manifest:
         """
         if not records:
             return self.version
-        scratch = layout.scratch_directory(self.directory.parent)
-        atomic.make_directories(scratch)
-        try:
-            with FileLock(scratch / "LOCK", timeout=LOCK_SECONDS):
-                return self._commit(records, scratch)
-        except Timeout as error:
-            raise Busy(f"{self.directory}: another process has been committing for a minute") from (
-                error
-            )
+        with only_writer(self.directory.parent) as scratch:
+            return self._commit(records, scratch)
 
     def _commit(self, records: Sequence[ShardRecord], scratch: Path) -> int:
         """Append to the newest HEAD; in a bucket, builders of other machines move it too."""
@@ -254,6 +248,26 @@ class Manifest:
         if table.schema != SCHEMA:
             raise Corrupt(f"{path}: not the segment its HEAD describes")
         return table
+
+
+@contextmanager
+def only_writer(store: Path) -> Iterator[Path]:
+    """Be the one process of this machine that writes HEAD of a store; yield its scratch folder.
+
+    Raises:
+        Busy: another process has been at it for a minute.
+    """
+    scratch = layout.scratch_directory(store)
+    atomic.make_directories(scratch)
+    lock = FileLock(scratch / "LOCK")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise Busy(f"{store}: another process has been committing for a minute") from error
+    try:
+        yield scratch
+    finally:
+        lock.release()
 
 
 def _rows(entry: Mapping[str, object]) -> int:

@@ -20,7 +20,7 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import Corrupt, NotBuilt, StoreError
+from cache.errors import NotBuilt, StoreError, WrongSize
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class MappedFile:
 
         Raises:
             NotBuilt: there is no such file.
-            Corrupt: it is empty or has another size.
+            WrongSize: it is empty or has another size.
             StoreError: it cannot be mapped.
         """
         handle = open_to_read(path)
@@ -72,7 +72,7 @@ class MappedFile:
             size = status.st_size
             if size == 0 or num_bytes not in (None, size):
                 wanted = "more than none" if num_bytes is None else f"{num_bytes}"
-                raise Corrupt(f"{path}: {size} bytes, its record says {wanted}; build again")
+                raise WrongSize(f"{path}: {size} bytes, its record says {wanted}")
             address, failed = _map(size, handle)
             if failed == errno.ENOMEM and let_go():
                 address, failed = _map(size, handle)

@@ -14,9 +14,9 @@ space when that process lets go. Setting: EUPE_MIRROR (folder) and EUPE_MIRROR_B
 
 import errno
 import hashlib
-import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -44,6 +44,12 @@ FILL_TRIES = 3
 HINT_THREADS = 4
 MAX_HINTS = 256
 NUM_LOCKS = 64
+ABANDONED_SECONDS = 1800.0
+"""A fill that nobody has written to for so long: twice what one request may take."""
+CHANGED = (
+    "it was changed or damaged after it was recorded: restore it (of a store only patches and rows "
+    "files are built again when they are deleted)"
+)
 POLL_SECONDS = 0.02
 NAME_DIGITS = 2
 """Copies are spread over 256 folders."""
@@ -88,11 +94,12 @@ class Mirror:
         self._lock = Lock()
         self._awaited: set[str] = set()
         self._hinted: set[str] = set()
+        self._waiting: deque[tuple[Wanted, Path]] = deque()
+        self._num_filling = 0
         self._tags: dict[BucketPath, tuple[int, str]] = {}
-        self._serial = itertools.count()
         self._total, self._search_again = 0, 0.0
         self._evicted_ns = self._last_eviction()
-        atomic.sweep(folder / "fill")
+        atomic.sweep(folder / "fill", ABANDONED_SECONDS)
         if max_bytes is None:
             disk = os.statvfs(folder)
             there = sum(copy.num_bytes for copy in self._search())
@@ -144,7 +151,8 @@ class Mirror:
                 if copy.exists():
                     continue
                 self._hinted.add(str(copy))
-            self._pool.submit(self._fill_ahead, wanted, copy)
+                self._waiting.append((wanted, copy))
+            self._fill_next()
 
     def scratch(self, directory: BucketPath) -> Path:
         """Return the folder for files on their way to a directory of a bucket, and its locks."""
@@ -181,6 +189,19 @@ class Mirror:
         number = int(copy.name[:8], 16) % NUM_LOCKS
         return FileLock(self.folder / "locks" / f"{number:02d}", poll_interval=POLL_SECONDS)
 
+    def _fill_next(self) -> None:
+        """Give the pool the next hint, if it has a thread for it.
+
+        Never more than it works on: at exit the interpreter waits for all that a pool was given.
+        """
+        with self._lock:
+            if not self._waiting or self._num_filling >= HINT_THREADS:
+                return
+            wanted, copy = self._waiting.popleft()
+            self._num_filling += 1
+        with suppress(RuntimeError):  # the interpreter is about to end
+            self._pool.submit(self._fill_ahead, wanted, copy)
+
     def _fill_ahead(self, wanted: Wanted, copy: Path) -> None:
         try:
             with self._one_filler(copy):
@@ -191,6 +212,8 @@ class Mirror:
         finally:
             with self._lock:
                 self._hinted.discard(str(copy))
+                self._num_filling -= 1
+            self._fill_next()
 
     def _fill(self, wanted: Wanted, copy: Path, hint: bool) -> None:
         """Bring an object: claim its room, copy, compare, sync, rename."""
@@ -204,12 +227,9 @@ class Mirror:
             with open(temporary, "r+b") as file:
                 got, digest = bucket.receive(path, file)
                 if got != num_bytes:
-                    raise Corrupt(f"{path}: {got} bytes, its record says {num_bytes}; build again")
+                    raise Corrupt(f"{path}: {got} bytes, its record says {num_bytes}; {CHANGED}")
                 if sha256 not in (None, digest):
-                    raise Corrupt(
-                        f"{path}: contents do not match the recorded sha256; restore the object, "
-                        f"or delete it and build again"
-                    )
+                    raise Corrupt(f"{path}: contents do not match the recorded sha256; {CHANGED}")
                 file.flush()
                 os.fsync(file.fileno())
             copy.parent.mkdir(exist_ok=True)
@@ -232,8 +252,7 @@ class Mirror:
         Raises:
             StoreError: there is no room to be had.
         """
-        name = atomic.temporary_name(f"{next(self._serial)}")
-        temporary = self.folder / "fill" / name
+        temporary = self.folder / "fill" / atomic.temporary_name("fill")
         target, disk_full = self.max_bytes, False
         while True:
             with FileLock(self.folder / "locks" / "room", poll_interval=POLL_SECONDS):
@@ -262,7 +281,7 @@ class Mirror:
             if not filling or num_bytes > self.max_bytes:
                 why = "its disk is full" if disk_full else f"it may hold {self.max_bytes} bytes"
                 raise self._full(wanted, num_bytes, why)
-            atomic.sweep(self.folder / "fill")
+            atomic.sweep(self.folder / "fill", ABANDONED_SECONDS)
             time.sleep(POLL_SECONDS)  # what others are filling can be evicted soon
 
     def _make_room(self, num_bytes: int, target: int, hint: bool) -> bool:
@@ -379,3 +398,6 @@ def _opened(folder: str, max_bytes: str) -> Mirror:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     where = Path(folder) if folder else Path(home, "eupe", "mirror")
     return Mirror(where.expanduser().absolute(), int(max_bytes) if max_bytes else None)
+
+
+os.register_at_fork(after_in_child=_opened.cache_clear)  # its threads stay in the parent

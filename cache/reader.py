@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cache import arrow_shard, arrow_tables, layout
 from cache.bucket import BucketPath
 from cache.encoded import Escapes
-from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError
+from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError, WrongSize
 from cache.mapped import Bytes, Recent, major_faults
 from cache.place import using, will_need
 from cache.samples import Rows, ShardRange
@@ -97,8 +97,10 @@ class Reader:
         self._records = np.full((len(self.views), len(self._stops)), -1, np.int64)
         of_view, of_shard = (arrow_tables.to_numpy(self._table[name]) for name in ("view", "shard"))
         self._position = {view: position for position, view in enumerate(self.views)}
+        # Another process may have added samples, and built them, since these were opened.
+        known = of_shard < len(self._stops)
         for view, position in self._position.items():
-            records = np.flatnonzero(of_view == view)
+            records = np.flatnonzero((of_view == view) & known)
             if not len(records):
                 raise NotBuilt(f"{store.directory}: view {view} has no shard yet; build it first")
             self._records[position, of_shard[records]] = records
@@ -373,6 +375,8 @@ class Reader:
             return using(path, lambda local: use(local, num_bytes), num_bytes, sha256)
         except NotBuilt as error:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
+        except WrongSize as error:
+            raise Corrupt(f"{error}; build again") from error
 
     def _open_patches(self, view: int, shard: int) -> ShardRows:
         samples = self.store.samples

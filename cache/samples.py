@@ -41,6 +41,8 @@ SCHEMA = pa.schema(
 """Columns of a segment. `labels` is a JSON object; `digest` the sha256 of the image's bytes."""
 
 LOCK_SECONDS = 60.0
+SEGMENT_ROWS = 2_000_000
+"""Samples of one segment at most: a column of its text has 2 GiB of room."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Samples:
         table: pl.DataFrame | pa.Table,
         rows_per_shard: int | None = None,
     ) -> "Samples":
-        """Add the samples that are not there yet, as one segment; return the grown table.
+        """Add the samples that are not there yet, in new segments; return the grown table.
 
         Args:
             root: cache root.
@@ -165,14 +167,18 @@ class Samples:
         if given.is_empty():
             return cls.open(root, dataset.name)
         rows = pl.Series("row", np.arange(start, start + given.height, dtype=np.int64))
-        segment = given.with_columns(rows).select(SCHEMA.names).to_arrow().cast(SCHEMA)
-        segments = _segments_of(head)
+        numbered = given.with_columns(rows).select(SCHEMA.names)
+        segments = list(_segments_of(head))
         scratch = layout.scratch_directory(directory)
-        name, written = atomic.write_new(
-            directory / f"{len(segments):08d}.arrow", arrow_tables.to_bytes(segment), scratch
-        )
-        entry = {"name": name, "start": start, "rows": given.height, "sha256": written.sha256}
-        head["segments"] = [*segments, entry]
+        per_shard = int(head["rows_per_shard"])  # type: ignore[call-overload]
+        for first in range(0, given.height, most := max(SEGMENT_ROWS // per_shard, 1) * per_shard):
+            part = numbered.slice(first, most).to_arrow().cast(SCHEMA)
+            name, written = atomic.write_new(
+                directory / f"{len(segments):08d}.arrow", arrow_tables.to_bytes(part), scratch
+            )
+            entry = {"name": name, "start": start + first, "rows": part.num_rows}
+            segments.append({**entry, "sha256": written.sha256})
+        head["segments"] = segments
         content = json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
         atomic.swap(directory / layout.HEAD, content, content_there, scratch)
         return cls.open(root, dataset.name)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache import arrow_shard, arrow_tables, zarr_shard
-from cache.errors import Corrupt, NotBuilt
+from cache.errors import Corrupt, NotBuilt, WrongSize
 from cache.mapped import Bytes, MappedFile, inode, open_to_read
 from cache.samples import Rows
 
@@ -110,7 +110,7 @@ class PositionedRows:
         self._path, self._fill = path, fill
         size = os.fstat(self._handle).st_size
         if size != num_bytes:
-            raise Corrupt(f"{path}: {size} bytes, its record says {num_bytes}; build again")
+            raise WrongSize(f"{path}: {size} bytes, its record says {num_bytes}")
         tail_bytes = zarr_shard.index_bytes(rows_per_shard)
         tail = os.pread(self._handle, tail_bytes, max(size - tail_bytes, 0))
         self._slots = _parse(tail, num_bytes, num_rows, len(fill), path)
@@ -126,7 +126,7 @@ class PositionedRows:
         _read(self._handle, self._slots[inside], into, places, self._fill, self._path)
 
     def is_resident(self, inside: int) -> bool:
-        """Not known without reading: hints are always given, one system call a row."""
+        """Not known without reading."""
         return False
 
     def will_need(self, inside: Sequence[int]) -> None:

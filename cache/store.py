@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from cache import arrow_shard, arrow_tables, atomic, layout, place, zarr_shard
 from cache.codec import Codec, Moments, make_codec, stored_codec
-from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
-from cache.manifest import Manifest, ShardRecord
+from cache.errors import Busy, Corrupt, FingerprintMismatch, NotBuilt
+from cache.manifest import Manifest, ShardRecord, only_writer
 from cache.samples import Samples, ShardRange, num_rows_now
 from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
@@ -97,19 +97,13 @@ class Store:
         """Return count, mean [D] and scatter [D, D] (float64) of "summary" and "patches".
 
         Raises:
-            Corrupt: the file is not one of moments.
+            Corrupt: the file is not the one that HEAD names.
         """
         path = layout.moments_file(self.directory)
-        table = arrow_tables.map_table(path, sha256=self._moments_sha256)
-        if table.schema != MOMENTS_SCHEMA or table["kind"].to_pylist() != list(KINDS):
-            raise Corrupt(f"{path}: wants the moments of {' and '.join(KINDS)}")
-        out: dict[str, Moments] = {}
-        for position, kind in enumerate(KINDS):
-            mean = np.array(arrow_tables.to_numpy(table["mean"][position].values))
-            scatter = np.array(arrow_tables.to_numpy(table["scatter"][position].values))
-            dim = len(mean)
-            out[kind] = table["count"][position].as_py(), mean, scatter.reshape(dim, dim)
-        return out
+        content = arrow_tables.map_file(path, sha256=self._moments_sha256)
+        if hashlib.sha256(content).hexdigest() != self._moments_sha256:
+            raise Corrupt(f"{path}: contents do not match the sha256 in HEAD; restore the file")
+        return _parse_moments(content, path)
 
     def todo(self, num_views: int) -> list[tuple[int, ShardRange]]:
         """Return what is wanted and not there: (view, shard), in view order.
@@ -236,6 +230,8 @@ def create_store(
 ) -> Store:
     """Create a store, or open it if it is there: moments and provenance never change afterwards.
 
+    Of several builders that create it at once the first one's moments count, for all of them.
+
     Args:
         root: cache root; the dataset's samples must be in it.
         spec: what the store will hold.
@@ -247,13 +243,65 @@ def create_store(
         ValueError: moments of another width than the spec's.
         NotBuilt: the dataset has no samples.
         FingerprintMismatch: the directory holds a store of another spec.
+        Busy: another process has been creating or committing for a minute.
     """
     base = layout.cache_root(root)
     directory = layout.store_directory(base, spec)
-    atomic.sweep(layout.scratch_directory(directory))
-    if layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
-        return open_store(base, spec)
     Samples.open(base, spec.dataset.name)
+    _check_widths(spec, moments)
+    with only_writer(directory) as scratch:
+        atomic.sweep(scratch)
+        if not layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
+            try:
+                return _create(base, directory, spec, moments, provenance, scratch)
+            except Busy:
+                pass  # a builder on another machine was faster, in a bucket
+    return open_store(base, spec)
+
+
+def _create(
+    base: Path,
+    directory: Path,
+    spec: StoreSpec,
+    moments: Mapping[str, Moments],
+    provenance: Mapping[str, object],
+    scratch: Path,
+) -> Store:
+    """Write the files that HEAD pins, then HEAD.
+
+    In a bucket other builders may do so at this moment: a file that is there is the one that
+    counts, and HEAD pins what is there.
+    """
+    table = pa.table(
+        {
+            "kind": list(KINDS),
+            "count": [int(moments[kind][0]) for kind in KINDS],
+            "mean": _lists([moments[kind][1] for kind in KINDS]),
+            "scatter": _lists([moments[kind][2] for kind in KINDS]),
+        },
+        schema=MOMENTS_SCHEMA,
+    )
+    path = layout.moments_file(directory)
+    measured = atomic.write_once(path, arrow_tables.to_bytes(table), scratch)
+    codec = make_codec(spec.codec, _parse_moments(pa.py_buffer(measured), path)["patches"])
+    description = {
+        "format": spec.format,
+        "fingerprint": spec.fingerprint(),
+        "spec": spec.model_dump(mode="json"),
+        "codec": codec.to_json_dict(),
+    }
+    content = json.dumps(description, indent=2, sort_keys=True).encode() + b"\n"
+    described = atomic.write_once(layout.spec_file(directory), content, scratch)
+    pinned = {
+        "spec_sha256": hashlib.sha256(described).hexdigest(),
+        "moments_sha256": hashlib.sha256(measured).hexdigest(),
+        "provenance": json.loads(fp.canonical_json(dict(provenance))),
+    }
+    return Store(base, spec, Manifest.create(directory, pinned))
+
+
+def _check_widths(spec: StoreSpec, moments: Mapping[str, Moments]) -> None:
+    """Refuse moments of other tokens than the spec's."""
     dims = {"summary": spec.summary_dim, "patches": spec.patch_dim}
     for kind, dim in dims.items():
         if kind not in moments:
@@ -264,34 +312,6 @@ def create_store(
                 f"moments of {kind}: mean {np.shape(mean)}, scatter {np.shape(scatter)}; "
                 f"the spec wants ({dim},) and ({dim}, {dim})"
             )
-    codec = make_codec(spec.codec, moments["patches"])
-    scratch = layout.scratch_directory(directory)
-    table = pa.table(
-        {
-            "kind": list(KINDS),
-            "count": [int(moments[kind][0]) for kind in KINDS],
-            "mean": _lists([moments[kind][1] for kind in KINDS]),
-            "scatter": _lists([moments[kind][2] for kind in KINDS]),
-        },
-        schema=MOMENTS_SCHEMA,
-    )
-    moments_file = atomic.write(
-        layout.moments_file(directory), [arrow_tables.to_bytes(table)], scratch
-    )
-    description = {
-        "format": spec.format,
-        "fingerprint": spec.fingerprint(),
-        "spec": spec.model_dump(mode="json"),
-        "codec": codec.to_json_dict(),
-    }
-    content = json.dumps(description, indent=2, sort_keys=True).encode() + b"\n"
-    spec_file = atomic.write(layout.spec_file(directory), [content], scratch)
-    pinned = {
-        "spec_sha256": spec_file.sha256,
-        "moments_sha256": moments_file.sha256,
-        "provenance": json.loads(fp.canonical_json(dict(provenance))),
-    }
-    return Store(base, spec, Manifest.create(directory, pinned))
 
 
 def open_store(root: str | Path, spec: StoreSpec) -> Store:
@@ -371,6 +391,19 @@ def _not_built(base: Path, directory: Path, spec: StoreSpec) -> NotBuilt | Finge
     return FingerprintMismatch(
         f"{directory}: not built, {BUILD}; nearest is {other}, asked != there", lines
     )
+
+
+def _parse_moments(content: pa.Buffer, path: Path) -> dict[str, Moments]:
+    table = arrow_tables.parse_table(content, str(path))
+    if table.schema != MOMENTS_SCHEMA or table["kind"].to_pylist() != list(KINDS):
+        raise Corrupt(f"{path}: wants the moments of {' and '.join(KINDS)}")
+    out: dict[str, Moments] = {}
+    for position, kind in enumerate(KINDS):
+        mean = np.array(arrow_tables.to_numpy(table["mean"][position].values))
+        scatter = np.array(arrow_tables.to_numpy(table["scatter"][position].values))
+        dim = len(mean)
+        out[kind] = table["count"][position].as_py(), mean, scatter.reshape(dim, dim)
+    return out
 
 
 def _lists(arrays: Sequence[npt.NDArray[np.float64]]) -> pa.Array:

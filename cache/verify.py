@@ -60,9 +60,8 @@ def verify(
     Returns:
         The report; a damaged store is a finding, not an exception.
     """
-    report = Report()
-    manifest = store.manifest()
-    _check_pinned(store, manifest, report)
+    manifest, report = _check_pinned(store)
+    store = Store(store.root, store.spec, manifest)  # with the samples of now, as its manifest is
     if report.problems:
         return report  # shards cannot be judged by tables that are damaged themselves
     records = manifest.records()
@@ -78,18 +77,25 @@ def verify(
     return report
 
 
-def _check_pinned(store: Store, manifest: Manifest, report: Report) -> None:
-    """Check the files that HEADs pin by checksum: spec, moments, segments of samples."""
-    pinned = [
-        (layout.spec_file(store.directory), str(manifest.head["spec_sha256"])),
-        (layout.moments_file(store.directory), str(manifest.head["moments_sha256"])),
-        *manifest.segment_files,
-        *segment_files(store.root, store.spec.dataset.name),
-    ]
-    for path, sha256 in pinned:
-        problem = _compare(path, sha256, report)
-        if problem is not None:
-            report.problems.append(problem)
+def _check_pinned(store: Store) -> tuple[Manifest, Report]:
+    """Check the files that HEADs pin by checksum: spec, moments, segments of samples and manifest.
+
+    Again, if a builder has replaced HEAD meanwhile: it deletes segments that it merged.
+    """
+    while True:
+        manifest, report = store.manifest(), Report()
+        pinned = [
+            (layout.spec_file(store.directory), str(manifest.head["spec_sha256"])),
+            (layout.moments_file(store.directory), str(manifest.head["moments_sha256"])),
+            *manifest.segment_files,
+            *segment_files(store.root, store.spec.dataset.name),
+        ]
+        for path, sha256 in pinned:
+            problem = _compare(path, sha256, report)
+            if problem is not None:
+                report.problems.append(problem)
+        if not report.problems or store.manifest().version == manifest.version:
+            return manifest, report
 
 
 def _check_metadata(store: Store, records: Sequence[ShardRecord]) -> Iterator[Problem]:

@@ -85,7 +85,7 @@ def pack(
     index[places, 1] = row_bytes
     flat = rows.reshape(len(rows), -1).view(np.uint8)
     for start, stop in _runs(present):
-        yield flat[start:stop].data.cast("B") if stop > start else b""
+        yield flat[start:stop].data.cast("B")
     tail = index.tobytes()
     yield tail + checksum(tail)
 

@@ -62,13 +62,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's: fork_rng puts that one back
             self.network = build_network(spec)
         mean, std = torch.tensor(spec.pixel_mean), torch.tensor(spec.pixel_std)
         self.register_buffer("pixel_scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_offset", (-mean / std).view(3, 1, 1), persistent=False)
         self._trunk_name = "trunk" if hasattr(self.network, "trunk") else ""
         self._shapes: dict[int, Features] = {}
+        _check_layout(self._trunk, spec)
         self._index = _layer_index(self._trunk, spec)
         _check_summary(self.network, self._trunk, spec)
 
@@ -177,14 +178,15 @@ class Encoder(nn.Module):
         return Features(summary, patches)
 
     def _open_clip_features(self, x: Tensor) -> Features:
+        final = len(self._trunk.transformer.resblocks) - 1
         output = self._trunk.forward_intermediates(
-            x,
-            indices=1 if self._index is None else [self._index],
-            normalize_intermediates=self._index is None,
+            x, indices=[final if self._index is None else self._index, final]
         )
-        patches = output["image_intermediates"][0].permute(0, 2, 3, 1)
+        layers = [layer.permute(0, 2, 3, 1) for layer in output["image_intermediates"]]
+        last = self._trunk.ln_post(layers[-1])
+        patches = last if self._index is None else layers[0]
         if self.spec.summary == "mean_patches":
-            return Features(patches.flatten(1, 2).mean(1), patches)
+            return Features(last.flatten(1, 2).mean(1), patches)
         return Features(output["image_features"], patches)
 
     def _shape(self, resolution: int) -> Features:
@@ -283,6 +285,16 @@ def _layer_index(trunk: Any, spec: EncoderSpec) -> int | None:
     if not 0 <= spec.layer < depth:
         raise ValueError(f"{spec.architecture} has no block {spec.layer}: 0 to {depth - 1}")
     return spec.layer
+
+
+def _check_layout(trunk: Any, spec: EncoderSpec) -> None:
+    """Refuse a network whose final tokens are neither its patches' nor a map, channels first."""
+    hierarchical = hasattr(trunk, "patch_embed") and not hasattr(trunk, "num_prefix_tokens")
+    if hierarchical or getattr(trunk, "output_fmt", "NCHW") != "NCHW":
+        raise ValueError(
+            f"{spec.architecture}: the final tokens of a {type(trunk).__name__} do not lie on the "
+            "grid of its patches; wants a plain vision transformer or a CNN"
+        )
 
 
 def _check_summary(network: nn.Module, trunk: Any, spec: EncoderSpec) -> None:

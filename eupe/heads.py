@@ -64,7 +64,7 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.heads = nn.ModuleDict(
                 {
                     _module_name(name): TeacherHeads(encoder, hidden, *widths)

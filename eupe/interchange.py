@@ -10,8 +10,8 @@ from torch import Tensor, nn
 _RELEASED_MARKS = (
     "storage_tokens",  # EUPE and DINOv3 transformers
     "downsample_layers.0.0.weight",  # EUPE and DINOv3 ConvNeXt
-    "conv1.weight",  # Perception Encoder
-    "visual.conv1.weight",
+    "transformer.resblocks.0.ln_1.weight",  # Perception Encoder
+    "visual.transformer.resblocks.0.ln_1.weight",
 )
 
 

@@ -66,16 +66,11 @@ def paired_test(correct_a: Bool[Tensor, " q"], correct_b: Bool[Tensor, " q"]) ->
     return min(1.0, float(2 * tail / 2**differing))
 
 
-def cosine_mean(a: Float[Tensor, "*n d"], b: Float[Tensor, "*n d"]) -> float:
-    """Return the mean cosine similarity of paired tokens [..., D], accumulated in float64."""
-    return float(torch.cosine_similarity(a.double(), b.double(), dim=-1).mean())
-
-
 def pca_rgb(maps: Sequence[Float[Tensor, "_ _ d"]]) -> list[Float[Tensor, "_ _ 3"]]:
     """Show patch tokens as colours: their first three principal components over all maps.
 
-    Components are scaled together to [0, 1] between the 1st and 99th percentile; each is signed so
-    that its largest loading is positive, so a figure does not flip between runs.
+    Each component is scaled to [0, 1] between its 1st and 99th percentile, over all maps alike, and
+    signed so that its largest loading is positive: a figure does not flip between runs.
 
     Args:
         maps: patches [H, W, D] of each image; grids may differ, D may not.

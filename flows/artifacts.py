@@ -1,5 +1,6 @@
 """What a flow shows in Prefect: the progress of its long steps, and tables of results."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from uuid import UUID
@@ -21,8 +22,18 @@ def progress(key: str) -> Iterator[None]:
         key: of the artifacts; lower-case letters, digits and dashes.
     """
     shown: dict[str, UUID] = {}
+    failed = False
 
     def listen(reading: Reading) -> None:
+        nonlocal failed
+        try:
+            show(reading)
+        except Exception as error:  # what is shown must not stop what is done
+            if not failed:
+                print(f"Prefect does not take the progress of {key}: {error!r}", file=sys.stderr)
+            failed = True
+
+    def show(reading: Reading) -> None:
         if not reading.total:
             return
         percent = min(100.0, 100.0 * reading.done / reading.total)

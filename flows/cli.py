@@ -265,6 +265,36 @@ def evaluate(
         print(path.read_text(), end="")
 
 
+@app.command("report")
+def report(
+    recipe: RecipeName = "demo",
+    seconds: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STEP=SECONDS",
+            help="How long a step of the run took, to be shown; may be given many times.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a finished run, each of its stages, and write summary.json and report.html.
+
+    The last step of [b]eupe run[/b], for runs whose steps you started yourself. What is there
+    already, of the same checkpoints and caches, is left as it is.
+    """
+    from pipelines import recipes
+
+    asked, took = recipes.get(recipe, overrides or []), clocked(seconds or [])
+    from pipelines import report as reports
+
+    found = reports.make(asked, took)
+    if as_json:
+        print_json(found)
+    else:
+        print(asked.directory / reports.SUMMARY_FILE, asked.directory / reports.REPORT_FILE)
+
+
 @app.command("run")
 def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Run a whole recipe: teacher caches, every stage, evaluation, report.
@@ -313,6 +343,21 @@ def root_of(root: Path | None) -> Path:
     from pipelines import recipes
 
     return layout.cache_root(recipes.get("demo").cache_root)
+
+
+def clocked(words: Sequence[str]) -> dict[str, float]:
+    """Read STEP=SECONDS words.
+
+    Raises:
+        ValueError: another form.
+    """
+    found = {}
+    for word in words:
+        step, equals, took = word.rpartition("=")
+        if not equals or not took.replace(".", "", 1).isdecimal():
+            raise ValueError(f"--seconds {word}: wants STEP=SECONDS, for instance stage2=81.5")
+        found[step] = float(took)
+    return found
 
 
 def print_json(value: object) -> None:

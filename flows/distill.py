@@ -2,7 +2,8 @@
 
     teacher-cache -> stage 1 -> the proxy's caches -> stages 2 and 3 -> evaluation -> report
 
-Each stage is a Ray job; a recipe without a proxy has stage 2 alone.
+Each stage is a Ray job, and so are evaluation and report together; a recipe without a proxy has
+stage 2 alone.
 
 A step whose output is there already does nothing: caches by their manifests, a stage by its last
 checkpoint, evaluation and report by the fingerprint of what they were made of.
@@ -19,29 +20,42 @@ from flows import artifacts, summary
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
-from pipelines import evaluate, pyramid, recipes, report
-from pipelines.config import PROXY, Recipe, StageConfig
+from pipelines import recipes, report
+from pipelines.config import PROXY
 from pipelines.errors import BAD_INPUT
-from pipelines.evaluate import Evaluation
 from pipelines.jobs import cache_jobs, proxy_jobs
 from pipelines.progress import Relay
-from pipelines.pyramid import StageFigures
 
 
 @task(name="train", task_run_name="train {stage}", cache_policy=NO_CACHE)
-def train(stage: str, recipe: str, overrides: list[str], address: str) -> None:
-    """Train one stage as a Ray job, its output and progress shown here.
+def train(stage: str, arguments: list[str], address: str, gpus: int) -> None:
+    """Train one stage of the recipe that `arguments` name, as a Ray job; see `run`."""
+    run(f"train-{stage}", [stage, "--recipe", *arguments], address, gpus)
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def make_report(arguments: list[str], seconds: dict[str, float], address: str, gpus: int) -> None:
+    """Evaluate the recipe that `arguments` name and write its report, as a Ray job; see `run`."""
+    clocked = [f"--seconds={step}={took:.1f}" for step, took in seconds.items()]
+    run("report", ["eupe", "report", *arguments, *clocked], address, gpus)
+
+
+def run(key: str, words: list[str], address: str, gpus: int) -> None:
+    """Run one of our commands as a Ray job, its output and progress shown here.
+
+    Args:
+        key: of the progress artifact.
+        words: of the command.
+        address: of the job API.
+        gpus: that the command itself, not workers that it starts, computes on.
 
     Raises:
         ValueError: the job refused its input; its own sentence is the last of its output.
         RuntimeError: the job failed.
     """
-    words = [stage, "--recipe", recipe, *(word for item in overrides for word in ("--set", item))]
-    env = {
-        "EUPE_HOME": str(recipes.home()),
-        "EUPE_PROGRESS": "records",
-        "OMP_NUM_THREADS": str(os.cpu_count()),  # Ray gives a job's driver one thread
-    }
+    env = {"EUPE_HOME": str(recipes.home()), "EUPE_PROGRESS": "records"}
+    if "RAY_ADDRESS" not in os.environ:  # Ray gives a job's driver one thread; a cluster's own
+        env["OMP_NUM_THREADS"] = str(os.cpu_count())  # setting is that of its nodes
     last = ""
 
     def say(line: str) -> None:
@@ -49,37 +63,12 @@ def train(stage: str, recipe: str, overrides: list[str], address: str) -> None:
         last = line.strip() or last
         print(line.rstrip("\n"), file=sys.stderr)
 
-    with artifacts.progress(f"train-{stage}"), Relay(say) as relay:
-        code = run_job(words, address, env, relay.feed)
+    with artifacts.progress(key), Relay(say) as relay:
+        code = run_job(words, address, env, relay.feed, gpus)
     if code == BAD_INPUT:
-        raise ValueError(f"{stage}: {last}")
+        raise ValueError(f"{words[0]}: {last}")
     if code:
-        raise RuntimeError(f"{stage} failed with exit code {code}; its output is above")
-
-
-@task(name="evaluate", cache_policy=NO_CACHE)
-def evaluate_student(recipe: Recipe, stage: StageConfig) -> Evaluation:
-    """Compare the student with itself before training, its teachers and a constant."""
-    with artifacts.progress("evaluate"):
-        return evaluate.evaluate(recipe, stage, evaluate.device(recipe))
-
-
-@task(name="stage figures", task_run_name="figures of {stage.stage}", cache_policy=NO_CACHE)
-def look_at_stage(recipe: Recipe, stage: StageConfig) -> StageFigures:
-    """Measure a stage's losses and its held-out cosine at every scale."""
-    return pyramid.stage_figures(recipe, stage, evaluate.device(recipe))
-
-
-@task(name="report", cache_policy=NO_CACHE)
-def write_report(
-    recipe: Recipe,
-    stage: StageConfig,
-    evaluation: Evaluation,
-    seconds: dict[str, float],
-    stages: dict[str, StageFigures],
-) -> dict[str, object]:
-    """Write summary.json and report.html; return the summary."""
-    return report.write(recipe, stage, evaluation, seconds, stages, evaluate.device(recipe))
+        raise RuntimeError(f"{words[0]} failed with exit code {code}; its output is above")
 
 
 @flow(name="distill", flow_run_name="distill {recipe}")
@@ -102,6 +91,8 @@ def distill(
         RuntimeError: a stage's job failed.
     """
     asked = recipes.get(recipe, overrides)
+    arguments = [recipe, *(word for item in overrides for word in ("--set", item))]
+    gpus = int(asked.workers.use_gpu)
     seconds: dict[str, float] = {}
     started = time.monotonic()
 
@@ -118,14 +109,12 @@ def distill(
                 build([proxy_jobs(asked)], f"Stores of the proxy of recipe {recipe}")
                 cached = True
                 clock("proxy caches")
-            train(stage.stage, recipe, overrides, address)
+            train(stage.stage, arguments, address, gpus if asked.workers.count == 1 else 0)
             clock(stage.stage)
-    found = report.current(asked)
-    if found is None:
-        evaluation = evaluate_student(asked, asked.stages[-1])
-        stages = {stage.stage: look_at_stage(asked, stage) for stage in asked.stages}
-        clock("evaluation")
-        found = write_report(asked, asked.stages[-1], evaluation, seconds, stages)
+        found = report.current(asked)
+        if found is None:
+            make_report(arguments, seconds, address, gpus)
+            found = report.read(asked)
     artifacts.table("distill-summary", summary.rows(found), summary.steps(found))
     print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
     return found

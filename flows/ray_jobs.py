@@ -10,14 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from flows.loopback import free_ports
 from pipelines import cluster
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
 POLL_SECONDS = 0.5
 STOP_SECONDS = 10.0
+PENDING_SECONDS = 15.0
+AWAY_SECONDS = 600.0
 AGENT_SECONDS = 180.0  # a machine five times overloaded took more than ten, which Ray itself waits
 NEVER_RAN = 1
 """Exit code reported for a job whose entry point never started."""
@@ -28,14 +34,17 @@ def run_job(
     address: str,
     env: Mapping[str, str],
     say: Callable[[str], None],
+    gpus: int = 0,
 ) -> int:
     """Run a command on a Ray cluster and return its exit code.
 
     Args:
-        entrypoint: the command's words; its program must be on the PATH of the cluster's head.
+        entrypoint: the command's words; its program must be on the PATH of the node it runs on.
         address: of the job API, http://host:port.
-        env: variables that the command gets besides those of the head.
+        env: variables that the command gets besides those of the node.
         say: called with each chunk of the job's output, as it comes.
+        gpus: that the command itself computes on; with any it runs on a node that has them free,
+            else on the head.
 
     Returns:
         the driver's exit code; NEVER_RAN, after saying why, when it never started.
@@ -52,20 +61,23 @@ def run_job(
     ):
         with attempt:
             job = client.submit_job(
-                entrypoint=shlex.join(entrypoint), runtime_env={"env_vars": dict(env)}
+                entrypoint=shlex.join(entrypoint),
+                runtime_env={"env_vars": dict(env)},
+                entrypoint_num_gpus=gpus or None,
             )
     try:
-        asyncio.run(_stream(client, job, say))
-        # The log ends a moment before the job manager has noted the exit.
-        while not client.get_job_status(job).is_terminal():
-            time.sleep(POLL_SECONDS)
+        info = _follow(client, job, say)
+    except Exception as error:
+        raise RuntimeError(
+            f"lost sight of job {job} at {address} ({error!r}); it goes on: `ray job logs --follow "
+            f"{job}`, and running the same again goes on after it"
+        ) from error
     except BaseException:
         # Ctrl-C reaches a local Ray as well: a job API that is dying must not hold us.
         stop = threading.Thread(target=client.stop_job, args=(job,), daemon=True)
         stop.start()
         stop.join(STOP_SECONDS)
         raise
-    info = client.get_job_info(job)
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code)
     if info.status == JobStatus.SUCCEEDED:
@@ -79,9 +91,48 @@ def _no_agent_yet(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "No available agent" in str(error)
 
 
-async def _stream(client: object, job: str, say: Callable[[str], None]) -> None:
-    async for chunk in client.tail_job_logs(job):  # type: ignore[attr-defined]
-        say(chunk)
+def _follow(client: "JobSubmissionClient", job: str, say: Callable[[str], None]) -> "JobDetails":
+    """Show a job's output until it has ended; return what Ray knows of it.
+
+    The job API may be away for a while (its node's dashboard starts anew): the job does not mind.
+    """
+    from ray.job_submission import JobStatus
+
+    started, told, said = time.monotonic(), False, 0
+
+    async def stream() -> bool:
+        """Say what was not said yet; whether the log ended and not just the connection."""
+        nonlocal said
+        chunks, passed = client.tail_job_logs(job), 0  # from the log's beginning
+        while True:
+            try:
+                chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return True
+            except (RuntimeError, OSError):
+                return False
+            passed += len(chunk)
+            new, said = max(passed - said, 0), max(passed, said)
+            if new:
+                say(chunk[-new:])
+
+    away = Retrying(
+        stop=stop_after_delay(AWAY_SECONDS), wait=wait_fixed(POLL_SECONDS), reraise=True
+    )
+    whole = False  # the log was read to its end
+    while True:
+        info = away(client.get_job_info, job)
+        ended = info.status.is_terminal()
+        if ended and whole:
+            return info
+        if info.status != JobStatus.PENDING:
+            whole = asyncio.run(stream())
+            if ended:
+                return info
+        elif not told and time.monotonic() - started > PENDING_SECONDS:
+            say(f"{info.entrypoint}: {info.message}\n")
+            told = True
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager

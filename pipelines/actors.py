@@ -220,7 +220,7 @@ class Extractor:
             for batch in passes:
                 for part in parts[batch.view]:
                     part.add(batch)
-        made_by = provenance(self._device, compute_batch, torch.get_num_threads())
+        made_by = provenance(compute_batch, torch.get_num_threads(), self._device)
         return [part.write(samples, made_by) for of_view in parts.values() for part in of_view]
 
     def _teacher(self, name: str) -> Teacher:
@@ -289,17 +289,27 @@ class Extractor:
         return drawn
 
 
-def provenance(device: str, compute_batch: int, compute_threads: int) -> dict[str, object]:
-    """Return what else may move a feature's last bits: recorded, never identity (law 1)."""
-    kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-    return {
+def provenance(
+    compute_batch: int, compute_threads: int, device: str | None = None
+) -> dict[str, object]:
+    """Return what else may move a feature's last bits: recorded, never identity (law 1).
+
+    Args:
+        compute_batch: pictures a forward pass.
+        compute_threads: of torch.
+        device: this process computes on; None: it does not compute.
+    """
+    made_by: dict[str, object] = {
         "compute_batch": compute_batch,
         "compute_threads": compute_threads,
-        "device": kind,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "pillow": PIL.__version__,
     }
+    if device is not None:
+        cuda = device.startswith("cuda")
+        made_by["device"] = torch.cuda.get_device_name(device) if cuda else "cpu"
+    return made_by
 
 
 def _output(store: Store) -> Output:

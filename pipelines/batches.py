@@ -16,7 +16,6 @@ from types import TracebackType
 
 import numpy as np
 import PIL
-import polars as pl
 import torch
 from torch import Tensor
 
@@ -24,10 +23,11 @@ from cache.errors import StoreError
 from cache.reader import Reader
 from eupe import views
 from eupe.spec import AugmentedView, CentreView
+from pipelines.buffers import Buffers
 from pipelines.draws import Draw, Drawn
 from pipelines.images import ImageReader
 from pipelines.scales import Scales
-from pipelines.sources import CachedSource, LiveSource, Raw, Targets
+from pipelines.sources import FeatureSource, Raw, Targets
 
 HINTED_BATCHES = 32
 """Micro-batches whose shards and images are asked of a bucket ahead of those being made."""
@@ -48,7 +48,7 @@ class Feed:
             decoded and views drawn again.
     """
 
-    source: CachedSource | LiveSource
+    source: FeatureSource
     images: ImageReader
     policy: CentreView | AugmentedView
     pixels: Mapping[int, Reader] = field(default_factory=dict)
@@ -193,6 +193,7 @@ class Batches:
         self._draw, self._scales, self._micro_batch = draw, scales, micro_batch
         self._steps, self._rank, self._world = steps, rank, world
         self._threads, self._prefetch = threads, max(prefetch, 1)
+        self._buffers = Buffers()
         self.wait_seconds = 0.0
         self.num_rows = 0
         self.num_invalid = 0
@@ -254,7 +255,8 @@ class Batches:
     def _make(self, step: int, micro: int, num_micro: int, drawn: Drawn) -> Batch:
         """Make one batch; called in a thread."""
         scales = self._scales(step)
-        pixels = np.zeros((len(drawn), scales.student, scales.student, 3), np.uint8)
+        shape = len(drawn), 3, scales.student, scales.student
+        pixels = torch.from_numpy(self._buffers.take(shape, np.uint8))
         valid = np.ones(len(drawn), bool)
         sample_ids = [""] * len(drawn)
         parts = []
@@ -266,11 +268,15 @@ class Batches:
                 feed, places, drawn.rows[places], drawn.views[places], scales
             )
             parts.append(part)
-            pixels[places], valid[places] = resized, own
+            channels_first = torch.from_numpy(resized).permute(0, 3, 1, 2)
+            if len(places) == len(drawn):
+                pixels.copy_(channels_first)
+            else:
+                pixels[torch.from_numpy(places)] = channels_first
+            valid[places] = own
             for place, name in zip(places.tolist(), ids, strict=True):
                 sample_ids[place] = name
-        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        return Batch(step, micro, num_micro, scales, sample_ids, drawn.views, tensor, valid, parts)
+        return Batch(step, micro, num_micro, scales, sample_ids, drawn.views, pixels, valid, parts)
 
 
 def _serve(
@@ -286,32 +292,15 @@ def _serve(
     stored = feed.pixels.get(scales.student)
     if stored is not None:
         pixels, digests = _stored(stored, rows, view_numbers, scales.student)
-        raw = feed.source.fetch(ids, view_numbers, scales.teachers)
+        raw = feed.source.fetch(rows, view_numbers, scales.teachers)
     else:
-        canvases, digests = _drawn(feed, table, view_numbers)
+        canvases, digests = feed.images.canvases(table, feed.policy, view_numbers)
         pixels = np.stack([views.resize(canvas, scales.student) for canvas in canvases])
-        raw = feed.source.fetch(ids, view_numbers, scales.teachers, canvases)
+        raw = feed.source.fetch(rows, view_numbers, scales.teachers, canvases)
     valid = raw.valid & np.array([digest is not None for digest in digests])
     if raw.view_digests is not None:
         _check_digests(ids, view_numbers, digests, raw.view_digests)
     return Part(feed, places, replace(raw, valid=valid)), ids, valid, pixels
-
-
-def _drawn(
-    feed: Feed, table: pl.DataFrame, view_numbers: np.ndarray
-) -> tuple[np.ndarray, list[str | None]]:
-    """Read, decode and draw: canvases uint8 [n, C, C, 3] and digests, None for what is no image."""
-    side = feed.policy.canvas
-    canvases = np.zeros((len(table), side, side, 3), np.uint8)
-    digests: list[str | None] = [None] * len(table)
-    for place, sample in enumerate(table.iter_rows(named=True)):
-        data = feed.images.read(sample)
-        try:
-            view = views.make_view(data, feed.policy, sample["sample_id"], int(view_numbers[place]))
-        except views.ImageError:
-            continue  # recorded with its reason when the store was built; counted as invalid here
-        canvases[place], digests[place] = view.canvas, view.digest
-    return canvases, digests
 
 
 def _stored(

@@ -7,7 +7,7 @@ device while the host goes on.
 
 import threading
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,3 +50,25 @@ class Buffers:
     def _give_back(self, memory: torch.Tensor) -> None:
         # list.append is atomic; the lock could be held by the very thread that collects garbage.
         self._free[memory.numel()].append(memory)
+
+
+class Crossing:
+    """Copies host memory to a device, without waiting where it is pinned.
+
+    It keeps what it copies until the copy has left it: a buffer that nothing else refers to would
+    be lent again, and written to.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+
+    def __call__(self, host: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+        """Return the tensor on the device; the CPU's is the same one."""
+        there = host.to(device, non_blocking=True)
+        if there.device.type == "cuda":
+            while self._under_way and self._under_way[0][0].query():
+                self._under_way.popleft()
+            copied = torch.cuda.Event()
+            copied.record()
+            self._under_way.append((copied, host))
+        return there

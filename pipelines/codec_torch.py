@@ -12,7 +12,6 @@ memory where butterflies need k.
 Shapes: T tokens, D channels.
 """
 
-from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from cache.encoded import NOT_FINITE
 from cache.quantised import PLANES, WORST_ERROR, QuantisedCodec
 from cache.rotation import Rotation, hadamard
 from eupe.normalise import Normaliser
+from pipelines.buffers import Crossing
 
 STORED_AS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -137,7 +137,7 @@ class Decoder:
             self._dequantiser = Dequantiser.of(codec, fused)
             self._apart = None if fused is not None else normaliser
         self._on: dict[torch.device, Dequantiser] = {}
-        self._crossing: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
+        self._cross = Crossing()
 
     def __call__(
         self,
@@ -157,7 +157,8 @@ class Decoder:
             does not matter.
         """
         device = torch.device(device)
-        narrow = self._cross(stored, device)
+        bits = stored.view(np.int16) if stored.dtype == np.uint16 else stored
+        narrow = self._cross(torch.from_numpy(bits), device)
         with torch.no_grad():
             if self._dequantiser is None:
                 patches = narrow.view(STORED_AS[self._codec.name]).float()
@@ -175,18 +176,6 @@ class Decoder:
                 )
                 patches[row, token] = values
         return patches
-
-    def _cross(self, stored: np.ndarray, device: torch.device) -> Tensor:
-        bits = stored.view(np.int16) if stored.dtype == np.uint16 else stored
-        narrow = torch.from_numpy(bits).to(device, non_blocking=True)
-        if device.type == "cuda":
-            # The host's buffer must not be used again before the copy has left it.
-            while self._crossing and self._crossing[0][0].query():
-                self._crossing.popleft()
-            copied = torch.cuda.Event()
-            copied.record()
-            self._crossing.append((copied, stored))
-        return narrow
 
     def _dequantised(self, narrow: Tensor, device: torch.device) -> Tensor:
         codec = self._codec

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +29,8 @@ from PIL import Image
 from cache import place
 from cache.bucket import BucketPath
 from cache.errors import NotBuilt
-from eupe.views import ImageError
+from eupe.spec import AugmentedView, CentreView
+from eupe.views import ImageError, make_view
 from pipelines.config import SourceConfig
 from pipelines.image_walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
 from pipelines.progress import track
@@ -133,7 +135,7 @@ def index(config: SourceConfig, known: Collection[str] = frozenset(), threads: i
 
 
 class ImageReader:
-    """Reads the bytes of samples; safe to share between threads.
+    """Reads samples, their bytes or views of them; safe to share between threads.
 
     Parquet row groups are kept, the most recently used few, since a row cannot be read alone.
     """
@@ -172,6 +174,34 @@ class ImageReader:
                 "was indexed; a changed image needs a new sample_id or a new dataset name"
             )
         return data
+
+    def canvases(
+        self, samples: pl.DataFrame, policy: CentreView | AugmentedView, view_numbers: np.ndarray
+    ) -> tuple[np.ndarray, list[str | None]]:
+        """Read, decode and draw one view of each sample.
+
+        Args:
+            samples: n rows of the sample table.
+            policy: of the views.
+            view_numbers: int64 [n].
+
+        Returns:
+            canvases uint8 [n, C, C, 3] and their digests; zeros and None for what is no image,
+            which the build of a store records with its reason.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        drawn = np.zeros((len(samples), policy.canvas, policy.canvas, 3), np.uint8)
+        digests: list[str | None] = [None] * len(samples)
+        for n, sample in enumerate(samples.iter_rows(named=True)):
+            data = self.read(sample)
+            try:
+                view = make_view(data, policy, sample["sample_id"], int(view_numbers[n]))
+            except ImageError:
+                continue
+            drawn[n], digests[n] = view.canvas, view.digest
+        return drawn, digests
 
     def mirrors(self, sample: Mapping[str, Any]) -> bool:
         """Whether a sample lies in a bucket and is read through the mirror."""

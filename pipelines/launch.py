@@ -206,7 +206,7 @@ def _followed(job: _Job) -> Iterator[None]:
     """Show here how far the workers are, as their figures say."""
     saved = checkpoint.latest(job.directory)
     first, ended = 0 if saved is None else saved.step, threading.Event()
-    with track(job.stage.steps - first, f"Training {job.stage.stage}", "steps") as progress:
+    with track(job.stage.steps, f"Training {job.stage.stage}", "steps", first) as progress:
 
         def follow() -> None:
             seen, over = first, False

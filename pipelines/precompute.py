@@ -129,7 +129,7 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
     absent = [spec for spec in specs if _open(job, spec) is None]
     if absent:
         batch = job.extraction.compute_batch
-        made_by = provenance(device(job.extraction), batch, compute_threads(job.extraction))
+        made_by = provenance(batch, compute_threads(job.extraction))  # shards name the device
         with _borrowed(pool, job) as workers:
             samples = measure(job, absent, batch, workers)
         own = [samples[spec.teacher.name, spec.resolution] for spec in absent]
@@ -181,9 +181,11 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
     num_shards = 0
     invalid = {id(store): _num_invalid(job, store) for store in stores}
     if tasks:
+        passes = len({str(store.provenance["compute_batch"]) for store in stores})
+        all_images = passes * job.num_views * len(stores[0].samples)
         with (
             _borrowed(pool, job) as workers,
-            track(num_images, f"Extracting {job}") as progress,
+            track(all_images, f"Extracting {job}", before=all_images - num_images) as progress,
         ):
             for number, records in workers.run("extract", tasks):
                 wanted, shard = tasks[number]

@@ -47,6 +47,7 @@ class Reading:
         seconds: wall time since the start.
         finished: the step has ended, well or not.
         note: what the step last said of itself: losses, say.
+        before: units that an earlier start had finished, counted in `done`.
     """
 
     description: str
@@ -56,11 +57,12 @@ class Reading:
     seconds: float
     finished: bool = False
     note: str = ""
+    before: int = 0
 
     @property
     def rate(self) -> float:
         """Units a second since the start."""
-        return self.done / self.seconds if self.seconds > 0 else 0.0
+        return (self.done - self.before) / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def eta_seconds(self) -> float | None:
@@ -94,9 +96,12 @@ def set_listener(listener: Listener | None) -> None:
 class Progress:
     """Counts units; made by `track`."""
 
-    def __init__(self, description: str, unit: str, total: int | None, shown: Listener) -> None:
+    def __init__(
+        self, description: str, unit: str, total: int | None, before: int, shown: Listener
+    ) -> None:
         self._description, self._unit, self._total = description, unit, total
-        self._done, self._started, self._note = 0, time.monotonic(), ""
+        self._before = self._done = before
+        self._started, self._note = time.monotonic(), ""
         self._shown, self._listener, self._told = shown, _listener.get(), -LISTEN_EVERY_SECONDS
 
     def advance(self, count: int = 1) -> None:
@@ -112,7 +117,14 @@ class Progress:
         """Return how far the step has come."""
         seconds = time.monotonic() - self._started
         return Reading(
-            self._description, self._unit, self._done, self._total, seconds, finished, self._note
+            self._description,
+            self._unit,
+            self._done,
+            self._total,
+            seconds,
+            finished,
+            self._note,
+            self._before,
         )
 
     def finish(self) -> None:
@@ -128,19 +140,22 @@ class Progress:
 
 
 @contextmanager
-def track(total: int | None, description: str, unit: str = "images") -> Iterator[Progress]:
+def track(
+    total: int | None, description: str, unit: str = "images", before: int = 0
+) -> Iterator[Progress]:
     """Show the progress of one long step on stderr: a bar, or a line every ten seconds.
 
     Args:
-        total: units the step will take; None when not known.
+        total: units the whole step takes; None when not known.
         description: what is being done.
         unit: what is counted, plural.
+        before: units of the total that an earlier start has done.
 
     Yields:
         a `Progress` whose `advance(n)` counts; call it from one thread.
     """
     with _shown(total, description, unit) as shown:
-        progress = Progress(description, unit, total, shown)
+        progress = Progress(description, unit, total, before, shown)
         try:
             yield progress
         finally:
@@ -174,10 +189,14 @@ class Relay:
             self._line(line + "\n")
 
     def _line(self, line: str) -> None:
-        if line.startswith(RECORD):
-            self._show(Reading(**json.loads(line.removeprefix(RECORD))))
-        else:
+        try:
+            reading = _reading(line)
+        except (ValueError, TypeError):  # somebody else printed into the middle of it
+            reading = None
+        if reading is None:
             self._say(line)
+        else:
+            self._show(reading)
 
     def _show(self, reading: Reading) -> None:
         if reading.description not in self._steps:
@@ -191,6 +210,17 @@ class Relay:
         if reading.finished:
             stack.close()
             del self._steps[reading.description]
+
+
+def _reading(line: str) -> Reading | None:
+    """Parse a record; None for any other line.
+
+    Raises:
+        ValueError, TypeError: a record that is not whole.
+    """
+    if not line.startswith(RECORD):
+        return None
+    return Reading(**json.loads(line.removeprefix(RECORD)))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from pipelines import checkpoint, evaluate, inputs, start, tracking
 from pipelines.compare import look
 from pipelines.config import PROXY, Recipe, StageConfig
+from pipelines.progress import track
 from pipelines.scales import Scales
 
 LOSS = "loss/total"
@@ -55,14 +56,24 @@ def stage_figures(
     model.eval().to(device)
     name = recipe.held_out.name
     feed = inputs.centre_feeds(recipe, whole, opened.normalisers)[name]
-    cosine = {}
+    sweeps = {}
     for scale in whole.student_scales:
         at = Scales(scale, {who: _nearest(scale, of) for who, of in whole.teacher_scales.items()})
-        _, batches = evaluate.sweep(recipe, whole, name, feed, at=at)
-        seen = look(batches, {evaluate.FINAL: model}, opened, device=device)
-        both = torch.stack([seen.cosines[evaluate.FINAL, who].mean(0) for who in opened.dims])
-        summary, patches = both.mean(0).tolist()
-        cosine[str(scale)] = {"summary": summary, "patches": patches}
+        sweeps[scale] = evaluate.sweep(recipe, whole, name, feed, at=at)
+    cosine = {}
+    total = sum(len(rows) for rows, _ in sweeps.values())
+    with track(total, f"Figures of {stage.stage}") as progress:
+        for scale, (_, batches) in sweeps.items():
+            seen = look(
+                batches,
+                {evaluate.FINAL: model},
+                opened,
+                device=device,
+                advance=progress.advance,
+            )
+            both = torch.stack([seen.cosines[evaluate.FINAL, who].mean(0) for who in opened.dims])
+            summary, patches = both.mean(0).tolist()
+            cosine[str(scale)] = {"summary": summary, "patches": patches}
     losses = [
         line[LOSS] for line in tracking.read(directory / tracking.METRICS_FILE) if LOSS in line
     ]

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipelines.config import Recipe, StageConfig
 from pipelines.evaluate import Cosine, Evaluation
 from pipelines.figures import TokenPicture
 from pipelines.jobs import job_groups, open_stores
-from pipelines.pyramid import StageFigures
+from pipelines.pyramid import StageFigures, stage_figures
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 TEMPLATE = "report.html.j2"
@@ -78,6 +79,31 @@ def fingerprint(recipe: Recipe) -> str:
     )
 
 
+def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
+    """Judge a finished run, each of its stages, and write its report; return the summary.
+
+    A report that is there already, of what the run is now, is left as it is.
+
+    Args:
+        recipe: the run.
+        seconds: step of the run -> how long it took, as the caller measured; the evaluation's own
+            is added.
+
+    Raises:
+        ValueError: a stage without a checkpoint, images without the label, or weights that cannot
+            be read.
+        StoreError: a cache cannot be read.
+    """
+    found = current(recipe)
+    if found is not None:
+        return found
+    started, device, last = time.monotonic(), evaluate.device(recipe), recipe.stages[-1]
+    evaluation = evaluate.evaluate(recipe, last, device)
+    stages = {stage.stage: stage_figures(recipe, stage, device) for stage in recipe.stages}
+    took = {**seconds, "evaluation": time.monotonic() - started}
+    return write(recipe, last, evaluation, took, stages, device)
+
+
 def current(recipe: Recipe) -> dict[str, object] | None:
     """Return the summary that is there, if nothing it depends on has changed since.
 
@@ -88,8 +114,15 @@ def current(recipe: Recipe) -> dict[str, object] | None:
     files = [recipe.directory / name for name in (SUMMARY_FILE, REPORT_FILE)]
     if not all(path.is_file() for path in files):
         return None
-    summary: dict[str, object] = json.loads(files[0].read_text(encoding="utf-8"))
+    summary = read(recipe)
     return summary if summary.get("fingerprint") == fingerprint(recipe) else None
+
+
+def read(recipe: Recipe) -> dict[str, object]:
+    """Return the summary that is in the run directory, as `write` left it."""
+    text = (recipe.directory / SUMMARY_FILE).read_text(encoding="utf-8")
+    found: dict[str, object] = json.loads(text)
+    return found
 
 
 def _stores(recipe: Recipe) -> list[Store]:

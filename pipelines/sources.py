@@ -76,15 +76,42 @@ class FeatureSource(Protocol):
 
     `fetch` does what the host does (read, copy, resize) and may be called from any thread;
     `decode` does what the device does. Both sources share everything after the tokens are float32.
+
+    Attributes:
+        samples: the dataset's sample table: what a row of `fetch` is.
     """
+
+    samples: Samples
 
     def dims(self) -> dict[str, tuple[int, int]]:
         """Return teacher -> (summary width, patch width)."""
         ...
 
+    def shards(self) -> list[ShardRange]:
+        """Return the shards whose rows can be fetched."""
+        ...
+
+    def versions(self) -> dict[str, int]:
+        """Return store directory (below the cache root) -> manifest version that is read."""
+        return {}
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a store lies in a bucket, so that it pays to say what will be fetched."""
+        return False
+
+    def will_need(self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions) -> None:
+        """Start mirroring the shards of rows that will be fetched soon; returns at once.
+
+        Args:
+            rows: int64 [n].
+            views: int64 [n].
+            resolutions: as they will be fetched.
+        """
+
     def fetch(
         self,
-        sample_ids: Sequence[str],
+        rows: np.ndarray,
         view_numbers: np.ndarray,
         resolutions: Resolutions,
         canvases: np.ndarray | None = None,
@@ -92,7 +119,7 @@ class FeatureSource(Protocol):
         """Bring what is needed to the host.
 
         Args:
-            sample_ids: [B].
+            rows: int64 [B], of `samples`.
             view_numbers: int64 [B].
             resolutions: the teachers wanted, each with its resolution.
             canvases: uint8 [B, C, C, 3], the views' pixels where the caller has drawn them; the
@@ -111,11 +138,18 @@ class FeatureSource(Protocol):
         resolutions: Resolutions,
         device: str | torch.device = "cpu",
     ) -> dict[str, Targets]:
-        """Fetch and decode."""
-        ...
+        """Find samples by their ids, fetch and decode.
+
+        Finding them keeps 16 bytes a sample of the dataset in memory; `fetch` does not.
+
+        Raises:
+            MissingSamples: naming ids that are not in the dataset.
+        """
+        rows = self.samples.rows_of(sample_ids)
+        return self.decode(self.fetch(rows, view_numbers, resolutions), device)
 
 
-class CachedSource:
+class CachedSource(FeatureSource):
     """Tokens from the stores of one dataset and view policy.
 
     Args:
@@ -177,7 +211,7 @@ class CachedSource:
 
     def fetch(
         self,
-        sample_ids: Sequence[str],
+        rows: np.ndarray,
         view_numbers: np.ndarray,
         resolutions: Resolutions,
         canvases: np.ndarray | None = None,
@@ -185,9 +219,8 @@ class CachedSource:
         """Copy the rows out of the mapped stores (see `FeatureSource`).
 
         Raises:
-            StoreError: a store, sample or view that is not there, or stores of different views.
+            StoreError: a store, row or view that is not there, or stores of different views.
         """
-        rows = self.samples.rows_of(sample_ids)
         valid = np.ones(len(rows), bool)
         digests: list[str | None] | None = None
         tokens = {}
@@ -218,16 +251,6 @@ class CachedSource:
             out[teacher] = _masked(summary, patches.unflatten(1, grid), raw.valid)
         return out
 
-    def targets(
-        self,
-        sample_ids: Sequence[str],
-        view_numbers: np.ndarray,
-        resolutions: Resolutions,
-        device: str | torch.device = "cpu",
-    ) -> dict[str, Targets]:
-        """Fetch and decode."""
-        return self.decode(self.fetch(sample_ids, view_numbers, resolutions), device)
-
     def _reader(self, teacher: str, resolution: int) -> Reader:
         reader = self._readers.get((teacher, resolution))
         if reader is None:
@@ -236,7 +259,7 @@ class CachedSource:
         return reader
 
 
-class LiveSource:
+class LiveSource(FeatureSource):
     """Tokens from the teachers themselves, computed as the extraction computes them.
 
     Args:
@@ -278,29 +301,20 @@ class LiveSource:
         """Return all shards of the dataset: a live teacher has every row."""
         return self.samples.shards()
 
-    def versions(self) -> dict[str, int]:
-        """Return no store: nothing is read from a cache."""
-        return {}
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether a store lies in a bucket: there is no store."""
-        return False
-
-    def will_need(self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions) -> None:
-        """Do nothing: there is no store to mirror."""
-
     def fetch(
         self,
-        sample_ids: Sequence[str],
+        rows: np.ndarray,
         view_numbers: np.ndarray,
         resolutions: Resolutions,
         canvases: np.ndarray | None = None,
     ) -> Raw:
         """Draw the canvases, if need be, and resize them for each teacher (see `FeatureSource`)."""
-        valid = np.ones(len(sample_ids), bool)
+        valid = np.ones(len(rows), bool)
         if canvases is None:
-            canvases, valid = self._draw(sample_ids, view_numbers)
+            canvases, digests = self._images.canvases(
+                self.samples.take(rows), self._policy, view_numbers
+            )
+            valid = np.array([digest is not None for digest in digests])
         pixels = {
             teacher: np.stack([views.resize(canvas, resolution) for canvas in canvases])
             for teacher, resolution in resolutions.items()
@@ -321,35 +335,6 @@ class LiveSource:
                 raw.valid,
             )
         return out
-
-    def targets(
-        self,
-        sample_ids: Sequence[str],
-        view_numbers: np.ndarray,
-        resolutions: Resolutions,
-        device: str | torch.device = "cpu",
-    ) -> dict[str, Targets]:
-        """Fetch and decode."""
-        return self.decode(self.fetch(sample_ids, view_numbers, resolutions), device)
-
-    def _draw(
-        self, sample_ids: Sequence[str], view_numbers: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        table = self.samples.take(self.samples.rows_of(sample_ids))
-        side = self._policy.canvas
-        canvases = np.zeros((len(sample_ids), side, side, 3), np.uint8)
-        valid = np.ones(len(sample_ids), bool)
-        for place, sample in enumerate(table.iter_rows(named=True)):
-            try:
-                canvases[place] = views.make_view(
-                    self._images.read(sample),
-                    self._policy,
-                    sample["sample_id"],
-                    int(view_numbers[place]),
-                ).canvas
-            except views.ImageError:
-                valid[place] = False  # as the extraction would have recorded it
-        return canvases, valid
 
 
 def _normalised(tokens: Tensor, normaliser: nn.Module) -> Tensor:

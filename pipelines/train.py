@@ -20,10 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from eupe.encoders import Features
 from eupe.heads import DistillationModel
-from eupe.losses import teacher_loss
+from eupe.losses import teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
 from pipelines import checkpoint, start, tracking, whole_state
 from pipelines.batches import Batch
+from pipelines.buffers import Crossing
 from pipelines.checkpoint import Checkpoint, Contents
 from pipelines.config import Recipe, StageConfig
 from pipelines.inputs import Inputs
@@ -121,6 +122,7 @@ class _Run:
             self.wrapped.compile()
         self.optimizer = start.optimizer(self.model, stage)
         self.window = Window.empty(inputs.dims, device)
+        self._cross = Crossing()
 
     def train(self, resume: bool, evaluate: Evaluate | None) -> StageResult:
         stage, started = self.stage, time.perf_counter()
@@ -139,7 +141,7 @@ class _Run:
             if unjudged:
                 saved = self._judged(evaluate, saved, trackers)
             with (
-                track(stage.steps - first, f"Training {stage.stage}", "steps") as progress,
+                track(stage.steps, f"Training {stage.stage}", "steps", first) as progress,
                 closing(_steps(self.inputs.batches(range(first, stage.steps)))) as steps,
             ):
                 for micros in steps:
@@ -216,7 +218,7 @@ class _Run:
     def _backward(self, batch: Batch, rows: int) -> Tensor:
         """Add one micro-batch's gradients; return its terms, a part of the batch's mean [T, 4]."""
         stage, loss = self.stage, self.stage.loss
-        pixels = batch.pixels.to(self.device, non_blocking=True)
+        pixels = self._cross(batch.pixels, self.device)
         tokens = batch.targets(self.device)
         targets = {name: Features(each.summary, each.patches) for name, each in tokens.items()}
         valid = torch.from_numpy(batch.valid).to(self.device)
@@ -224,26 +226,22 @@ class _Run:
             self.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"
         ):
             _, predicted = self.wrapped(pixels)
-        terms = torch.stack(
-            [
-                torch.stack(
-                    teacher_loss(
-                        predicted[name],
-                        targets[name],
-                        valid,
-                        alpha=loss.alpha,
-                        beta=loss.beta,
-                        smooth_l1_beta=loss.smooth_l1_beta,
-                        gamma=loss.gamma.get(name, 1.0),
-                        count=float(rows),
-                    )
-                )
-                for name in self.inputs.dims
-            ]
-        )
-        # Gradients are averaged over workers, the loss is a sum over them (Eq. 6: over teachers).
-        (terms[:, -1].sum() * self.workers.size).backward()
-        return terms.detach()
+        losses = [
+            teacher_loss(
+                predicted[name],
+                targets[name],
+                valid,
+                alpha=loss.alpha,
+                beta=loss.beta,
+                smooth_l1_beta=loss.smooth_l1_beta,
+                gamma=loss.gamma.get(name, 1.0),
+                count=float(rows),
+            )
+            for name in self.inputs.dims
+        ]
+        # Gradients are averaged over workers, the loss is a sum over them.
+        (total_loss(losses) * self.workers.size).backward()
+        return torch.stack([torch.stack(terms) for terms in losses]).detach()
 
     def _figures(self, done: int, pace: Pace) -> dict[str, float]:
         """Return the means since the last log and start over."""

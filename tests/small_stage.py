@@ -23,13 +23,13 @@ from pipelines.config import (
 )
 from pipelines.images import ImageReader
 from pipelines.inputs import Inputs
-from pipelines.sources import Normalisers, Raw, Targets
+from pipelines.sources import FeatureSource, Normalisers, Raw, Targets
 
 TEACHERS = {"near": (6, 4), "far": (5, 3)}
 STRIDE = 8  # of both teachers' grids, pixels
 
 
-class MemorySource:
+class MemorySource(FeatureSource):
     """A FeatureSource that works tokens out of the pixels it is handed: a fixed linear map."""
 
     def __init__(self, normalisers: Mapping[str, Normalisers]) -> None:
@@ -45,7 +45,7 @@ class MemorySource:
 
     def fetch(
         self,
-        sample_ids: Sequence[str],
+        rows: np.ndarray,
         view_numbers: np.ndarray,
         resolutions: Mapping[str, int],
         canvases: np.ndarray | None = None,
@@ -56,7 +56,7 @@ class MemorySource:
             tensor = torch.from_numpy(canvases).permute(0, 3, 1, 2).float()
             resized = F.interpolate(tensor, resolution, mode="area")
             pixels[name] = resized.permute(0, 2, 3, 1).numpy()
-        return Raw(np.ones(len(sample_ids), bool), None, {}, pixels)
+        return Raw(np.ones(len(rows), bool), None, {}, pixels)
 
     def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
         valid = torch.from_numpy(raw.valid)
@@ -68,15 +68,6 @@ class MemorySource:
             normalised = self._normalisers[name]
             out[name] = Targets(normalised.summary(summary), normalised.patches(patches), valid)
         return out
-
-    def targets(
-        self,
-        sample_ids: Sequence[str],
-        view_numbers: np.ndarray,
-        resolutions: Mapping[str, int],
-        device: str | torch.device = "cpu",
-    ) -> dict[str, Targets]:
-        raise NotImplementedError("this source is only ever handed canvases")
 
 
 def recipe(directory: Path, *, drop_path: float = 0.2, **stage: object) -> Recipe:
@@ -153,7 +144,7 @@ def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: in
     """
     stage = run.stages[0]
     source = MemorySource(normalisers())
-    feed = Feed(source, ImageReader(), run.views)  # type: ignore[arg-type]
+    feed = Feed(source, ImageReader(), run.views)
 
     def batches(steps: range) -> Iterator[Batch]:
         for step in steps:
@@ -168,7 +159,7 @@ def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: in
                 own = canvases[rows]
                 ids = [f"{step}-{place}" for place in range(rows.start, rows.stop)]
                 views = np.zeros(len(own), np.int64)
-                raw = source.fetch(ids, views, drawn.teachers, own)
+                raw = source.fetch(np.arange(len(own)), views, drawn.teachers, own)
                 raw.valid[:] = valid[rows]
                 pixels = torch.from_numpy(own).permute(0, 3, 1, 2).float()
                 pixels = F.interpolate(pixels, drawn.student, mode="area").to(torch.uint8)

@@ -210,7 +210,7 @@ def test_a_large_file_killed_between_its_parts_is_not_there(s3, root, tmp_path):
 
     name = root / "shard"
     assert run_child(s3, "send", str(large), str(name), kill_after=second_part) == -signal.SIGKILL
-    assert len(parts) >= 2  # it did go in parts
+    assert max(part.number for part in parts) >= 2  # it did go in parts, answered in any order
     s3.behave()
     assert not name.is_file()
     assert run_child(s3, "send", str(large), str(name)) == 0

@@ -95,12 +95,6 @@ def test_paired_test_of_many_queries_does_not_overflow():
     assert 0 <= probes.paired_test(a, ~a) < 1e-300
 
 
-def test_cosine_mean():
-    a = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    b = torch.tensor([[0.0, 1.0], [2.0, 2.0]])
-    assert probes.cosine_mean(a, b) == pytest.approx(0.5)
-
-
 def test_pca_colours_are_the_first_components():
     """Three planted directions of falling variance become red, green and blue."""
     strengths = normal(2 * 64, 3) * torch.tensor([9.0, 4.0, 2.0])

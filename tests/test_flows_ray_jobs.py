@@ -43,6 +43,100 @@ def test_output_streams_and_the_exit_code_is_the_drivers_own():
     assert "exit code 127\n" in run.stdout  # what the shell says of a command that is not there
 
 
+GPU_SCRIPT = """
+import sys
+from flows import ray_jobs
+ray_jobs.PENDING_SECONDS = 1.0
+words = ["python", "-c", "import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES'])"]
+with ray_jobs.job_cluster() as address:
+    for gpus in (1, 2):
+        print("exit code", ray_jobs.run_job(words, address, {}, sys.stdout.write, gpus))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_that_computes_runs_where_gpus_are_free_and_says_that_it_waits_for_them():
+    run = subprocess.run(
+        [sys.executable, "-c", GPU_SCRIPT],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "RAY_OVERRIDE_RESOURCES": '{"GPU": 1}',  # Ray believes that this machine has one
+            "RAY_JOB_START_TIMEOUT_SECONDS": "8",  # how long Ray lets a job wait for what it asks
+        },
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert run.returncode == 0, run.stderr
+    first, second = run.stdout.split("exit code 0\n")
+    assert first.endswith("sees 0\n")
+    assert "may be waiting for resources" in second
+    assert second.endswith("exit code 1\n")
+
+
+CUT_SCRIPT = """
+import contextlib, socket, sys, threading
+from flows import ray_jobs
+
+pairs = []
+
+def pump(source, sink):
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+def relay(listener, target):
+    while True:
+        near, _ = listener.accept()
+        far = socket.create_connection(target)
+        pairs.append((near, far))
+        for ends in ((near, far), (far, near)):
+            threading.Thread(target=pump, args=ends, daemon=True).start()
+
+cut = threading.Event()
+
+def say(chunk):
+    sys.stdout.write(chunk)
+    if "line 1" in chunk and not cut.is_set():
+        cut.set()
+        for pair in list(pairs):
+            for end in pair:
+                with contextlib.suppress(OSError):  # closed already
+                    end.shutdown(socket.SHUT_RDWR)
+
+code = "import time\\nfor n in range(6): print('line', n, flush=True); time.sleep(0.7)"
+with ray_jobs.job_cluster() as address:
+    host, port = address.removeprefix("http://").split(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=relay, args=(listener, (host, int(port))), daemon=True).start()
+    through = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    code = ray_jobs.run_job(["python", "-c", code], through, {}, say)
+    assert cut.is_set()
+    print("exit code", code)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_connection_that_breaks_neither_stops_the_job_nor_loses_a_line():
+    run = subprocess.run(
+        [sys.executable, "-c", CUT_SCRIPT],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith(("line", "exit"))]
+    assert lines == [*(f"line {n}" for n in range(6)), "exit code 0"]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -66,3 +66,20 @@ def test_a_step_says_how_it_goes(heard):
     assert heard[-1].note == "loss 1.500"
     reading = Reading("Training", "steps", 1, 2, 4.0, note="loss 1.500")
     assert str(reading) == "Training: 1/2 steps, 0.2 steps/s, 4 s left; loss 1.500"
+
+
+def test_what_an_earlier_start_did_counts_and_does_not_make_the_rate(heard):
+    with track(10, "Training", "steps", before=6) as progress:
+        progress.advance(2)
+    assert (heard[-1].done, heard[-1].total) == (8, 10)
+    reading = Reading("Training", "steps", 8, 10, 4.0, before=6)
+    assert (reading.rate, reading.eta_seconds) == (0.5, 4.0)
+
+
+def test_a_record_that_somebody_printed_into_is_an_ordinary_line(heard):
+    said: list[str] = []
+    with Relay(said.append) as relay:
+        relay.feed('@progress {"description": "Counting", "unit": (raylet) hello\n')
+        relay.feed('@progress {"unknown": 1}\n')
+    assert [line.partition(" ")[0] for line in said] == ["@progress", "@progress"]
+    assert heard == []

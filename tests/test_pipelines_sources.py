@@ -123,12 +123,12 @@ def test_tokens_are_normalised(cached):
 
 def test_what_is_not_there_is_refused(cached, normalisers, stores):
     with pytest.raises(MissingSamples, match="no sample 'nobody'"):
-        cached.fetch(["nobody"], np.zeros(1, np.int64), {"lite0": 64})
+        cached.targets(["nobody"], np.zeros(1, np.int64), {"lite0": 64})
     ids, views = asked(cached, 2)
     with pytest.raises(StoreError, match="lite0 at 128 px was not opened; there are: lite0 at 64"):
-        cached.fetch(ids, views, {"lite0": 128})
+        cached.targets(ids, views, {"lite0": 128})
     with pytest.raises(StoreError, match="view 7 was not opened"):
-        cached.fetch(ids, views + 7, {"lite0": 64})
+        cached.targets(ids, views + 7, {"lite0": 64})
     with pytest.raises(ValueError, match="no normalisers of teacher lite0"):
         CachedSource({("lite0", 64): Reader(stores[0], 2)}, {})
     with pytest.raises(ValueError, match="at least one store"):
