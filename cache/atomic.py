@@ -11,15 +11,18 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from cache import bucket
 from cache.bucket import BucketPath
-from cache.errors import StoreError
+from cache.errors import Busy, StoreError
 
+LOCK_SECONDS = 60.0
 ABANDONED_SECONDS = 24 * 3600.0
 """A temporary file that nobody has written to for so long is swept, whoever began it."""
 
@@ -142,6 +145,25 @@ def swap(path: Path, content: bytes, expected: bytes | None, scratch: Path) -> N
         bucket.swap(path, content, expected)
     else:
         write(path, [content], scratch)
+
+
+@contextmanager
+def only_writer(directory: Path, scratch: Path) -> Iterator[None]:
+    """Be the one process of this machine that replaces the HEAD of a directory.
+
+    Raises:
+        Busy: another process has been at it for a minute.
+    """
+    make_directories(scratch)
+    lock = FileLock(scratch / "LOCK")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise Busy(f"{directory}: another process has been writing here for a minute") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def temporary_name(name: str) -> str:

@@ -8,20 +8,18 @@ read after segments have been merged: a run pins the version it trains on.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from cache import arrow_tables, atomic, layout
 from cache.bucket import BucketPath
 from cache.errors import Busy, Corrupt, NotBuilt
 
-LOCK_SECONDS = 60.0
+SWAP_SECONDS = 60.0
 MERGE_AT = 8
 """So many segments of about one size become one: n commits make O(log n) files."""
 
@@ -167,13 +165,14 @@ class Manifest:
         """
         if not records:
             return self.version
-        with only_writer(self.directory.parent) as scratch:
+        scratch = layout.scratch_directory(self.directory.parent)
+        with atomic.only_writer(self.directory.parent, scratch):
             return self._commit(records, scratch)
 
     def _commit(self, records: Sequence[ShardRecord], scratch: Path) -> int:
         """Append to the newest HEAD; in a bucket, builders of other machines move it too."""
         rows = [asdict(record) for record in records]
-        given = time.monotonic() + LOCK_SECONDS
+        given = time.monotonic() + SWAP_SECONDS
         while True:
             self._read_again()
             version = self.version + 1
@@ -248,26 +247,6 @@ class Manifest:
         if table.schema != SCHEMA:
             raise Corrupt(f"{path}: not the segment its HEAD describes")
         return table
-
-
-@contextmanager
-def only_writer(store: Path) -> Iterator[Path]:
-    """Be the one process of this machine that writes HEAD of a store; yield its scratch folder.
-
-    Raises:
-        Busy: another process has been at it for a minute.
-    """
-    scratch = layout.scratch_directory(store)
-    atomic.make_directories(scratch)
-    lock = FileLock(scratch / "LOCK")
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise Busy(f"{store}: another process has been committing for a minute") from error
-    try:
-        yield scratch
-    finally:
-        lock.release()
 
 
 def _rows(entry: Mapping[str, object]) -> int:

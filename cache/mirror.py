@@ -124,10 +124,8 @@ class Mirror:
             self._describe(wanted.path)
         copy = self._copy(wanted)
         assert copy is not None
-        try:
+        with suppress(FileNotFoundError):
             return self._opened(copy)
-        except FileNotFoundError:
-            pass
         with self._one_filler(copy):
             for _ in range(FILL_TRIES):
                 with suppress(FileNotFoundError):
@@ -355,10 +353,9 @@ class Mirror:
         self._total -= freed
 
     def _last_eviction(self) -> int:
-        try:
+        with suppress(FileNotFoundError):
             return os.stat(self.folder / "EVICTED").st_mtime_ns
-        except FileNotFoundError:
-            return 0
+        return 0
 
     def _notice_evictions(self) -> None:
         """Unmap what has not been used for long if another process evicts: it may be among it."""

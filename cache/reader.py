@@ -97,8 +97,7 @@ class Reader:
         self._records = np.full((len(self.views), len(self._stops)), -1, np.int64)
         of_view, of_shard = (arrow_tables.to_numpy(self._table[name]) for name in ("view", "shard"))
         self._position = {view: position for position, view in enumerate(self.views)}
-        # Another process may have added samples, and built them, since these were opened.
-        known = of_shard < len(self._stops)
+        known = of_shard < len(self._stops)  # others may have added samples, and built them
         for view, position in self._position.items():
             records = np.flatnonzero((of_view == view) & known)
             if not len(records):

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from cache import arrow_tables, atomic, layout
-from cache.errors import Busy, Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
+from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
 from eupe import fingerprint as fp
 from eupe.spec import DatasetSpec
 
@@ -40,7 +39,6 @@ SCHEMA = pa.schema(
 )
 """Columns of a segment. `labels` is a JSON object; `digest` the sha256 of the image's bytes."""
 
-LOCK_SECONDS = 60.0
 SEGMENT_ROWS = 2_000_000
 """Samples of one segment at most: a column of its text has 2 GiB of room."""
 
@@ -117,15 +115,10 @@ class Samples:
         """
         directory = layout.samples_directory(layout.cache_root(root), dataset.name)
         given = _conform(table)
-        atomic.make_directories(layout.scratch_directory(directory))
-        try:
-            with FileLock(layout.scratch_directory(directory) / "LOCK", timeout=LOCK_SECONDS):
-                atomic.sweep(layout.scratch_directory(directory))
-                return cls._append(root, directory, dataset, given, rows_per_shard)
-        except Timeout as error:
-            raise Busy(
-                f"{directory}: another process has been appending samples for a minute"
-            ) from (error)
+        scratch = layout.scratch_directory(directory)
+        with atomic.only_writer(directory, scratch):
+            atomic.sweep(scratch)
+            return cls._append(root, directory, dataset, given, rows_per_shard)
 
     @classmethod
     def _append(
@@ -258,7 +251,11 @@ class Samples:
         wrong = (segment < 0) | (inside >= self._lengths[segment])
         if wrong.any():
             raise MissingSamples(f"{self.directory}: row {asked[wrong][0]} holds no sample")
-        return _frame(self.arrow.take(arrow_tables.from_numpy(self._offsets[segment] + inside)))
+        return self.at(self._offsets[segment] + inside)
+
+    def at(self, places: Rows) -> pl.DataFrame:
+        """Return samples by their place in the table, 0 to `len` - 1: gaps are not counted."""
+        return _frame(self.arrow.take(arrow_tables.from_numpy(places)))
 
     def rows_of(self, sample_ids: Sequence[str]) -> Rows:
         """Return the row of each sample id, int64 [n], in the given order.

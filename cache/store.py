@@ -11,25 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import arrow_shard, arrow_tables, atomic, layout, place, zarr_shard
+from cache import arrow_shard, arrow_tables, atomic, layout, moments_table, place, zarr_shard
 from cache.codec import Codec, Moments, make_codec, stored_codec
 from cache.errors import Busy, Corrupt, FingerprintMismatch, NotBuilt
-from cache.manifest import Manifest, ShardRecord, only_writer
+from cache.manifest import Manifest, ShardRecord
 from cache.samples import Samples, ShardRange, num_rows_now
 from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
 
-KINDS = ("summary", "patches")
 BUILD = "build it with `eupe cache build` or `prefect deployment run teacher-cache/default`"
-MOMENTS_SCHEMA = pa.schema(
-    [
-        ("kind", pa.string()),
-        ("count", pa.int64()),
-        ("mean", pa.list_(pa.float64())),
-        ("scatter", pa.list_(pa.float64())),
-    ]
-)
-"""moments.arrow: one record a token kind; `scatter` is D x D, row-major."""
 
 
 class Store:
@@ -40,6 +30,7 @@ class Store:
         spec: what the store holds.
         directory: where it lies.
         provenance: what the first build recorded for later builds to obey (compute batch, ...).
+        moments_sha256: checksum of its moments, which never change.
     """
 
     def __init__(self, root: Path, spec: StoreSpec, manifest: Manifest):
@@ -51,7 +42,7 @@ class Store:
         assert isinstance(provenance, dict)
         self.provenance: dict[str, object] = provenance
         self._spec_sha256 = str(manifest.head["spec_sha256"])
-        self._moments_sha256 = str(manifest.head["moments_sha256"])
+        self.moments_sha256 = str(manifest.head["moments_sha256"])
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travel to other processes as root and spec, and be opened there."""
@@ -100,10 +91,10 @@ class Store:
             Corrupt: the file is not the one that HEAD names.
         """
         path = layout.moments_file(self.directory)
-        content = arrow_tables.map_file(path, sha256=self._moments_sha256)
-        if hashlib.sha256(content).hexdigest() != self._moments_sha256:
+        content = arrow_tables.map_file(path, sha256=self.moments_sha256)
+        if hashlib.sha256(content).hexdigest() != self.moments_sha256:
             raise Corrupt(f"{path}: contents do not match the sha256 in HEAD; restore the file")
-        return _parse_moments(content, path)
+        return moments_table.parse(content, path)
 
     def todo(self, num_views: int) -> list[tuple[int, ShardRange]]:
         """Return what is wanted and not there: (view, shard), in view order.
@@ -248,8 +239,9 @@ def create_store(
     base = layout.cache_root(root)
     directory = layout.store_directory(base, spec)
     Samples.open(base, spec.dataset.name)
-    _check_widths(spec, moments)
-    with only_writer(directory) as scratch:
+    moments_table.check_widths(spec, moments)
+    scratch = layout.scratch_directory(directory)
+    with atomic.only_writer(directory, scratch):
         atomic.sweep(scratch)
         if not layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
             try:
@@ -272,18 +264,9 @@ def _create(
     In a bucket other builders may do so at this moment: a file that is there is the one that
     counts, and HEAD pins what is there.
     """
-    table = pa.table(
-        {
-            "kind": list(KINDS),
-            "count": [int(moments[kind][0]) for kind in KINDS],
-            "mean": _lists([moments[kind][1] for kind in KINDS]),
-            "scatter": _lists([moments[kind][2] for kind in KINDS]),
-        },
-        schema=MOMENTS_SCHEMA,
-    )
     path = layout.moments_file(directory)
-    measured = atomic.write_once(path, arrow_tables.to_bytes(table), scratch)
-    codec = make_codec(spec.codec, _parse_moments(pa.py_buffer(measured), path)["patches"])
+    measured = atomic.write_once(path, moments_table.to_bytes(moments), scratch)
+    codec = make_codec(spec.codec, moments_table.parse(measured, path)["patches"])
     description = {
         "format": spec.format,
         "fingerprint": spec.fingerprint(),
@@ -298,20 +281,6 @@ def _create(
         "provenance": json.loads(fp.canonical_json(dict(provenance))),
     }
     return Store(base, spec, Manifest.create(directory, pinned))
-
-
-def _check_widths(spec: StoreSpec, moments: Mapping[str, Moments]) -> None:
-    """Refuse moments of other tokens than the spec's."""
-    dims = {"summary": spec.summary_dim, "patches": spec.patch_dim}
-    for kind, dim in dims.items():
-        if kind not in moments:
-            raise ValueError(f"moments: {kind!r} is missing; a store wants summary and patches")
-        _, mean, scatter = moments[kind]
-        if np.shape(mean) != (dim,) or np.shape(scatter) != (dim, dim):
-            raise ValueError(
-                f"moments of {kind}: mean {np.shape(mean)}, scatter {np.shape(scatter)}; "
-                f"the spec wants ({dim},) and ({dim}, {dim})"
-            )
 
 
 def open_store(root: str | Path, spec: StoreSpec) -> Store:
@@ -390,26 +359,4 @@ def _not_built(base: Path, directory: Path, spec: StoreSpec) -> NotBuilt | Finge
     lines, other = min(near, key=lambda item: (len(item[0]), item[1]))
     return FingerprintMismatch(
         f"{directory}: not built, {BUILD}; nearest is {other}, asked != there", lines
-    )
-
-
-def _parse_moments(content: pa.Buffer, path: Path) -> dict[str, Moments]:
-    table = arrow_tables.parse_table(content, str(path))
-    if table.schema != MOMENTS_SCHEMA or table["kind"].to_pylist() != list(KINDS):
-        raise Corrupt(f"{path}: wants the moments of {' and '.join(KINDS)}")
-    out: dict[str, Moments] = {}
-    for position, kind in enumerate(KINDS):
-        mean = np.array(arrow_tables.to_numpy(table["mean"][position].values))
-        scatter = np.array(arrow_tables.to_numpy(table["scatter"][position].values))
-        dim = len(mean)
-        out[kind] = table["count"][position].as_py(), mean, scatter.reshape(dim, dim)
-    return out
-
-
-def _lists(arrays: Sequence[npt.NDArray[np.float64]]) -> pa.Array:
-    """Return one Arrow list of float64 an array, flattened."""
-    flat = [np.asarray(array, np.float64).reshape(-1) for array in arrays]
-    offsets = np.cumsum([0, *(len(part) for part in flat)]).astype(np.int32)
-    return pa.ListArray.from_arrays(
-        arrow_tables.from_numpy(offsets), arrow_tables.from_numpy(np.concatenate(flat))
     )

@@ -93,7 +93,15 @@ def pca_rgb(maps: Sequence[Float[Tensor, "_ _ d"]]) -> list[Float[Tensor, "_ _ 3
 def _nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
     """Rows of the k nearest bank vectors [q, k], nearest first, ties by row."""
     distances = torch.cdist(queries, bank, compute_mode="use_mm_for_euclid_dist")
-    return distances.sort(dim=1, stable=True).indices[:, :k]
+    farthest = distances.topk(k, dim=1, largest=False).values[:, -1:]
+    near = distances <= farthest  # more than k where equals of the farthest are left out
+    tied = near.sum(1) > k
+    nearest = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    rows = near[~tied].nonzero()[:, 1].view(-1, k)  # rising
+    order = distances[~tied].gather(1, rows).sort(dim=1, stable=True).indices
+    nearest[~tied] = rows.gather(1, order)
+    nearest[tied] = distances[tied].sort(dim=1, stable=True).indices[:, :k]
+    return nearest
 
 
 def _vote(neighbours: Tensor, num_classes: int) -> Tensor:

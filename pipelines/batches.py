@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 
 import numpy as np
@@ -165,8 +165,8 @@ class Batches:
         steps: which steps, in order.
         rank: of this worker.
         world: workers; worker r has the r-th stretch of every global batch.
-        threads: that decode, draw and fetch.
-        prefetch: batches made ahead.
+        threads: that decode and draw images.
+        prefetch: batches made ahead, at once.
 
     Raises:
         ValueError: `draw` names a dataset without a feed, or a rank outside the world.
@@ -194,21 +194,18 @@ class Batches:
         self._steps, self._rank, self._world = steps, rank, world
         self._threads, self._prefetch = threads, max(prefetch, 1)
         self._buffers = Buffers()
-        self.wait_seconds = 0.0
-        self.num_rows = 0
-        self.num_invalid = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the micro-batches in order; the threads end with the iteration."""
         addresses = self._announced(self._addresses())
-        with _Pool(self._threads) as pool:
+        with _Pool(self._threads) as drawers, _Pool(self._prefetch) as makers:
             ahead: deque[Future[Batch]] = deque()
-            for step, micro, num_micro, drawn in addresses:
-                ahead.append(pool.submit(self._make, step, micro, num_micro, drawn))
+            for address in addresses:
+                ahead.append(makers.submit(self._make, *address, drawers))
                 if len(ahead) > self._prefetch:
-                    yield self._counted(ahead.popleft())
+                    yield self._waited(ahead.popleft())
             while ahead:
-                yield self._counted(ahead.popleft())
+                yield self._waited(ahead.popleft())
 
     def _addresses(self) -> Iterator[Address]:
         """Walk over (step, micro, num_micro, rows): cheap, done by the consuming thread."""
@@ -243,17 +240,17 @@ class Batches:
                 yield ahead.popleft()
         yield from ahead
 
-    def _counted(self, future: "Future[Batch]") -> Batch:
+    @staticmethod
+    def _waited(future: "Future[Batch]") -> Batch:
         started = time.perf_counter()
         batch = future.result()
         waited = time.perf_counter() - started
-        self.wait_seconds += waited
-        self.num_rows += len(batch)
-        self.num_invalid += int((~batch.valid).sum())
         return replace(batch, wait_seconds=waited)
 
-    def _make(self, step: int, micro: int, num_micro: int, drawn: Drawn) -> Batch:
-        """Make one batch; called in a thread."""
+    def _make(
+        self, step: int, micro: int, num_micro: int, drawn: Drawn, drawers: ThreadPoolExecutor
+    ) -> Batch:
+        """Make one batch, its images decoded and drawn by `drawers`; called in a thread."""
         scales = self._scales(step)
         shape = len(drawn), 3, scales.student, scales.student
         pixels = torch.from_numpy(self._buffers.take(shape, np.uint8))
@@ -265,7 +262,7 @@ class Batches:
             if not len(places):
                 continue
             part, ids, own, resized = _serve(
-                feed, places, drawn.rows[places], drawn.views[places], scales
+                feed, places, drawn.rows[places], drawn.views[places], scales, drawers
             )
             parts.append(part)
             channels_first = torch.from_numpy(resized).permute(0, 3, 1, 2)
@@ -280,7 +277,12 @@ class Batches:
 
 
 def _serve(
-    feed: Feed, places: np.ndarray, rows: np.ndarray, view_numbers: np.ndarray, scales: Scales
+    feed: Feed,
+    places: np.ndarray,
+    rows: np.ndarray,
+    view_numbers: np.ndarray,
+    scales: Scales,
+    drawers: ThreadPoolExecutor,
 ) -> tuple[Part, list[str], np.ndarray, np.ndarray]:
     """Fetch the student's pixels and the teachers' tokens of one dataset's rows.
 
@@ -294,8 +296,10 @@ def _serve(
         pixels, digests = _stored(stored, rows, view_numbers, scales.student)
         raw = feed.source.fetch(rows, view_numbers, scales.teachers)
     else:
-        canvases, digests = feed.images.canvases(table, feed.policy, view_numbers)
-        pixels = np.stack([views.resize(canvas, scales.student) for canvas in canvases])
+        canvases, digests = feed.images.canvases(table, feed.policy, view_numbers, drawers)
+        pixels = np.stack(
+            list(drawers.map(partial(views.resize, resolution=scales.student), canvases))
+        )
         raw = feed.source.fetch(rows, view_numbers, scales.teachers, canvases)
     valid = raw.valid & np.array([digest is not None for digest in digests])
     if raw.view_digests is not None:

@@ -75,14 +75,6 @@ class TrainingDraw:
         self._shards = [np.array([shard.start for shard in shards[name]]) for name in mix.names]
         self._num_views = [num_views[name] for name in mix.names]
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """Return how many epochs of each dataset lie before a step."""
-        done = self._mix.consumed(step)
-        return {
-            name: float(count) / order.num_rows
-            for name, count, order in zip(self.names, done, self._orders, strict=True)
-        }
-
     def __call__(self, step: int) -> Drawn:
         """Return the global batch of a step."""
         datasets, positions = self._mix.slots(step)

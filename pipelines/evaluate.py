@@ -5,7 +5,7 @@ their tokens of the same centre views come from the caches.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eupe.encoders import Features
+from eupe.encoders import Encoder, Features
 from eupe.heads import DistillationModel
 from eupe.probes import knn_predict, paired_test, top1
 from pipelines import checkpoint, inputs, start
@@ -28,7 +28,7 @@ from pipelines.scales import Scales
 from pipelines.train import SCORE, Evaluate
 
 HOOK_IMAGES = 1024
-"""Images of each set that the evaluation during training looks at; kept decoded between calls."""
+"""Images of each set that the evaluation during training looks at."""
 INIT, FINAL = "init", "final"
 EVALUATION_FILE = "evaluation.json"
 
@@ -107,7 +107,7 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
         ValueError: no checkpoint, or images without the label.
         StoreError: a cache cannot be read.
     """
-    saved = checkpoint.require(start.stage_directory(recipe, stage))
+    saved = checkpoint.require(recipe.stage_directory(stage.stage))
     opened = inputs.from_caches(recipe, stage, saved.pins)
     models = {name: start.untrained_model(recipe, stage, opened.dims) for name in (INIT, FINAL)}
     start.load(models[FINAL], saved)
@@ -153,7 +153,7 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
     }
     return Evaluation(
         step=saved.step,
-        knn=_knn(recipe, feeds, dict(zip(train, banks, strict=True)), queries),
+        knn=_knn(recipe, feeds, dict(zip(train, banks, strict=True)), queries, device),
         summary=_mean([each["summary"] for each in per_teacher.values()]),
         patches=_mean([each["patches"] for each in per_teacher.values()]),
         per_teacher=per_teacher,
@@ -161,7 +161,11 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
 
 
 def _knn(
-    recipe: Recipe, feeds: Mapping[str, Feed], banks: Mapping[str, Seen], queries: Seen
+    recipe: Recipe,
+    feeds: Mapping[str, Feed],
+    banks: Mapping[str, Seen],
+    queries: Seen,
+    device: str | torch.device,
 ) -> Knn | None:
     """Predict the held-out images' labels from their neighbours among the bank."""
     label, k = recipe.evaluation.label, recipe.evaluation.k
@@ -174,8 +178,9 @@ def _knn(
     )
 
     def right(kind: str, name: str) -> Tensor:
-        summaries = torch.cat([getattr(bank, kind)[name] for bank in banks.values()])
-        return knn_predict(summaries, known, getattr(queries, kind)[name], k) == truth
+        summaries = torch.cat([getattr(bank, kind)[name] for bank in banks.values()]).to(device)
+        asked = getattr(queries, kind)[name].to(device)
+        return knn_predict(summaries, known.to(device), asked, k).cpu() == truth
 
     before, after = right("students", INIT), right("students", FINAL)
     return Knn(
@@ -208,8 +213,8 @@ def write(directory: Path, evaluation: Evaluation) -> Path:
 def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
     """Return what the training loop calls every `evaluate_every` steps: held-out cosine and kNN.
 
-    At most HOOK_IMAGES of the first set of the bank and of the held-out set, spread evenly,
-    decoded once and kept.
+    At most HOOK_IMAGES of the first set of the bank and of the held-out set, spread evenly. Of the
+    bank the pictures are kept, and only they are asked for.
 
     Args:
         recipe: the run.
@@ -217,22 +222,38 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
         opened: what it trains on.
 
     Raises:
-        ValueError: images without the label.
+        ValueError: images without the label, fewer than k of them, or a resolution that the
+            student does not take.
         StoreError: a cache of centre views cannot be read.
     """
-    feeds = inputs.centre_feeds(recipe, stage, opened.normalisers)
+    begun = checkpoint.latest(recipe.stage_directory(stage.stage)) is not None
+    feeds = inputs.centre_feeds(recipe, stage, opened.normalisers, begun)
     bank_name, held_out, label = recipe.bank[0].name, recipe.held_out.name, recipe.evaluation.label
-    if label is not None:  # asked for now, so that a long run does not end on a label it lacks
+    # Asked for now, so that a long run does not end on what its evaluation lacks.
+    with torch.device("meta"):
+        student = Encoder(start.student_config(recipe, stage).encoder)
+    student.check_resolution(recipe.evaluation.resolution)
+    bank_batches = list[Batch]()
+    if label is not None:
         for name in (bank_name, held_out):
             rows, _ = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)
             _labels(feeds[name], feeds[name].source.samples.sample_ids(rows), label)
-    kept: dict[str, list[Batch]] = {}
+            if name == bank_name and recipe.evaluation.k > len(rows):
+                raise ValueError(
+                    f"evaluation.k = {recipe.evaluation.k}: the bank has {len(rows)} images"
+                )
 
     def seen(name: str, model: DistillationModel) -> Seen:
-        if name not in kept:
-            kept[name] = list(sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1])
         device = next(model.parameters()).device
-        return look(kept[name], {FINAL: model}, opened, device=device)
+        if name == held_out:  # read anew each time: teachers' tokens of them fill gigabytes
+            batches: Iterable[Batch] = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1]
+        else:
+            if not bank_batches:
+                pictures = Scales(recipe.evaluation.resolution, {})  # no teacher is asked
+                shown = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES, pictures)[1]
+                bank_batches.extend(shown)
+            batches = bank_batches
+        return look(batches, {FINAL: model}, opened, device=device)
 
     def figures(model: DistillationModel, done: int) -> dict[str, float]:
         queries = seen(held_out, model)

@@ -117,7 +117,9 @@ def full(name: str) -> Recipe:
         proxy=StudentConfig(name=PROXY, encoder=FAMILY["proxy_vitg"]),
         student=StudentConfig(name=name.removeprefix("eupe_"), encoder=FAMILY[name]),
         stages=(_stage1(), _stage2(), _stage3()),
-        extraction=ExtractionConfig(compute_batch=64, gpus_per_actor=1, cpus_per_actor=8),
+        extraction=ExtractionConfig(
+            actors=8, compute_batch=64, gpus_per_actor=1, cpus_per_actor=8, decode_threads=8
+        ),
         workers=WorkersConfig(count=8, use_gpu=True, loader_threads=16),
         evaluation=EvaluationConfig(bank=("imagenet1k",), resolution=224),
     )

@@ -114,7 +114,7 @@ def token_picture(
         ValueError: no checkpoint.
         StoreError: a cache cannot be read.
     """
-    saved = checkpoint.require(start.stage_directory(recipe, stage))
+    saved = checkpoint.require(recipe.stage_directory(stage.stage))
     opened = inputs.from_caches(recipe, stage, saved.pins)
     feed = inputs.centre_feeds(recipe, stage, opened.normalisers)[recipe.held_out.name]
     models = {

@@ -176,7 +176,11 @@ class ImageReader:
         return data
 
     def canvases(
-        self, samples: pl.DataFrame, policy: CentreView | AugmentedView, view_numbers: np.ndarray
+        self,
+        samples: pl.DataFrame,
+        policy: CentreView | AugmentedView,
+        view_numbers: np.ndarray,
+        pool: ThreadPoolExecutor | None = None,
     ) -> tuple[np.ndarray, list[str | None]]:
         """Read, decode and draw one view of each sample.
 
@@ -184,6 +188,7 @@ class ImageReader:
             samples: n rows of the sample table.
             policy: of the views.
             view_numbers: int64 [n].
+            pool: threads that do it; None: this one alone.
 
         Returns:
             canvases uint8 [n, C, C, 3] and their digests; zeros and None for what is no image,
@@ -193,15 +198,20 @@ class ImageReader:
             ValueError: as `read`.
         """
         drawn = np.zeros((len(samples), policy.canvas, policy.canvas, 3), np.uint8)
-        digests: list[str | None] = [None] * len(samples)
-        for n, sample in enumerate(samples.iter_rows(named=True)):
+
+        def draw(n: int, sample: dict[str, Any], number: int) -> str | None:
             data = self.read(sample)
             try:
-                view = make_view(data, policy, sample["sample_id"], int(view_numbers[n]))
+                view = make_view(data, policy, sample["sample_id"], number)
             except ImageError:
-                continue
-            drawn[n], digests[n] = view.canvas, view.digest
-        return drawn, digests
+                return None
+            drawn[n] = view.canvas
+            return view.digest
+
+        in_order = pool.map if pool is not None else map
+        rows = samples.iter_rows(named=True)
+        digests = in_order(draw, range(len(samples)), rows, view_numbers.tolist())
+        return drawn, list(digests)
 
     def mirrors(self, sample: Mapping[str, Any]) -> bool:
         """Whether a sample lies in a bucket and is read through the mirror."""

@@ -61,7 +61,7 @@ def from_caches(
         StoreError: a store is absent, half built or of another spec.
     """
     opened = {
-        job.dataset.name: (job, _stores(stage, job))
+        job.dataset.name: (job, _stores(stage, job, begun=pins is not None))
         for job in jobs_of(recipe, stage)
         if job.dataset in recipe.train and job.views == recipe.views
     }
@@ -70,14 +70,18 @@ def from_caches(
         name: _feed(recipe, stage, job, stores, normalisers, pins or {})
         for name, (job, stores) in opened.items()
     }
-    identity = {
-        store.spec.teacher.name: {
-            "teacher": store.spec.teacher.model_dump(mode="json"),
-            "codec": store.spec.codec.model_dump(mode="json"),
-        }
-        for _, stores in opened.values()
-        for store in stores
-    }
+    identity: dict[str, dict[str, object]] = {}
+    for dataset, (_, stores) in opened.items():
+        for store in stores:
+            own = identity.setdefault(
+                store.spec.teacher.name,
+                {
+                    "teacher": store.spec.teacher.model_dump(mode="json"),
+                    "codec": store.spec.codec.model_dump(mode="json"),
+                    "moments": {},
+                },
+            )
+            own["moments"][f"{dataset} at {store.spec.resolution}"] = store.moments_sha256
     return of_feeds(recipe, stage, feeds, normalisers, identity, rank, world)
 
 
@@ -138,7 +142,10 @@ def of_feeds(
 
 
 def centre_feeds(
-    recipe: Recipe, stage: StageConfig, normalisers: Mapping[str, Normalisers]
+    recipe: Recipe,
+    stage: StageConfig,
+    normalisers: Mapping[str, Normalisers],
+    begun: bool = False,
 ) -> dict[str, Feed]:
     """Open the centre views of the bank's sets and of the held-out set, for evaluation.
 
@@ -146,6 +153,7 @@ def centre_feeds(
         recipe: the run.
         stage: whose teachers and scales are wanted.
         normalisers: those the stage trained with.
+        begun: for a run that goes on: as in `open_stores`.
 
     Returns:
         dataset -> how it is read.
@@ -155,7 +163,7 @@ def centre_feeds(
         StoreError: as for `from_caches`.
     """
     return {
-        job.dataset.name: _feed(recipe, stage, job, _stores(stage, job), normalisers, {})
+        job.dataset.name: _feed(recipe, stage, job, _stores(stage, job, begun), normalisers, {})
         for job in jobs_of(recipe, stage)
         if job.views == recipe.held_out_views
     }
@@ -182,7 +190,7 @@ def normalisers_of(stage: StageConfig, stores: Sequence[Sequence[Store]]) -> dic
     return out
 
 
-def _stores(stage: StageConfig, job: CacheJob) -> list[Store]:
+def _stores(stage: StageConfig, job: CacheJob, begun: bool) -> list[Store]:
     """Open the stores of a stage's teachers, by teacher and then resolution.
 
     All resolutions, drawn from or not: a teacher has one normaliser over all of them (law 9), so
@@ -194,7 +202,7 @@ def _stores(stage: StageConfig, job: CacheJob) -> list[Store]:
         for teacher in job.teachers
         if teacher.name == name
     )
-    return open_stores(job.model_copy(update={"teachers": wanted}))
+    return open_stores(job.model_copy(update={"teachers": wanted}), begun)
 
 
 def _feed(
@@ -205,6 +213,8 @@ def _feed(
     normalisers: Mapping[str, Normalisers],
     pins: Mapping[str, int],
 ) -> Feed:
+    begun = bool(pins)
+
     def reader(store: Store) -> Reader:
         return Reader(
             store,
@@ -223,6 +233,6 @@ def _feed(
         store.spec.resolution: reader(store)
         for other in pixel_jobs(recipe, stage)
         if (other.dataset, other.views) == (job.dataset, job.views)
-        for store in open_stores(other)
+        for store in open_stores(other, begun)
     }
     return Feed(CachedSource(readers, normalisers), ImageReader(), job.views, pixels)

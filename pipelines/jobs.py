@@ -161,8 +161,13 @@ def store_specs(job: CacheJob) -> list[StoreSpec]:
     return specs
 
 
-def open_stores(job: CacheJob) -> list[Store]:
+def open_stores(job: CacheJob, begun: bool = False) -> list[Store]:
     """Open a job's stores for training: every wanted shard must be there.
+
+    Args:
+        job: whose stores.
+        begun: for a run that has begun, with every shard there was: shards of samples that were
+            added to the dataset since may be missing.
 
     Raises:
         ValueError: weights that cannot be read.
@@ -170,7 +175,7 @@ def open_stores(job: CacheJob) -> list[Store]:
     """
     stores = [open_store(job.root, spec) for spec in store_specs(job)]
     for store in stores:
-        missing = store.todo(job.num_views)
+        missing = [] if begun else store.todo(job.num_views)
         if missing:
             wanted = len(store.samples.shards()) * job.num_views
             raise NotBuilt(

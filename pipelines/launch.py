@@ -49,7 +49,7 @@ class _Job:
 
     @property
     def directory(self) -> Path:
-        return start.stage_directory(self.recipe, self.stage)
+        return self.recipe.stage_directory(self.stage.stage)
 
     def train(self, workers: Workers, device: torch.device) -> StageResult:
         """Do one worker's share."""
@@ -99,11 +99,13 @@ def train(
         FloatingPointError: the loss is not finite.
         WorkerGroupError: of Ray Train: a worker raised anything else; its notes say all of it.
     """
-    saved = checkpoint.latest(start.stage_directory(recipe, stage))
+    saved = checkpoint.latest(recipe.stage_directory(stage.stage))
     pins = None if saved is None else saved.pins
     job = _Job(recipe, stage, make_inputs, make_evaluate, pins, resume)
-    if saved is not None and saved.step >= stage.steps:
-        return job.train(OneProcess(), torch.device("cpu"))  # checked, and nothing to train
+    judged = make_evaluate is None or (saved is not None and saved.score is not None)
+    if saved is not None and saved.step >= stage.steps and judged and resume:
+        saved.check(start.identity(recipe, stage, make_inputs(recipe, stage, pins, 0, 1)))
+        return StageResult(saved, saved.step, 0.0, 0.0, 0.0, 0)
     if recipe.workers.count > 1:
         return _train_distributed(job)
     return job.train(OneProcess(), torch.device("cuda" if recipe.workers.use_gpu else "cpu"))

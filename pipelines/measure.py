@@ -55,7 +55,7 @@ def measure(
     """
     samples = Samples.open(job.root, job.dataset.name)
     count = min(job.extraction.moments_samples, len(samples))
-    chosen = samples.table[[place * len(samples) // count for place in range(count)]]
+    chosen = samples.at(np.arange(count) * len(samples) // count)
     outputs = [(spec.teacher.name, spec.resolution) for spec in specs]
     chunks = [chosen.slice(start, compute_batch) for start in range(0, count, compute_batch)]
     measured: dict[int, dict[Output, Measured]] = {}

@@ -198,6 +198,13 @@ def _placed(recipe: Recipe, home: Path) -> Recipe:
     def placed(path: str) -> str:
         return path if "://" in path else str(home / path)
 
+    def weights(uri: str | None) -> str | None:
+        scheme, colon, path = (uri or "").partition(":")
+        return f"{scheme}{colon}{home / path}" if scheme in ("file", "checkpoint") else uri
+
+    def student(config: StudentConfig) -> StudentConfig:
+        return config.model_copy(update={"weights": weights(config.weights)})
+
     def dataset(config: DatasetConfig) -> DatasetConfig:
         source: SourceConfig = config.source.model_copy(update={"path": placed(config.source.path)})
         return config.model_copy(update={"source": source})
@@ -210,5 +217,11 @@ def _placed(recipe: Recipe, home: Path) -> Recipe:
             "proxy_directory": shared and placed(shared),
             "train": tuple(dataset(config) for config in recipe.train),
             "held_out": dataset(recipe.held_out),
+            "teachers": tuple(
+                teacher.model_copy(update={"weights": weights(teacher.weights)})
+                for teacher in recipe.teachers
+            ),
+            "proxy": recipe.proxy and student(recipe.proxy),
+            "student": student(recipe.student),
         }
     )

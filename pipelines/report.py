@@ -13,7 +13,7 @@ import torch
 from cache.store import Store
 from eupe import fingerprint as fp
 from eupe.weights import state_digest
-from pipelines import checkpoint, evaluate, figures, start, tracking
+from pipelines import checkpoint, evaluate, figures, tracking
 from pipelines.config import Recipe, StageConfig
 from pipelines.evaluate import Cosine, Evaluation
 from pipelines.figures import TokenPicture
@@ -195,7 +195,7 @@ def write(
     """
     summary = summarise(recipe, caches(recipe), evaluation, seconds, stages)
     summary["fingerprint"] = fingerprint(recipe)
-    lines = tracking.read(start.stage_directory(recipe, stage) / tracking.METRICS_FILE)
+    lines = tracking.read(recipe.stage_directory(stage.stage) / tracking.METRICS_FILE)
     page = render(
         recipe,
         summary,

@@ -1,14 +1,13 @@
 """How a stage begins: its model, its optimizer, and the identity that a checkpoint is held to."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from eupe.heads import DistillationModel
 from eupe.students import build_student
-from eupe.weights import state_digest
+from eupe.weights import digest, state_digest
 from pipelines import checkpoint, whole_state
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import Recipe, StageConfig, StudentConfig
@@ -28,11 +27,6 @@ EXECUTION = {
 
 DRAWS = 2
 """Version of order, mix and view numbers: a run goes on only with the draws it began with."""
-
-
-def stage_directory(recipe: Recipe, stage: StageConfig) -> Path:
-    """Return where a stage writes checkpoints and figures."""
-    return recipe.stage_directory(stage.stage)
 
 
 def student_config(recipe: Recipe, stage: StageConfig) -> StudentConfig:
@@ -69,7 +63,7 @@ def initial_model(
     model = DistillationModel(encoder, dims, stage.head_hidden, recipe.seed)
     if stage.initial is not None:
         before = recipe.stage(stage.initial)
-        load(model, checkpoint.finished(stage_directory(recipe, before), before.steps))
+        load(model, checkpoint.finished(recipe.stage_directory(before.stage), before.steps))
     return model
 
 
@@ -93,31 +87,42 @@ def load(model: DistillationModel, saved: Checkpoint) -> None:
         raise ValueError(f"{saved.directory} does not fit the model: {error}") from error
 
 
-def identity(
-    recipe: Recipe, stage: StageConfig, inputs: Inputs, model: DistillationModel
-) -> dict[str, object]:
+def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, object]:
     """Return everything that the losses of a stage depend on, as plain data.
+
+    Of what is computed from it (timm's initialisation, a normaliser) nothing is hashed: another
+    machine rounds otherwise, and may go on with the run.
 
     Args:
         recipe: the run.
         stage: one of its stages.
         inputs: what it trains on.
-        model: as it is before the first step.
+
+    Raises:
+        ValueError: the initial stage is not trained to its end, or weights cannot be read.
     """
-    weights = {**model.encoder.network.state_dict(), **model.heads.state_dict(prefix="heads.")}
     return {
         "draws": DRAWS,
         "seed": recipe.seed,
         "stage": stage.model_dump(mode="json", exclude=EXECUTION),
         "student": student_config(recipe, stage).encoder.model_dump(mode="json"),
-        "initial_weights": state_digest(weights),
+        "initial_weights": _initial_weights(recipe, stage),
         "train": {dataset.name: dataset.share for dataset in recipe.train},
         "homogeneous": dict(recipe.homogeneous),
         "views": recipe.views.model_dump(mode="json"),
         "num_views": recipe.num_views,
         "teachers": dict(inputs.identity),
-        "normalisers": state_digest(normaliser_state(inputs)),
     }
+
+
+def _initial_weights(recipe: Recipe, stage: StageConfig) -> str | None:
+    """Return the digest of the weights a stage starts from; None: they are drawn by the seed."""
+    if stage.initial is not None:
+        before = recipe.stage(stage.initial)
+        saved = checkpoint.finished(recipe.stage_directory(before.stage), before.steps)
+        return state_digest({**saved.encoder(), **saved.heads()})
+    student = student_config(recipe, stage)
+    return None if student.weights is None else digest(student.weights, student.encoder)
 
 
 def normaliser_state(inputs: Inputs) -> dict[str, Tensor]:

@@ -112,8 +112,8 @@ class _Run:
     ) -> None:
         self.recipe, self.stage, self.inputs = recipe, stage, inputs
         self.directory, self.workers, self.device = directory, workers, device
+        self.identity = start.identity(recipe, stage, inputs)
         model = start.initial_model(recipe, stage, inputs.dims)
-        self.identity = start.identity(recipe, stage, inputs, model)
         self.model = model.to(device).train()
         if stage.activation_checkpointing:
             model.encoder.network.set_grad_checkpointing(True)

@@ -128,7 +128,7 @@ def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
 
 def test_cosines_are_those_of_the_student_and_the_live_teacher_image_by_image(run, found):
     stage = run.stages[0]
-    saved = checkpoint.require(start.stage_directory(run, stage))
+    saved = checkpoint.require(run.stage_directory(stage.stage))
     opened = inputs.from_caches(run, stage)
     model = start.initial_model(run, stage, opened.dims)
     start.load(model, saved)
@@ -176,7 +176,7 @@ def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
     contents = Contents(
         0, {}, opened.pins, model.encoder.network.state_dict(), model.heads.state_dict(), {}
     )
-    checkpoint.save(start.stage_directory(untrained, stage), contents, keep=1)
+    checkpoint.save(untrained.stage_directory(stage.stage), contents, keep=1)
     found = evaluate.evaluate(untrained, stage)
     assert found.knn.p_value == 1
     assert found.knn.init == found.knn.final
@@ -184,7 +184,7 @@ def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
 
 
 def test_the_evaluation_during_training_agrees_with_the_one_after(run, found):
-    lines = train.tracking.read(start.stage_directory(run, run.stages[0]) / "metrics.jsonl")
+    lines = train.tracking.read(run.stage_directory(run.stages[0].stage) / "metrics.jsonl")
     seen = {line["step"]: line for line in lines if train.SCORE in line}
     assert sorted(seen) == [4, 8]
     assert seen[8]["held_out/cosine_summary"] == pytest.approx(found.summary.final, abs=1e-6)

@@ -345,7 +345,7 @@ def test_a_stage_starts_from_the_checkpoint_of_the_one_before(tmp_path):
     run = run.model_copy(update={"stages": (before, after)})
     with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
         start.initial_model(run, after, small_stage.TEACHERS)
-    done = train_stage(run, before, small_stage.inputs(run), start.stage_directory(run, before))
+    done = train_stage(run, before, small_stage.inputs(run), run.stage_directory(before.stage))
     model = start.initial_model(run, after, small_stage.TEACHERS)
     for name, value in done.checkpoint.encoder().items():
         assert torch.equal(model.encoder.network.state_dict()[name], value), name

@@ -30,6 +30,7 @@ from eupe.weights import state_digest
 from pipelines import distributed, inputs
 from pipelines.batches import Batch, Feed, Part
 from pipelines.config import Recipe, StageConfig
+from pipelines.images import ImageReader
 from pipelines.inputs import Inputs
 from pipelines.scales import Scales
 from pipelines.sources import Normalisers, Raw, Targets
@@ -237,10 +238,10 @@ class _NoiseSource(small_stage.MemorySource):
         return {"noise": 1}
 
 
-class _NoiseImages:
+class _NoiseImages(ImageReader):
     """Reads images that are a pure function of their sample id."""
 
-    def read(self, sample: Mapping[str, Any]) -> bytes:
+    def read(self, sample: Mapping[str, Any], verify: bool = False) -> bytes:
         number = int(str(sample["sample_id"]).rpartition("/")[2])
         generator = np.random.Generator(np.random.Philox(key=number))
         coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
