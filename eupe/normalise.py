@@ -71,6 +71,8 @@ def phi_s(moments: Moments) -> Normaliser:
         ValueError: a width for which no Hadamard matrix is constructed.
     """
     variances, basis = np.linalg.eigh(moments.covariance())
+    # An axis may point either way, as the linear algebra of the machine has it: let it be one way.
+    basis *= np.sign(basis[np.abs(basis).argmax(0), np.arange(len(basis))])
     rotation = hadamard(len(variances)) @ basis.T
     spread = np.sqrt(variances.clip(min=0).mean())
     scale = np.full(len(variances), 1 / spread if spread > 0 else 1.0)

@@ -231,6 +231,25 @@ def test_a_layer_changes_the_patches_and_not_the_summary():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("summary", ["class_token", "mean_patches"])
+def test_a_layer_of_open_clips_transformer_changes_the_patches_alone(summary):
+    spec = EncoderSpec(
+        architecture="ViT-B-32",
+        library="open_clip",
+        summary=summary,
+        model_arguments={"layers": 3, "width": 64},
+    )
+    final, inner, last = (
+        Encoder(spec.model_copy(update={"layer": layer})).eval() for layer in (None, 0, 2)
+    )
+    a, b, c = (encoder(pictures(224)) for encoder in (final, inner, last))
+    assert torch.equal(a.summary, b.summary)
+    assert torch.equal(a.summary, c.summary)
+    assert not torch.allclose(a.patches, b.patches)
+    assert torch.equal(last.network.ln_post(c.patches), a.patches)  # a layer has no final norm
+
+
+@torch.no_grad()
 def test_pixels_are_normalised_by_the_spec_for_bytes_and_floats():
     plain = Encoder(FAMILY["eupe_vitt16"]).eval()
     shifted = Encoder(
@@ -314,6 +333,10 @@ def test_the_forward_pass_is_one_graph_for_compile():
             r"no layer of stride 7: \[4, 8, 16, 32\]",
         ),
         ({"architecture": "vit_tiny_patch16_dinov3_qkvb", "layer": 12}, "no block 12: 0 to 11"),
+        (
+            {"architecture": "swin_tiny_patch4_window7_224", "summary": "average_pool"},
+            "tokens of a SwinTransformer do not lie on the grid of its patches",
+        ),
         (
             {"architecture": "vit_tiny_patch16_dinov3_qkvb", "model_arguments": {"deth": 1}},
             "refuses .*deth",

@@ -47,6 +47,17 @@ def test_knn_ties():
     assert probes.knn_predict(bank, labels, query, 4).item() == 5  # equal votes: nearest voter
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 24), st.integers(0, 1000))
+def test_knn_where_many_distances_are_equal(k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    bank, queries = (torch.randint(0, 3, (n, 2), generator=generator).float() for n in (24, 9))
+    labels = torch.randint(0, 4, (24,), generator=generator)
+    assert torch.equal(
+        probes.knn_predict(bank, labels, queries, k), reference_knn(bank, labels, queries, k)
+    )
+
+
 def test_knn_of_vectors_far_from_the_origin():
     """In float32 the expanded square loses these distances altogether."""
     bank = torch.tensor([[1000.0, 0.0], [1000.0, 0.1]])

@@ -210,6 +210,15 @@ def test_weights_of_another_architecture(tmp_path):
         load_state_dict(LITE0_WEIGHTS, lite2)
 
 
+def test_a_resnets_own_weights_are_not_taken_for_a_released_transformer(tmp_path):
+    """Both begin with conv1.weight."""
+    resnet = EncoderSpec(architecture="resnet18", summary="average_pool")
+    state = load_state_dict("random:0", resnet)
+    save_file(state, tmp_path / "resnet18.safetensors")
+    found = load_state_dict(f"file:{tmp_path}/resnet18.safetensors", resnet)
+    assert state_digest(found) == state_digest(state)
+
+
 # Teachers.
 
 

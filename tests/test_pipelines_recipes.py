@@ -62,6 +62,22 @@ def test_paths_are_below_eupe_home_wherever_one_stands(tmp_path, monkeypatch):
     assert recipes.get("demo") == recipe
 
 
+def test_weights_in_files_are_below_eupe_home_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("EUPE_HOME", str(tmp_path))
+    recipe = recipes.get(
+        "demo",
+        [
+            "teachers.efficientnet_lite0.weights=file:weights/lite0.pth",
+            "student.weights=checkpoint:runs/other/stage2/checkpoints/step-7",
+        ],
+    )
+    first, second = recipe.teachers
+    assert first.weights == f"file:{tmp_path}/weights/lite0.pth"
+    assert second.weights.startswith("package:")
+    assert recipe.student.weights.startswith(f"checkpoint:{tmp_path}/runs/other")
+    assert recipe.proxy.weights is None
+
+
 def test_an_overridden_path_is_below_eupe_home_too_and_an_absolute_one_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("EUPE_HOME", str(tmp_path))
     recipe = recipes.get("demo", ["run_directory=elsewhere", "cache_root=/caches"])

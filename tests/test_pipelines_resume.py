@@ -1,0 +1,150 @@
+"""Going on: while the dataset grows, on another machine's libraries, and when nothing is left."""
+
+import shutil
+
+import polars as pl
+import pytest
+import small_run
+import torch
+from pipelines_caches import HerePool
+
+from cache.errors import NotBuilt
+from cache.samples import Samples
+from eupe.spec import DatasetSpec
+from pipelines import checkpoint, evaluate, inputs, launch, precompute, start, tracking
+from pipelines.jobs import cache_jobs
+from pipelines.train import SCORE
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A run whose caches are built, nothing trained."""
+    directory = tmp_path_factory.mktemp("run")
+    made = small_run.recipe(directory)
+    small_run.build(made, directory)
+    return made
+
+
+def elsewhere(run, directory, **changes):
+    """Return the run in another directory, on a copy of its caches."""
+    shutil.copytree(run.cache_root, directory / "cache")
+    places = {"run_directory": str(directory / "run"), "cache_root": str(directory / "cache")}
+    return run.model_copy(update={**places, **changes})
+
+
+def stop(recipe, stage, opened):
+    """Make an evaluation that ends the process, so to say."""
+
+    def evaluate(model, step):
+        raise KeyboardInterrupt
+
+    return evaluate
+
+
+def losses(run, stage) -> dict[int, float]:
+    lines = tracking.read(run.stage_directory(stage.stage) / tracking.METRICS_FILE)
+    return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
+
+
+def grow(run, name: str) -> None:
+    """Index more samples of a dataset, and build none of them."""
+    samples = Samples.open(run.cache_root, name)
+    more = samples.table.drop("row").with_columns(pl.concat_str(pl.lit("new/"), "sample_id"))
+    more = more.with_columns(sample_id=pl.col("literal")).drop("literal")
+    Samples.append(run.cache_root, DatasetSpec(name=name), more)
+
+
+def test_a_run_that_has_begun_goes_on_while_its_datasets_grow(built, tmp_path):
+    undisturbed = elsewhere(built, tmp_path / "undisturbed")
+    stage = undisturbed.stages[0]
+    launch.train(undisturbed, stage, make_evaluate=evaluate.hook)
+    run = elsewhere(built, tmp_path / "grown")
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(run, stage, make_evaluate=stop)
+    assert checkpoint.require(run.stage_directory(stage.stage)).step == 4
+    for name in ("train", "held-out"):
+        grow(run, name)
+    with pytest.raises(NotBuilt, match=r"half built, \d+ of \d+ shards are missing"):
+        inputs.from_caches(run, stage)  # a run that begins now wants all of them
+    launch.train(run, stage, make_evaluate=evaluate.hook)
+    assert losses(run, stage) == losses(undisturbed, stage)
+
+
+def test_a_finished_stage_is_looked_at_and_no_network_is_built(built, tmp_path, monkeypatch):
+    run = elsewhere(built, tmp_path)
+    stage = run.stages[0]
+    launch.train(run, stage, make_evaluate=evaluate.hook)
+
+    def build(*arguments):
+        raise AssertionError("nothing is left to train")
+
+    monkeypatch.setattr(start, "initial_model", build)
+    done = launch.train(run, stage, make_evaluate=evaluate.hook)
+    assert (done.first_step, done.checkpoint.step) == (8, 8)
+    hotter = stage.optimizer.model_copy(update={"lr": 1.0})
+    with pytest.raises(ValueError, match=r"of another run .*stage\.optimizer\.lr: 1\.0 != 0\.003"):
+        launch.train(run, stage.model_copy(update={"optimizer": hotter}))
+
+
+def test_a_last_step_that_was_not_judged_is(built, tmp_path):
+    run = elsewhere(built, tmp_path)
+    stage = run.stages[0].model_copy(update={"evaluate_every": None})
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(run, stage, make_evaluate=stop)
+    directory = run.stage_directory(stage.stage)
+    assert (checkpoint.require(directory).step, checkpoint.require(directory).score) == (8, None)
+    launch.train(run, stage, make_evaluate=evaluate.hook)
+    judged = [line for line in tracking.read(directory / tracking.METRICS_FILE) if SCORE in line]
+    assert [line["step"] for line in judged] == [8]
+    assert checkpoint.require(directory).score == judged[0][SCORE]
+
+
+def test_another_rounding_of_the_first_weights_is_no_other_run(built, tmp_path, monkeypatch):
+    """Another version of torch or timm, another processor: the checkpoint's weights count."""
+    run = elsewhere(built, tmp_path)
+    stage = run.stages[0]
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(run, stage, make_evaluate=stop)
+    first = start.initial_model
+
+    def rounded(*arguments):
+        model = first(*arguments)
+        for parameter in model.parameters():
+            parameter.data.mul_(1 + 2**-20)
+        return model
+
+    monkeypatch.setattr(start, "initial_model", rounded)
+    assert launch.train(run, stage).first_step == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"resolution": 60}, "60 px: wants a multiple of its patch, 16"),
+        ({"k": 33}, r"evaluation\.k = 33: the bank has 32 images"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_done_is_refused_before_a_step_is(built, changes, sentence):
+    asked = built.model_copy(update={"evaluation": built.evaluation.model_copy(update=changes)})
+    opened = inputs.from_caches(built, built.stages[0])
+    with pytest.raises(ValueError, match=sentence):
+        evaluate.hook(asked, asked.stages[0], opened)
+
+
+def test_who_creates_stores_for_actors_with_gpus_needs_none(tmp_path, monkeypatch):
+    run = small_run.recipe(tmp_path)
+    small_run.build(run, tmp_path)
+    shutil.rmtree(run.cache_root)
+
+    def no_driver(*arguments):
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", no_driver)
+    job = cache_jobs(run)[0]
+    precompute.index_samples(job)
+    far = job.model_copy(
+        update={"extraction": job.extraction.model_copy(update={"gpus_per_actor": 1})}
+    )
+    (store,) = precompute.resolve_stores(far, HerePool(job))
+    assert store.provenance["compute_batch"] == 8
+    assert "device" not in store.provenance
