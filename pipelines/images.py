@@ -12,7 +12,7 @@ import struct
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -36,6 +36,8 @@ from pipelines.image_walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
 from pipelines.progress import track
 
 WINDOW = 256  # candidates in memory at once while indexing
+PART_ROWS = 100_000
+"""Samples indexed before they are handed on: what a kill can cost."""
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TURNED = (5, 6, 7, 8)
 _HEADER_ERRORS = (
@@ -67,8 +69,8 @@ FAILURE_SCHEMA: dict[str, type[pl.DataType]] = {
 
 
 @dataclass(frozen=True)
-class Index:
-    """What a source holds.
+class Part:
+    """Samples of a source that follow each other in its order.
 
     Attributes:
         records: samples whose header reads as an image (RECORD_SCHEMA), in the source's order;
@@ -81,14 +83,24 @@ class Index:
     failures: pl.DataFrame
     known: int
 
+    def __len__(self) -> int:
+        """Images looked at."""
+        return len(self.records) + len(self.failures) + self.known
 
-def index(config: SourceConfig, known: Collection[str] = frozenset(), threads: int = 4) -> Index:
+
+def index(
+    config: SourceConfig,
+    known: Collection[str] = frozenset(),
+    threads: int = 4,
+    part_rows: int = PART_ROWS,
+) -> Iterator[Part]:
     """List the samples of a source, reading every image's bytes once for digest and header.
 
     Args:
         config: where the images lie, and which of them are wanted (`where`).
         known: sample ids to leave out, unread.
         threads: of reading and hashing.
+        part_rows: records of a part; the last one, which always comes, has fewer.
 
     Raises:
         ValueError: nothing is there, nothing in it is an image or is wanted, a file is not of its
@@ -124,13 +136,22 @@ def index(config: SourceConfig, known: Collection[str] = frozenset(), threads: i
                     labels = json.dumps(candidate.labels, ensure_ascii=False, sort_keys=True)
                     records.append((*address, candidate.num_bytes, *found, labels))
             progress.advance(len(window))
+            while len(records) >= part_rows:
+                yield _part(records[:part_rows], failures, num_known)
+                records, failures, num_known = records[part_rows:], [], 0
     if not seen:
         kept = f" with {dict(config.where)}" if config.where else ""
         raise ValueError(f"{config.path}: no image{kept} in this {config.kind} source")
-    return Index(
+    yield _part(records, failures, num_known)
+
+
+def _part(
+    records: list[tuple[object, ...]], failures: list[tuple[object, ...]], known: int
+) -> Part:
+    return Part(
         pl.DataFrame(records, RECORD_SCHEMA, orient="row"),
         pl.DataFrame(failures, FAILURE_SCHEMA, orient="row"),
-        num_known,
+        known,
     )
 
 

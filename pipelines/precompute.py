@@ -2,8 +2,7 @@
 
     index_samples -> resolve_stores -> extract_missing -> verify_stores        (build: all in a row)
 
-Each step looks at what is there and does what is missing (DESIGN.md, law 11), so each may be
-killed at any instant and called again.
+Each step looks at what is there and does what is missing: it may be killed and called again.
 """
 
 import json
@@ -60,32 +59,35 @@ class Indexed:
 
 
 def index_samples(job: CacheJob) -> Indexed:
-    """Add the images that the dataset's sample table does not have yet.
+    """Add the images that the dataset's sample table does not have yet, part by part.
 
-    Images that are none are left out and listed in `<root>/<dataset>/failures.jsonl`.
+    Killed, it goes on after the parts that are there. Files that are no image are left out and
+    listed in `<root>/<dataset>/failures.jsonl`.
 
     Raises:
         ValueError: nothing there, or more unreadable images than max_failure_share.
         StoreError: the dataset is there with another key rule or rows_per_shard.
     """
-    dataset = DatasetSpec(name=job.dataset.name)
-    there = _samples(job)
-    known = frozenset() if there is None else frozenset(there.arrow["sample_id"].to_pylist())
-    found = images.index(job.dataset.source, known, job.extraction.decode_threads)
-    _list_failures(job, found.failures)
-    num_seen = found.records.height + found.failures.height + found.known
-    _check_share(
-        job,
-        found.failures.height,
-        num_seen,
-        [f"{f['sample_id']}: {f['reason']}" for f in found.failures.iter_rows(named=True)],
+    dataset, samples = DatasetSpec(name=job.dataset.name), _samples(job)
+    known = frozenset() if samples is None else frozenset(samples.arrow["sample_id"].to_pylist())
+    per_shard = job.extraction.rows_per_shard or (samples and samples.rows_per_shard)
+    per_shard = per_shard or rows_per_shard(job)
+    parts = images.index(
+        job.dataset.source,
+        known,
+        job.extraction.decode_threads,
+        max(images.PART_ROWS // per_shard, 1) * per_shard,  # whole shards: no gap between parts
     )
-    per_shard = job.extraction.rows_per_shard
-    if per_shard is None and there is None:
-        per_shard = rows_per_shard(job)
-    samples = Samples.append(job.root, dataset, found.records, per_shard)
-    num_before = 0 if there is None else len(there)
-    return Indexed(dataset.name, len(samples), len(samples) - num_before, found.failures)
+    num_seen, failures = 0, pl.DataFrame(schema=images.FAILURE_SCHEMA)
+    for part in parts:
+        num_seen += len(part)
+        failures = failures.vstack(part.failures)
+        _list_failures(job, failures)
+        reasons = failures.select(pl.format("{}: {}", "sample_id", "reason")).to_series()
+        _check_share(job, len(failures), num_seen, reasons.to_list())
+        samples = Samples.append(job.root, dataset, part.records, per_shard)
+    num_samples = 0 if samples is None else len(samples)
+    return Indexed(dataset.name, num_samples, num_samples - len(known), failures)
 
 
 def extractors(job: CacheJob) -> Pool:

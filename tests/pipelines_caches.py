@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
-from pipelines import precompute
+from pipelines import images, precompute
 from pipelines.actors import Extractor
 from pipelines.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
 from pipelines.jobs import CacheJob
@@ -107,6 +107,12 @@ def job(
         root=str(root),
         extraction=ExtractionConfig(**settings),
     )
+
+
+def index(source: SourceConfig, known: frozenset[str] = frozenset()) -> images.Part:
+    """Index a whole source at once."""
+    (whole,) = images.index(source, known)
+    return whole
 
 
 class HerePool:

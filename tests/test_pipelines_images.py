@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines_caches import pictures, write_folder, write_parquet, write_tar
+from pipelines_caches import index, pictures, write_folder, write_parquet, write_tar
 
 from pipelines.config import SourceConfig
 from pipelines.image_walks import IMAGE_SUFFIXES, sample_id
-from pipelines.images import ImageReader, index
+from pipelines.images import ImageReader
 
 SUFFIX = {write_folder: "", write_tar: ".tar", write_parquet: ".parquet"}
 

@@ -29,6 +29,7 @@ from pipelines_caches import (
 
 from cache.errors import FingerprintMismatch, NotBuilt, StoreError
 from cache.reader import Reader
+from cache.samples import Samples
 from cache.store import find_stores, open_store
 from eupe.spec import CentreView
 from pipelines import jobs, precompute
@@ -123,6 +124,36 @@ def test_growing_adds_files_and_changes_none(tmp_path, images):
     (at_once,) = build(whole)
     for view in (0, 1):
         assert tokens(small, view) == tokens(at_once, view)
+
+
+def test_indexing_that_was_killed_goes_on_after_the_parts_that_are_there(
+    tmp_path, images, monkeypatch
+):
+    """24 images, one of them none, in parts of one shard of 10."""
+    first = next(iter(images))
+    source = write_folder(tmp_path / "images", {**images, first: b"no image"})
+    monkeypatch.setattr(precompute.images, "PART_ROWS", 9)
+    inspect, looked_at = precompute.images._inspect, []
+
+    def killed(candidate):
+        looked_at.append(candidate.sample_id)
+        if len(looked_at) > 20:
+            raise KeyboardInterrupt
+        return inspect(candidate)
+
+    undisturbed = job(tmp_path / "undisturbed", source, max_failure_share=0.1)
+    precompute.index_samples(undisturbed)
+    monkeypatch.setattr(precompute.images, "WINDOW", 4)
+    monkeypatch.setattr(precompute.images, "_inspect", killed)
+    work = job(tmp_path / "killed", source, max_failure_share=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        precompute.index_samples(work)
+    monkeypatch.setattr(precompute.images, "_inspect", inspect)
+    assert len(Samples.open(work.root, "emoji")) == 10
+    indexed = precompute.index_samples(work)
+    assert (indexed.num_samples, indexed.num_new) == (23, 13)
+    assert indexed.failures["sample_id"].to_list() == [str(Path(first).with_suffix(""))]
+    assert data_files(tmp_path / "killed") == data_files(tmp_path / "undisturbed")
 
 
 def test_an_image_that_is_cut_is_an_invalid_row(tmp_path, images):

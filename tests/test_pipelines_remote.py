@@ -49,7 +49,7 @@ def test_images_in_a_bucket_are_those_on_disk(root, tmp_path, emoji, kind):
     upload(local, root)
     inside = Path(source.path).relative_to(local)
     remote = source.model_copy(update={"path": str(root / inside)})
-    ours, theirs = images.index(remote), images.index(source)
+    ours, theirs = pipelines_caches.index(remote), pipelines_caches.index(source)
     assert ours.records.drop("uri").equals(theirs.records.drop("uri"))
     reader = images.ImageReader()
     samples = ours.records.to_dicts()
@@ -65,16 +65,18 @@ def test_a_pattern_names_files_in_a_bucket(root, tmp_path, emoji):
     for name, part in (("x-0", pictures[:3]), ("x-1", pictures[3:5]), ("y-0", pictures[5:])):
         pipelines_caches.write_tar(tmp_path / f"{name}.tar", dict(part))
     upload(tmp_path, root)
-    found = images.index(SourceConfig(kind="webdataset", path=str(root / "x-*.tar")))
+    found = pipelines_caches.index(SourceConfig(kind="webdataset", path=str(root / "x-*.tar")))
     assert found.records.height == 5
     with pytest.raises(ValueError, match=r"no \.tar file there"):
-        images.index(SourceConfig(kind="webdataset", path=str(root / "z-*.tar")))
+        pipelines_caches.index(SourceConfig(kind="webdataset", path=str(root / "z-*.tar")))
 
 
 def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
     pipelines_caches.write_folder(tmp_path, pipelines_caches.pictures(emoji, 2))
     upload(tmp_path, root)
-    sample = images.index(SourceConfig(kind="folder", path=str(root))).records.row(0, named=True)
+    sample = pipelines_caches.index(SourceConfig(kind="folder", path=str(root))).records.row(
+        0, named=True
+    )
     BucketPath(sample["uri"]).unlink()
     with pytest.raises(ValueError, match=r"its image cannot be read again: .*no such object"):
         images.ImageReader().read(sample)
