@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -48,7 +48,8 @@ _HEADER_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-ROW_GROUPS_KEPT = 8  # per reader; datasets writes about 100 images a row group
+ROW_GROUP_BYTES = 2 << 30
+"""Of Parquet row groups that a reader keeps: about those of a shuffle buffer (cache.order)."""
 
 RECORD_SCHEMA: dict[str, type[pl.DataType]] = {
     "sample_id": pl.String,
@@ -158,12 +159,13 @@ def _part(
 class ImageReader:
     """Reads samples, their bytes or views of them; safe to share between threads.
 
-    Parquet row groups are kept, the most recently used few, since a row cannot be read alone.
+    Parquet row groups are kept, the most recently used up to so many bytes, since a row cannot be
+    read alone.
     """
 
-    def __init__(self, row_groups_kept: int = ROW_GROUPS_KEPT):
-        self._kept = row_groups_kept
-        self._groups: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+    def __init__(self, row_group_bytes: int = ROW_GROUP_BYTES):
+        self._max_bytes, self._num_bytes = row_group_bytes, 0
+        self._groups: OrderedDict[tuple[str, int], Future[pa.Array]] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
         self._lock = threading.Lock()
 
@@ -253,19 +255,36 @@ class ImageReader:
         if row >= starts[-1]:
             return b""
         group = bisect_right(starts, row) - 1
-        key = (uri, group)
+        images = self._row_group(uri, path, unquote(column), group)
+        return images[row - starts[group]].as_py() or b""
+
+    def _row_group(self, uri: str, path: Path, column: str, group: int) -> pa.Array:
+        """Return the images of a row group; of threads that want it at once one reads it."""
+        key = uri, group
         with self._lock:
-            array = self._groups.get(key)
-            if array is not None:
-                self._groups.move_to_end(key)
-        if array is None:  # read outside the lock: two threads may read one group, to no harm
+            wanted = self._groups.get(key)
+            mine = wanted is None
+            if wanted is None:
+                wanted = self._groups[key] = Future()
+            self._groups.move_to_end(key)
+        if not mine:
+            return wanted.result()
+        try:
             with place.using(path, pq.ParquetFile) as file:
-                array = image_bytes(file.read_row_group(group, [unquote(column)]).column(0))
+                images = image_bytes(file.read_row_group(group, [column]).column(0))
+        except BaseException as error:
             with self._lock:
-                self._groups[key] = array
-                while len(self._groups) > self._kept:
-                    self._groups.popitem(last=False)
-        return array[row - starts[group]].as_py() or b""
+                del self._groups[key]
+            wanted.set_exception(error)
+            raise
+        wanted.set_result(images)
+        with self._lock:
+            self._num_bytes += images.nbytes
+            for old in [each for each, found in self._groups.items() if found.done()][:-1]:
+                if self._num_bytes <= self._max_bytes:
+                    break
+                self._num_bytes -= self._groups.pop(old).result().nbytes
+        return images
 
 
 def _file_of(sample: Mapping[str, Any]) -> tuple[Path, int | None, str | None]:

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,11 +72,39 @@ def test_known_samples_are_left_out(source):
 def test_one_reader_serves_many_threads(tmp_path, images):
     source = write_parquet(tmp_path / "images.parquet", images, row_group=3)
     samples = index(source).records.to_dicts() * 5
-    reader = ImageReader(row_groups_kept=1)
+    for kept in (0, 1 << 30):
+        reader = ImageReader(row_group_bytes=kept)
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(reader.read, samples))
+        assert [len(data) for data in read] == [sample["bytes"] for sample in samples]
+        assert read[0] == next(iter(images.values()))
+
+
+def test_a_row_group_is_read_once_whoever_wants_it(tmp_path, images, monkeypatch):
+    source = write_parquet(tmp_path / "images.parquet", images, row_group=3)
+    samples = index(source).records.to_dicts()
+    opened, read_row_group = [], pq.ParquetFile.read_row_group
+
+    def counted(file, group, columns):
+        opened.append(group)
+        time.sleep(0.01)
+        return read_row_group(file, group, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(reader.read, samples))
-    assert [len(data) for data in read] == [sample["bytes"] for sample in samples]
-    assert read[0] == next(iter(images.values()))
+        list(pool.map(ImageReader().read, samples * 3))
+    assert sorted(opened) == list(range(-(-len(samples) // 3)))
+
+
+def test_a_row_group_that_cannot_be_read_is_tried_again(tmp_path, images, monkeypatch):
+    source = write_parquet(tmp_path / "images.parquet", images)
+    sample, reader = index(source).records.row(0, named=True), ImageReader()
+    moved = Path(source.path).rename(tmp_path / "elsewhere")
+    reader._starts[sample["uri"]] = [0, len(images)]
+    with pytest.raises(ValueError, match="cannot be read again"):
+        reader.read(sample)
+    moved.rename(source.path)
+    assert reader.read(sample) == next(iter(images.values()))
 
 
 def test_what_is_no_image_is_listed_with_its_reason(tmp_path):
