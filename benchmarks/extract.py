@@ -28,7 +28,7 @@ from cache.store import Store
 from eupe import views
 from eupe.spec import AugmentedView
 from eupe.teachers import Teacher, load_teacher
-from pipelines import family, images, precompute
+from pipelines import family, images, indexing, precompute
 from pipelines.codec_torch import encode
 from pipelines.config import ExtractionConfig, SourceConfig
 from pipelines.images import ImageReader
@@ -127,7 +127,7 @@ def lay_out(folder: Path, count: int) -> SourceConfig:
 def run(arguments: argparse.Namespace, folder: Path) -> list[tables.Row]:
     """Measure; return the table's rows."""
     work = job(arguments, folder / "root", lay_out(folder / "images", arguments.images))
-    precompute.index_samples(work)
+    indexing.index_samples(work)
     torch.set_num_threads(arguments.cores)
     config = work.teachers[0]
     teacher = load_teacher(config.name, config.encoder, config.weights)

@@ -18,26 +18,12 @@ import polars as pl
 import pyarrow as pa
 
 from cache import arrow_tables, atomic, layout
-from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
+from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt
+from cache.sample_table import SCHEMA, conform, frame, new_samples
 from eupe import fingerprint as fp
 from eupe.spec import DatasetSpec
 
 Rows = npt.NDArray[np.int64]
-
-SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("sample_id", pa.string()),
-        ("uri", pa.string()),
-        ("offset", pa.int64()),
-        ("bytes", pa.int64()),
-        ("digest", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("labels", pa.string()),
-    ]
-)
-"""Columns of a segment. `labels` is a JSON object; `digest` the sha256 of the image's bytes."""
 
 SEGMENT_ROWS = 2_000_000
 """Samples of one segment at most: a column of its text has 2 GiB of room."""
@@ -114,7 +100,7 @@ class Samples:
             Busy: another process is appending.
         """
         directory = layout.samples_directory(layout.cache_root(root), dataset.name)
-        given = _conform(table)
+        given = conform(table)
         scratch = layout.scratch_directory(directory)
         with atomic.only_writer(directory, scratch):
             atomic.sweep(scratch)
@@ -154,7 +140,7 @@ class Samples:
             if lines:
                 raise FingerprintMismatch(f"{directory}: asked != there", lines)
             there = cls.open(root, dataset.name)
-            given = _new_samples(given, there, str(directory))
+            given = new_samples(given, there.table, str(directory))
             per_shard = there.rows_per_shard
             start = -(-there.num_rows // per_shard) * per_shard
         if given.is_empty():
@@ -188,7 +174,7 @@ class Samples:
     @cached_property
     def table(self) -> pl.DataFrame:
         """The whole table in polars, `row` first; made on first use (it copies string headers)."""
-        return _frame(self.arrow)
+        return frame(self.arrow)
 
     def shards(self) -> list[ShardRange]:
         """Every shard with its rows; a segment's last shard may be short."""
@@ -222,7 +208,7 @@ class Samples:
 
     def shard(self, shard: int) -> pl.DataFrame:
         """Return the samples of one shard (columns of SCHEMA), in row order."""
-        return _frame(self._slice(self.shard_range(shard)))
+        return frame(self._slice(self.shard_range(shard)))
 
     def shard_digest(self, shard: int) -> str:
         """Digest of a shard's sample ids and image digests: what its features were made of."""
@@ -251,11 +237,24 @@ class Samples:
         wrong = (segment < 0) | (inside >= self._lengths[segment])
         if wrong.any():
             raise MissingSamples(f"{self.directory}: row {asked[wrong][0]} holds no sample")
-        return self.at(self._offsets[segment] + inside)
+        return frame(self._taken(segment, inside, SCHEMA.names))
 
-    def at(self, places: Rows) -> pl.DataFrame:
+    def at(self, places: Rows, columns: Sequence[str] = SCHEMA.names) -> pl.DataFrame:
         """Return samples by their place in the table, 0 to `len` - 1: gaps are not counted."""
-        return _frame(self.arrow.take(arrow_tables.from_numpy(places)))
+        segment = np.searchsorted(self._offsets, places, side="right") - 1
+        return frame(self._taken(segment, places - self._offsets[segment], columns))
+
+    def _taken(self, segment: Rows, inside: Rows, columns: Sequence[str]) -> pa.Table:
+        """Take rows segment by segment: of text in several pieces Arrow would join all first."""
+        tables = [each.select(columns) for each in self._segments]
+        if len(tables) == 1:
+            return tables[0].take(arrow_tables.from_numpy(inside))
+        order = np.argsort(segment, kind="stable")
+        parts = [tables[0].slice(0, 0)]
+        for number in np.unique(segment).tolist():
+            rows = inside[order][segment[order] == number]
+            parts.append(tables[number].take(arrow_tables.from_numpy(rows)))
+        return pa.concat_tables(parts).take(arrow_tables.from_numpy(np.argsort(order)))
 
     def rows_of(self, sample_ids: Sequence[str]) -> Rows:
         """Return the row of each sample id, int64 [n], in the given order.
@@ -268,14 +267,13 @@ class Samples:
         wanted = asked.hash().to_numpy()
         place = np.searchsorted(hashes, wanted)
         rows = np.full(len(asked), -1, np.int64)
-        ids = self.arrow["sample_id"]
         pending = np.arange(len(asked))
         while len(pending):  # a second round only where two ids share a 64-bit hash
             alive = place[pending] < len(hashes)
             alive[alive] = hashes[place[pending[alive]]] == wanted[pending[alive]]
             pending = pending[alive]
             at = positions[place[pending]]
-            found = pl.Series(ids.take(arrow_tables.from_numpy(at)), dtype=pl.String)
+            found = self.at(at, ["sample_id"])["sample_id"]
             same = (found == asked.gather(pending)).to_numpy()
             rows[pending[same]] = at[same]
             pending = pending[~same]
@@ -325,47 +323,6 @@ def num_rows_now(root: str | Path, dataset: str) -> int:
 
 def _no_samples(directory: Path, dataset: str) -> NotBuilt:
     return NotBuilt(f"{directory}: dataset {dataset!r} has no samples here; index it first")
-
-
-def _conform(table: pl.DataFrame | pa.Table) -> pl.DataFrame:
-    """Check columns and ids of new samples and bring them to SCHEMA's types, without `row`."""
-    frame = _frame(table) if isinstance(table, pa.Table) else table
-    names = [name for name in SCHEMA.names if name != "row"]
-    if set(frame.columns) != set(names):
-        lines = sorted(set(frame.columns) ^ set(names))
-        raise ValueError(f"sample table: columns {lines} differ; it wants exactly {names}")
-    if isinstance(frame.schema["labels"], pl.Struct):
-        frame = frame.with_columns(pl.col("labels").struct.json_encode())
-    frame = frame.select(
-        pl.col(name).cast(pl.String if field.type == pa.string() else pl.Int64).alias(name)
-        for name, field in zip(names, [SCHEMA.field(name) for name in names], strict=True)
-    )
-    empty = frame.select("sample_id", "digest").null_count().row(0)
-    if any(empty):
-        raise ValueError("sample table: sample_id and digest must be given for every sample")
-    twice = frame.filter(pl.col("sample_id").is_duplicated())["sample_id"]
-    if len(twice):
-        raise ValueError(f"sample table: sample_id {twice[0]!r} is there twice; ids must be unique")
-    return frame
-
-
-def _new_samples(given: pl.DataFrame, there: Samples, where: str) -> pl.DataFrame:
-    """Leave out samples that are there; refuse those that changed."""
-    known = there.table.select("sample_id", pl.col("digest").alias("digest_there"))
-    joined = given.join(known, on="sample_id", how="left", maintain_order="left")
-    changed = joined.filter(pl.col("digest_there") != pl.col("digest"))
-    if changed.height:
-        raise StoreError(
-            f"{where}: sample {changed['sample_id'][0]!r} is there with another image digest; "
-            f"a changed image needs a new sample_id or a new dataset name"
-        )
-    return joined.filter(pl.col("digest_there").is_null()).drop("digest_there")
-
-
-def _frame(table: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
 
 
 def _read_head(directory: Path) -> tuple[dict[str, object] | None, bytes | None]:

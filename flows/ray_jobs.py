@@ -69,8 +69,8 @@ def run_job(
         info = _follow(client, job, say)
     except Exception as error:
         raise RuntimeError(
-            f"lost sight of job {job} at {address} ({error!r}); it goes on: `ray job logs --follow "
-            f"{job}`, and running the same again goes on after it"
+            f"lost sight of job {job} at {address} ({error!r}); if that cluster is up, so is the "
+            f"job: `ray job logs --follow {job}`"
         ) from error
     except BaseException:
         # Ctrl-C reaches a local Ray as well: a job API that is dying must not hold us.
@@ -96,21 +96,22 @@ def _follow(client: "JobSubmissionClient", job: str, say: Callable[[str], None])
 
     The job API may be away for a while (its node's dashboard starts anew): the job does not mind.
     """
+    from aiohttp import ClientError  # what Ray's client speaks with
     from ray.job_submission import JobStatus
 
     started, told, said = time.monotonic(), False, 0
 
-    async def stream() -> bool:
-        """Say what was not said yet; whether the log ended and not just the connection."""
+    async def stream() -> None:
+        """Say what was not said yet, until the log ends or the connection does."""
         nonlocal said
         chunks, passed = client.tail_job_logs(job), 0  # from the log's beginning
         while True:
             try:
                 chunk = await anext(chunks)
             except StopAsyncIteration:
-                return True
-            except (RuntimeError, OSError):
-                return False
+                return
+            except (RuntimeError, OSError, ClientError):
+                return
             passed += len(chunk)
             new, said = max(passed - said, 0), max(passed, said)
             if new:
@@ -119,15 +120,11 @@ def _follow(client: "JobSubmissionClient", job: str, say: Callable[[str], None])
     away = Retrying(
         stop=stop_after_delay(AWAY_SECONDS), wait=wait_fixed(POLL_SECONDS), reraise=True
     )
-    whole = False  # the log was read to its end
     while True:
         info = away(client.get_job_info, job)
-        ended = info.status.is_terminal()
-        if ended and whole:
-            return info
         if info.status != JobStatus.PENDING:
-            whole = asyncio.run(stream())
-            if ended:
+            asyncio.run(stream())
+            if info.status.is_terminal():  # so the log was whole
                 return info
         elif not told and time.monotonic() - started > PENDING_SECONDS:
             say(f"{info.entrypoint}: {info.message}\n")

@@ -17,17 +17,18 @@ from cache.verify import Report
 from flows import artifacts
 from flows.inspection import store_lines
 from flows.parameters import Overrides, RecipeName
-from pipelines import precompute, recipes
+from pipelines import indexing, precompute, recipes
+from pipelines.indexing import Indexed
 from pipelines.jobs import CacheJob, job_groups
 from pipelines.pool import Pool
-from pipelines.precompute import Built, Extracted, Indexed
+from pipelines.precompute import Built, Extracted
 
 
 @task(name="index samples", task_run_name="index {job.dataset.name}", cache_policy=NO_CACHE)
 def index_samples(job: CacheJob) -> Indexed:
     """Add the images that the dataset's sample table does not have yet."""
     with artifacts.progress("index-samples"):
-        return precompute.index_samples(job)
+        return indexing.index_samples(job)
 
 
 @task(name="resolve stores", task_run_name="resolve {job}", cache_policy=NO_CACHE)

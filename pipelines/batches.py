@@ -140,11 +140,12 @@ class Batch:
     def targets(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
         """Decode and normalise the teachers' tokens on the device, rows in the batch's order.
 
-        For each teacher `valid` is the batch's: a row counts for all teachers or for none.
+        For each teacher `valid` is the batch's: a row counts for all teachers or for none. A batch
+        without parts has no targets.
         """
         decoded = [part.feed.source.decode(part.raw, device) for part in self.parts]
-        if len(decoded) == 1:
-            return decoded[0]
+        if len(decoded) < 2:
+            return decoded[0] if decoded else {}
         order = torch.from_numpy(np.argsort(np.concatenate([p.places for p in self.parts])))
         order = order.to(device)
         joined = {}

@@ -5,8 +5,9 @@ their tokens of the same centre views come from the caches.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -197,7 +198,12 @@ def _knn(
 
 def device(recipe: Recipe) -> str:
     """Return where this process evaluates: it may run on a node without the workers' GPUs."""
-    return "cuda" if recipe.workers.use_gpu and torch.cuda.is_available() else "cpu"
+    if not recipe.workers.use_gpu:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    print("workers.use_gpu, and this node has no GPU: evaluating on its CPUs", file=sys.stderr)
+    return "cpu"
 
 
 def write(directory: Path, evaluation: Evaluation) -> Path:
@@ -213,8 +219,8 @@ def write(directory: Path, evaluation: Evaluation) -> Path:
 def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
     """Return what the training loop calls every `evaluate_every` steps: held-out cosine and kNN.
 
-    At most HOOK_IMAGES of the first set of the bank and of the held-out set, spread evenly. Of the
-    bank the pictures are kept, and only they are asked for.
+    At most HOOK_IMAGES of the first set of the bank and of the held-out set, spread evenly over
+    what there is when the run begins or goes on. Of the bank the pictures are kept.
 
     Args:
         recipe: the run.
@@ -249,9 +255,8 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
             batches: Iterable[Batch] = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1]
         else:
             if not bank_batches:
-                pictures = Scales(recipe.evaluation.resolution, {})  # no teacher is asked
-                shown = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES, pictures)[1]
-                bank_batches.extend(shown)
+                shown = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1]
+                bank_batches.extend(replace(batch, parts=[]) for batch in shown)
             batches = bank_batches
         return look(batches, {FINAL: model}, opened, device=device)
 

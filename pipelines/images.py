@@ -9,10 +9,11 @@ import hashlib
 import io
 import json
 import struct
+import sys
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -36,8 +37,6 @@ from pipelines.image_walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
 from pipelines.progress import track
 
 WINDOW = 256  # candidates in memory at once while indexing
-PART_ROWS = 100_000
-"""Samples indexed before they are handed on: what a kill can cost."""
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TURNED = (5, 6, 7, 8)
 _HEADER_ERRORS = (
@@ -93,7 +92,7 @@ def index(
     config: SourceConfig,
     known: Collection[str] = frozenset(),
     threads: int = 4,
-    part_rows: int = PART_ROWS,
+    part_rows: Callable[[int], int] = lambda there: sys.maxsize,
 ) -> Iterator[Part]:
     """List the samples of a source, reading every image's bytes once for digest and header.
 
@@ -101,7 +100,8 @@ def index(
         config: where the images lie, and which of them are wanted (`where`).
         known: sample ids to leave out, unread.
         threads: of reading and hashing.
-        part_rows: records of a part; the last one, which always comes, has fewer.
+        part_rows: samples there are -> records of the next part; the last one, which always comes,
+            has fewer.
 
     Raises:
         ValueError: nothing is there, nothing in it is an image or is wanted, a file is not of its
@@ -111,7 +111,7 @@ def index(
     records: list[tuple[object, ...]] = []
     failures: list[tuple[object, ...]] = []
     seen: dict[str, str] = {}
-    num_known = 0
+    num_known, num_there = 0, len(known)
     wanted = (c for c in candidates if config.where.items() <= c.labels.items())
     with (
         track(total, f"Indexing {config.path}") as progress,
@@ -137,9 +137,10 @@ def index(
                     labels = json.dumps(candidate.labels, ensure_ascii=False, sort_keys=True)
                     records.append((*address, candidate.num_bytes, *found, labels))
             progress.advance(len(window))
-            while len(records) >= part_rows:
-                yield _part(records[:part_rows], failures, num_known)
-                records, failures, num_known = records[part_rows:], [], 0
+            while len(records) >= (count := part_rows(num_there)):
+                yield _part(records[:count], failures, num_known)
+                records, failures, num_known = records[count:], [], 0
+                num_there += count
     if not seen:
         kept = f" with {dict(config.where)}" if config.where else ""
         raise ValueError(f"{config.path}: no image{kept} in this {config.kind} source")

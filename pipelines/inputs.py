@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
+
+from torch import Tensor
 
 from cache.reader import Reader
 from cache.store import Store
 from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
-from pipelines import scales
+from pipelines import checkpoint, scales
 from pipelines.batches import Batch, Batches, Feed
 from pipelines.config import Recipe, StageConfig
 from pipelines.draws import TrainingDraw
@@ -66,8 +68,11 @@ def from_caches(
         if job.dataset in recipe.train and job.views == recipe.views
     }
     normalisers = normalisers_of(stage, [stores for _, stores in opened.values()])
+    saved = checkpoint.latest(recipe.stage_directory(stage.stage))
+    if pins is not None and saved is not None:
+        normalisers = _as_saved(normalisers, saved.normalisers())
     feeds = {
-        name: _feed(recipe, stage, job, stores, normalisers, pins or {})
+        name: _feed(recipe, stage, job, stores, normalisers, pins or {}, pins is not None)
         for name, (job, stores) in opened.items()
     }
     identity: dict[str, dict[str, object]] = {}
@@ -163,7 +168,9 @@ def centre_feeds(
         StoreError: as for `from_caches`.
     """
     return {
-        job.dataset.name: _feed(recipe, stage, job, _stores(stage, job, begun), normalisers, {})
+        job.dataset.name: _feed(
+            recipe, stage, job, _stores(stage, job, begun), normalisers, {}, begun
+        )
         for job in jobs_of(recipe, stage)
         if job.views == recipe.held_out_views
     }
@@ -212,9 +219,8 @@ def _feed(
     stores: Sequence[Store],
     normalisers: Mapping[str, Normalisers],
     pins: Mapping[str, int],
+    begun: bool,
 ) -> Feed:
-    begun = bool(pins)
-
     def reader(store: Store) -> Reader:
         return Reader(
             store,
@@ -235,4 +241,32 @@ def _feed(
         if (other.dataset, other.views) == (job.dataset, job.views)
         for store in open_stores(other, begun)
     }
-    return Feed(CachedSource(readers, normalisers), ImageReader(), job.views, pixels)
+    source = CachedSource(readers, normalisers)
+    wanted = set(source.shards())
+    whole = {side: found for side, found in pixels.items() if wanted <= set(found.shards())}
+    return Feed(source, image_reader(), job.views, whole)
+
+
+@cache
+def image_reader() -> ImageReader:
+    """Return the process's reader of images: what it keeps in memory is bounded as a whole."""
+    return ImageReader()
+
+
+def _as_saved(
+    computed: Mapping[str, Normalisers], saved: Mapping[str, Tensor]
+) -> dict[str, Normalisers]:
+    """Put a checkpoint's buffers in place of those computed here.
+
+    PHI-S asks linear algebra for a basis: where the moments leave it open, another machine's
+    differs, and a run that goes on would learn other targets.
+    """
+    for name, pair in computed.items():
+        for kind, module in zip(pair._fields, pair, strict=True):
+            prefix = f"{name}.{kind}."
+            own = {
+                key.removeprefix(prefix): v for key, v in saved.items() if key.startswith(prefix)
+            }
+            if own.keys() == module.state_dict().keys():  # else the run is another, and refused
+                module.load_state_dict(own)
+    return dict(computed)

@@ -1,11 +1,12 @@
 """Precomputing: what one orchestration task each calls to get from images to feature stores.
 
-    index_samples -> resolve_stores -> extract_missing -> verify_stores        (build: all in a row)
+    indexing.index_samples -> resolve_stores -> extract_missing -> verify_stores
+
+in a row in `build`.
 
 Each step looks at what is there and does what is missing: it may be killed and called again.
 """
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,77 +18,27 @@ import polars as pl
 
 from cache import arrow_tables, atomic, layout
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
-from cache.samples import Samples, ShardRange
+from cache.samples import ShardRange
 from cache.store import Store, create_store, open_store
 from cache.verify import Report, verify
-from eupe.spec import DatasetSpec, StoreSpec
-from pipelines import codec_quality, images
+from eupe.spec import StoreSpec
+from pipelines import codec_quality
 from pipelines.actors import Extractor, provenance
 from pipelines.config import Recipe
+from pipelines.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
 from pipelines.jobs import (
     CacheJob,
     compute_threads,
     device,
     job_groups,
-    rows_per_shard,
     store_specs,
 )
 from pipelines.measure import measure
 from pipelines.pool import Pool
 from pipelines.progress import track
 
-REASONS_SHOWN = 10
 VIEWS_TOGETHER = 4
 """Views of a shard that one call draws from one decode; it holds the patches of all of them."""
-
-
-@dataclass(frozen=True)
-class Indexed:
-    """What indexing a dataset found.
-
-    Attributes:
-        dataset: its name.
-        num_samples: samples it has now.
-        num_new: of them, added by this call.
-        failures: images left out, with their reasons (`images.FAILURE_SCHEMA`).
-    """
-
-    dataset: str
-    num_samples: int
-    num_new: int
-    failures: pl.DataFrame
-
-
-def index_samples(job: CacheJob) -> Indexed:
-    """Add the images that the dataset's sample table does not have yet, part by part.
-
-    Killed, it goes on after the parts that are there. Files that are no image are left out and
-    listed in `<root>/<dataset>/failures.jsonl`.
-
-    Raises:
-        ValueError: nothing there, or more unreadable images than max_failure_share.
-        StoreError: the dataset is there with another key rule or rows_per_shard.
-    """
-    dataset, samples = DatasetSpec(name=job.dataset.name), _samples(job)
-    known = frozenset() if samples is None else frozenset(samples.arrow["sample_id"].to_pylist())
-    per_shard = job.extraction.rows_per_shard or (samples and samples.rows_per_shard)
-    per_shard = per_shard or rows_per_shard(job)
-    parts = images.index(
-        job.dataset.source,
-        known,
-        job.extraction.decode_threads,
-        max(images.PART_ROWS // per_shard, 1) * per_shard,  # whole shards: no gap between parts
-    )
-    num_seen, failures = 0, pl.DataFrame(schema=images.FAILURE_SCHEMA)
-    for part in parts:
-        num_seen += len(part)
-        failures = failures.vstack(part.failures)
-        _list_failures(job, failures)
-        reasons = failures.select(pl.format("{}: {}", "sample_id", "reason")).to_series()
-        _check_share(job, len(failures), num_seen, reasons.to_list())
-        samples = Samples.append(job.root, dataset, part.records, per_shard)
-    num_samples = 0 if samples is None else len(samples)
-    return Indexed(dataset.name, num_samples, num_samples - len(known), failures)
 
 
 def extractors(job: CacheJob) -> Pool:
@@ -305,13 +256,6 @@ def datasets(groups: Sequence[Sequence[CacheJob]]) -> list[CacheJob]:
 # ------------------------------------------------------------------------------ steps of the steps
 
 
-def _samples(job: CacheJob) -> Samples | None:
-    try:
-        return Samples.open(job.root, job.dataset.name)
-    except NotBuilt:
-        return None
-
-
 def _borrowed(pool: Pool | None, job: CacheJob) -> AbstractContextManager[Pool]:
     """Use the caller's pool and leave it running, or one of our own."""
     return extractors(job) if pool is None else nullcontext(pool)
@@ -363,7 +307,7 @@ def _check_invalid(job: CacheJob, stores: Sequence[Store], counts: Sequence[int]
     for store, count in zip(stores, counts, strict=True):
         wanted = len(store.samples) * job.num_views
         if count > job.extraction.max_failure_share * wanted:
-            _check_share(job, count, wanted, _reasons(store))
+            check_share(job, count, wanted, _reasons(store))
 
 
 def _reasons(store: Store) -> list[str]:
@@ -378,23 +322,3 @@ def _reasons(store: Store) -> list[str]:
         if len(reasons) >= REASONS_SHOWN:
             break
     return reasons
-
-
-def _check_share(job: CacheJob, failed: int, total: int, reasons: Sequence[str]) -> None:
-    share = job.extraction.max_failure_share
-    if failed > share * total:
-        raise ValueError(
-            f"{job.dataset.name}: {failed} of {total} images or features are unusable, more than "
-            f"max_failure_share = {share:g} allows ({'; '.join(reasons[:REASONS_SHOWN])}); take "
-            "them out, give mended ones new names, or raise extraction.max_failure_share"
-        )
-
-
-def _list_failures(job: CacheJob, failures: pl.DataFrame) -> None:
-    """Keep the list of images left out beside the samples; it is news, not identity."""
-    directory = layout.samples_directory(layout.cache_root(job.root), job.dataset.name)
-    path = directory.parent / "failures.jsonl"
-    lines = [json.dumps(row, ensure_ascii=False) for row in failures.iter_rows(named=True)]
-    if lines or path.exists():
-        content = "".join(f"{line}\n" for line in lines).encode()
-        atomic.write(path, [content], layout.scratch_directory(directory))

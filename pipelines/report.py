@@ -90,13 +90,15 @@ def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
             is added.
 
     Raises:
-        ValueError: a stage without a checkpoint, images without the label, or weights that cannot
-            be read.
+        ValueError: a stage that is not trained to its end, images without the label, or weights
+            that cannot be read.
         StoreError: a cache cannot be read.
     """
     found = current(recipe)
     if found is not None:
         return found
+    for stage in recipe.stages:
+        checkpoint.finished(recipe.stage_directory(stage.stage), stage.steps)
     started, device, last = time.monotonic(), evaluate.device(recipe), recipe.stages[-1]
     evaluation = evaluate.evaluate(recipe, last, device)
     stages = {stage.stage: stage_figures(recipe, stage, device) for stage in recipe.stages}

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
-from pipelines import images, precompute
+from pipelines import images, indexing, precompute
 from pipelines.actors import Extractor
 from pipelines.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
 from pipelines.jobs import CacheJob
@@ -128,7 +128,7 @@ class HerePool:
 
 def build(job: CacheJob) -> list[Store]:
     """Index, measure and extract in this process; return the job's stores."""
-    precompute.index_samples(job)
+    indexing.index_samples(job)
     pool = HerePool(job)
     stores = precompute.resolve_stores(job, pool)
     precompute.extract_missing(job, stores, pool)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines_caches import job, teacher
 
-from pipelines import precompute
+from pipelines import indexing, precompute
 from pipelines.config import SourceConfig
 
 VIEWS = 2
@@ -30,7 +30,7 @@ def killed_job(root: Path, images: Path):
 def main(root: str, images: str) -> None:
     """Index, measure and extract."""
     work = killed_job(Path(root), Path(images))
-    precompute.index_samples(work)
+    indexing.index_samples(work)
     with precompute.extractors(work) as pool:
         stores = precompute.resolve_stores(work, pool)
         print(precompute.extract_missing(work, stores, pool).num_shards)

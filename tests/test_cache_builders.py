@@ -132,6 +132,10 @@ def test_a_large_table_of_samples_becomes_several_segments(tmp_path, monkeypatch
     assert len(samples.segment_files(tmp_path / "whole", "toy")) == 3  # of 8, 8 and 7 rows
     assert whole.table.equals(plain.table)
     assert whole.shards() == plain.shards()
+    rows = np.random.default_rng(0).permutation(23)
+    assert whole.take(rows).equals(plain.take(rows))
+    assert whole.take([]).equals(plain.take([]))
+    assert whole.rows_of(ids(23)[::-1]).tolist() == list(range(23))[::-1]
 
 
 # --------------------------------------------------------------------------------- temporary files

@@ -65,7 +65,7 @@ def test_a_job_that_computes_runs_where_gpus_are_free_and_says_that_it_waits_for
         env={
             **os.environ,
             "RAY_OVERRIDE_RESOURCES": '{"GPU": 1}',  # Ray believes that this machine has one
-            "RAY_JOB_START_TIMEOUT_SECONDS": "8",  # how long Ray lets a job wait for what it asks
+            "RAY_JOB_START_TIMEOUT_SECONDS": "30",  # how long Ray lets a job wait for what it asks
         },
         check=False,
         timeout=PATIENCE_SECONDS,

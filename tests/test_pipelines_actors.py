@@ -17,7 +17,7 @@ from pipelines_caches import (
 )
 
 from eupe import views
-from pipelines import actors, precompute
+from pipelines import actors, indexing, precompute
 from pipelines.forward import padded_forward
 from pipelines.pool import IN_FLIGHT
 
@@ -38,7 +38,7 @@ def test_one_decode_serves_all_resolutions_and_up_to_four_views(
     for count in range(1, num_views + 1):  # one view at a time
         build(job(tmp_path / "apart", source, num_views=count, teachers=teachers))
     work = job(tmp_path / "together", source, num_views=num_views, teachers=teachers)
-    precompute.index_samples(work)
+    indexing.index_samples(work)
     pool = HerePool(work)
     stores = precompute.resolve_stores(work, pool)
     decoded, decode = [], views.decode
@@ -58,7 +58,7 @@ def test_the_next_shard_is_decoded_while_this_one_computes(tmp_path, images, mon
     work = job(
         tmp_path / "root", write_folder(tmp_path / "images", images), rows_per_shard=COMPUTE_BATCH
     )
-    precompute.index_samples(work)
+    indexing.index_samples(work)
     stores = precompute.resolve_stores(work, HerePool(work))
     shards = [shard for _, shard in stores[0].todo(1)[:IN_FLIGHT]]
     decoded, both_decoded, decode = [], threading.Event(), views.decode

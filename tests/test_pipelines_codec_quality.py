@@ -16,7 +16,7 @@ from cache.store import find_stores
 from cache.verify import verify
 from eupe.moments import Moments
 from flows.inspection import describe
-from pipelines import inputs, precompute, tracking
+from pipelines import indexing, inputs, precompute, tracking
 from pipelines.actors import Measured
 from pipelines.codec_quality import quality
 from pipelines.jobs import cache_jobs, open_stores
@@ -73,7 +73,7 @@ def test_a_teacher_that_its_codec_serves_badly_is_refused(codec, ratio, serves, 
     )
     teachers = (pipelines_caches.teacher(codec=codec),)
     job = pipelines_caches.job(tmp_path / "root", source, teachers=teachers)
-    precompute.index_samples(job)
+    indexing.index_samples(job)
     wanted = (
         rf"teacher lite0 at 64 px: codec {codec} keeps a mean cosine of 0\.\d+ on 600 of its "
         rf"tokens, below the {MEAN_COSINE[codec]:g} it documents; {serves} \(0\.99\d+\) would serve"

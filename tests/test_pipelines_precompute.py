@@ -32,7 +32,7 @@ from cache.reader import Reader
 from cache.samples import Samples
 from cache.store import find_stores, open_store
 from eupe.spec import CentreView
-from pipelines import jobs, precompute
+from pipelines import indexing, jobs, precompute
 from pipelines.pool import num_that_fit
 
 START_SECONDS = 240.0  # Ray, torch and a teacher on a busy machine
@@ -89,7 +89,7 @@ def test_a_second_build_computes_nothing(tmp_path, images):
     stores = build(work)
     before = data_files(tmp_path / "root")
     assert precompute.extract_missing(work, stores).num_shards == 0  # and starts no Ray
-    assert precompute.index_samples(work).num_new == 0
+    assert indexing.index_samples(work).num_new == 0
     assert data_files(tmp_path / "root") == before
 
 
@@ -129,11 +129,11 @@ def test_growing_adds_files_and_changes_none(tmp_path, images):
 def test_indexing_that_was_killed_goes_on_after_the_parts_that_are_there(
     tmp_path, images, monkeypatch
 ):
-    """24 images, one of them none, in parts of one shard of 10."""
+    """24 images, one of them none, in parts of one shard of 4; the newest part waits."""
     first = next(iter(images))
     source = write_folder(tmp_path / "images", {**images, first: b"no image"})
-    monkeypatch.setattr(precompute.images, "PART_ROWS", 9)
-    inspect, looked_at = precompute.images._inspect, []
+    monkeypatch.setattr(indexing, "PART_ROWS", 5)
+    inspect, looked_at = indexing.images._inspect, []
 
     def killed(candidate):
         looked_at.append(candidate.sample_id)
@@ -141,17 +141,18 @@ def test_indexing_that_was_killed_goes_on_after_the_parts_that_are_there(
             raise KeyboardInterrupt
         return inspect(candidate)
 
-    undisturbed = job(tmp_path / "undisturbed", source, max_failure_share=0.1)
-    precompute.index_samples(undisturbed)
-    monkeypatch.setattr(precompute.images, "WINDOW", 4)
-    monkeypatch.setattr(precompute.images, "_inspect", killed)
-    work = job(tmp_path / "killed", source, max_failure_share=0.1)
+    settings = {"rows_per_shard": 4, "max_failure_share": 0.1}
+    undisturbed = job(tmp_path / "undisturbed", source, **settings)
+    indexing.index_samples(undisturbed)
+    monkeypatch.setattr(indexing.images, "WINDOW", 4)
+    monkeypatch.setattr(indexing.images, "_inspect", killed)
+    work = job(tmp_path / "killed", source, **settings)
     with pytest.raises(KeyboardInterrupt):
-        precompute.index_samples(work)
-    monkeypatch.setattr(precompute.images, "_inspect", inspect)
-    assert len(Samples.open(work.root, "emoji")) == 10
-    indexed = precompute.index_samples(work)
-    assert (indexed.num_samples, indexed.num_new) == (23, 13)
+        indexing.index_samples(work)
+    monkeypatch.setattr(indexing.images, "_inspect", inspect)
+    assert len(Samples.open(work.root, "emoji")) == 12
+    indexed = indexing.index_samples(work)
+    assert (indexed.num_samples, indexed.num_new) == (23, 11)
     assert indexed.failures["sample_id"].to_list() == [str(Path(first).with_suffix(""))]
     assert data_files(tmp_path / "killed") == data_files(tmp_path / "undisturbed")
 
@@ -179,7 +180,7 @@ def test_too_many_unusable_images_fail_the_build_and_lose_nothing(tmp_path, imag
     write_folder(tmp_path / "images", {"even/empty.png": b"", "even/text.png": b"text"})
     listed = tmp_path / "root/emoji/failures.jsonl"
     with pytest.raises(ValueError, match=r"2 of 26 .* max_failure_share = 0\.01 .*no bytes"):
-        precompute.index_samples(work)
+        indexing.index_samples(work)
     assert data_files(tmp_path / "root") == before
     assert {json.loads(line)["sample_id"] for line in listed.read_text().splitlines()} == {
         "even/empty",
@@ -197,7 +198,7 @@ def test_too_many_invalid_rows_fail_the_build_every_time(tmp_path, images):
 
 def test_left_out_images_are_listed_beside_the_samples(tmp_path, images):
     source = write_folder(tmp_path / "images", {**images, "even/empty.png": b""})
-    found = precompute.index_samples(job(tmp_path / "root", source, max_failure_share=0.5))
+    found = indexing.index_samples(job(tmp_path / "root", source, max_failure_share=0.5))
     assert found.failures["sample_id"].to_list() == ["even/empty"]
     listed = (tmp_path / "root/emoji/failures.jsonl").read_text()
     assert '"sample_id": "even/empty"' in listed
@@ -239,7 +240,7 @@ def test_rows_carry_the_digest_and_parameters_of_their_view(tmp_path, images):
 def test_a_changed_image_is_refused_by_the_index(tmp_path, images):
     source = write_folder(tmp_path / "images", images)
     work = job(tmp_path / "root", source)
-    precompute.index_samples(work)
+    indexing.index_samples(work)
     first = next(iter(images))
     out = io.BytesIO()
     Image.new("RGB", (64, 64)).save(out, "PNG")
@@ -270,7 +271,7 @@ def test_actors_do_what_this_process_does_and_outlive_a_kill(tmp_path, images, r
     settings = {"num_views": 2, "rows_per_shard": 3, "decode_threads": 1}
     build(job(tmp_path / "here", source, **settings))
     work = job(tmp_path / "there", source, actors=2, **settings)
-    precompute.index_samples(work)
+    indexing.index_samples(work)
     with precompute.extractors(work) as pool:
         stores = precompute.resolve_stores(work, pool)
         victim = next(
@@ -289,7 +290,7 @@ def test_actors_do_what_this_process_does_and_outlive_a_kill(tmp_path, images, r
 def test_what_an_actor_raises_arrives_as_it_is(tmp_path, images, ray_cluster):
     source = write_folder(tmp_path / "images", images)
     work = job(tmp_path / "root", source)
-    precompute.index_samples(work)
+    indexing.index_samples(work)
     gone = Path(source.path) / next(iter(images))
     gone.unlink()
     with pytest.raises(ValueError, match=r"^sample .* cannot be read again: .*No such file"):
@@ -306,7 +307,7 @@ def test_no_more_actors_are_started_than_the_cluster_has_room_for(
 ):
     source = write_folder(tmp_path / "images", images)
     work = job(tmp_path / "root", source, actors=2, cpus_per_actor=2, rows_per_shard=3)
-    precompute.index_samples(work)
+    indexing.index_samples(work)
     with precompute.extractors(work) as pool:
         stores = precompute.resolve_stores(work, pool)
         assert precompute.extract_missing(work, stores, pool).num_shards == 8

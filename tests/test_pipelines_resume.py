@@ -11,7 +11,17 @@ from pipelines_caches import HerePool
 from cache.errors import NotBuilt
 from cache.samples import Samples
 from eupe.spec import DatasetSpec
-from pipelines import checkpoint, evaluate, inputs, launch, precompute, start, tracking
+from pipelines import (
+    checkpoint,
+    evaluate,
+    indexing,
+    inputs,
+    launch,
+    precompute,
+    report,
+    start,
+    tracking,
+)
 from pipelines.jobs import cache_jobs
 from pipelines.train import SCORE
 
@@ -54,7 +64,10 @@ def grow(run, name: str) -> None:
     Samples.append(run.cache_root, DatasetSpec(name=name), more)
 
 
-def test_a_run_that_has_begun_goes_on_while_its_datasets_grow(built, tmp_path):
+@pytest.mark.parametrize("pixels", [(), (64,)])
+def test_a_run_that_has_begun_goes_on_while_its_datasets_grow(tmp_path, pixels):
+    built = small_run.recipe(tmp_path).model_copy(update={"pixels": pixels})
+    small_run.build(built, tmp_path)
     undisturbed = elsewhere(built, tmp_path / "undisturbed")
     stage = undisturbed.stages[0]
     launch.train(undisturbed, stage, make_evaluate=evaluate.hook)
@@ -68,6 +81,34 @@ def test_a_run_that_has_begun_goes_on_while_its_datasets_grow(built, tmp_path):
         inputs.from_caches(run, stage)  # a run that begins now wants all of them
     launch.train(run, stage, make_evaluate=evaluate.hook)
     assert losses(run, stage) == losses(undisturbed, stage)
+
+
+def test_a_run_that_goes_on_keeps_the_normalisers_it_began_with(built, tmp_path, monkeypatch):
+    """Where PHI-S's basis is open, another machine's linear algebra gives another one."""
+    (stage,) = built.stages
+    stage = stage.model_copy(update={"normaliser": "phi-s"})
+    runs = [elsewhere(built, tmp_path / name) for name in ("undisturbed", "stopped")]
+    launch.train(runs[0], stage)
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(runs[1], stage, make_evaluate=stop)
+    phi_s = inputs.NORMALISERS["phi-s"]
+
+    def otherwise(moments):
+        normaliser = phi_s(moments)
+        normaliser.rotation.mul_(-1)
+        return normaliser
+
+    monkeypatch.setitem(inputs.NORMALISERS, "phi-s", otherwise)
+    launch.train(runs[1], stage)
+    assert losses(runs[1], stage) == losses(runs[0], stage)
+
+
+def test_a_run_that_is_on_its_way_has_no_report_yet(built, tmp_path):
+    run = elsewhere(built, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(run, run.stages[0], make_evaluate=stop)
+    with pytest.raises(ValueError, match="trained for 4 of 8 steps; finish this stage first"):
+        report.make(run, {})
 
 
 def test_a_finished_stage_is_looked_at_and_no_network_is_built(built, tmp_path, monkeypatch):
@@ -141,7 +182,7 @@ def test_who_creates_stores_for_actors_with_gpus_needs_none(tmp_path, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "get_device_name", no_driver)
     job = cache_jobs(run)[0]
-    precompute.index_samples(job)
+    indexing.index_samples(job)
     far = job.model_copy(
         update={"extraction": job.extraction.model_copy(update={"gpus_per_actor": 1})}
     )
