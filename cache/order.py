@@ -41,15 +41,16 @@ class EpochOrder:
 
     def __init__(
         self,
-        shards: Sequence[ShardRange] | tuple[Rows, Rows],
+        starts: Rows,
+        lengths: Rows,
         seed: int,
         buffer_rows: int = BUFFER_ROWS,
     ):
         """Prepare the order.
 
         Args:
-            shards: as `Reader.shards` or `Samples.shards` gives them; or, for millions of them,
-                first rows and lengths, both int64 [shards]. Lengths may differ.
+            starts: first row of each shard, int64 [shards].
+            lengths: its rows, int64 [shards]; they may differ.
             seed: of the run.
             buffer_rows: size of the shuffle buffer; a dataset that fits in it is shuffled fully.
 
@@ -58,17 +59,22 @@ class EpochOrder:
         """
         if buffer_rows < 1:
             raise ValueError(f"buffer_rows = {buffer_rows}: wants at least 1")
-        if isinstance(shards, tuple):
-            self._starts, self._lengths = shards
-        else:
-            self._starts = np.array([shard.start for shard in shards], np.int64)
-            self._lengths = np.array([len(shard) for shard in shards], np.int64)
+        self._starts, self._lengths = starts, lengths
         self.num_rows = int(self._lengths.sum())
         if not self.num_rows:
             raise ValueError("no rows to order: the shards are empty")
         self._seed, self._buffer = seed, buffer_rows
         self._epoch = lru_cache(maxsize=2)(self._order_shards)
         self._block = lru_cache(maxsize=4)(self._order_block)
+
+    @classmethod
+    def of(
+        cls, shards: Sequence[ShardRange], seed: int, buffer_rows: int = BUFFER_ROWS
+    ) -> "EpochOrder":
+        """Prepare the order of shards as `Reader.shards` or `Samples.shards` gives them."""
+        starts = np.array([shard.start for shard in shards], np.int64)
+        lengths = np.array([len(shard) for shard in shards], np.int64)
+        return cls(starts, lengths, seed, buffer_rows)
 
     def rows(self, epoch: int, start: int, stop: int) -> Rows:
         """Return the rows at places [start, stop) of an epoch.

@@ -71,7 +71,7 @@ class TrainingDraw:
                 raise ValueError(f"the mix draws from {name!r}; shards are of {sorted(shards)}")
         self.names = mix.names
         self._mix, self._seed = mix, seed
-        self._orders = [EpochOrder(shards[name], _named_seed(seed, name)) for name in mix.names]
+        self._orders = [EpochOrder.of(shards[name], _named_seed(seed, name)) for name in mix.names]
         self._shards = [np.array([shard.start for shard in shards[name]]) for name in mix.names]
         self._num_views = [num_views[name] for name in mix.names]
 

@@ -22,19 +22,19 @@ shard_lists = st.lists(st.integers(1, 7), min_size=1, max_size=20).map(
 @settings(max_examples=200, deadline=None)
 @given(shards=shard_lists, seed=st.integers(0, 2**40), buffer=st.integers(1, 60), data=st.data())
 def test_every_row_once_and_any_stretch_is_found(shards, seed, buffer, data):
-    order = EpochOrder(shards, seed, buffer)
+    order = EpochOrder.of(shards, seed, buffer)
     whole = order.rows(3, 0, order.num_rows)
     assert sorted(whole) == [row for shard in shards for row in range(shard.start, shard.stop)]
     start = data.draw(st.integers(0, order.num_rows))
     stop = data.draw(st.integers(start, order.num_rows))
-    fresh = EpochOrder(shards, seed, buffer)
+    fresh = EpochOrder.of(shards, seed, buffer)
     assert fresh.rows(3, start, stop).tolist() == whole[start:stop].tolist()
 
 
 def test_seeds_and_epochs_differ():
     shards = [ShardRange(n, 8 * n, 8 * n + 8) for n in range(16)]
     orders = {
-        (seed, epoch): tuple(EpochOrder(shards, seed, 32).rows(epoch, 0, 128))
+        (seed, epoch): tuple(EpochOrder.of(shards, seed, 32).rows(epoch, 0, 128))
         for seed in (0, 1)
         for epoch in (0, 1)
     }
@@ -44,7 +44,7 @@ def test_seeds_and_epochs_differ():
 def test_shards_are_wanted_one_after_the_other_at_an_even_pace():
     per_shard, num_shards, buffer = 10, 1000, 100
     shards = [ShardRange(n, per_shard * n, per_shard * (n + 1)) for n in range(num_shards)]
-    rows = EpochOrder(shards, 0, buffer).rows(0, 0, per_shard * num_shards) // per_shard
+    rows = EpochOrder.of(shards, 0, buffer).rows(0, 0, per_shard * num_shards) // per_shard
     first = {int(shard): place for place, shard in reversed(list(enumerate(rows)))}
     last = {int(shard): place for place, shard in enumerate(rows)}
     # A row waits for at most the buffer, one more while the buffer is first filled.
@@ -60,7 +60,7 @@ def test_memory_is_of_the_shards_not_of_the_rows():
     num_shards, per_shard = 100_000, 17_000
     starts = np.arange(num_shards, dtype=np.int64) * per_shard
     tracemalloc.start()
-    order = EpochOrder((starts, np.full(num_shards, per_shard)), seed=0)
+    order = EpochOrder(starts, np.full(num_shards, per_shard), seed=0)
     assert order.num_rows == 1_700_000_000
     middle = order.rows(0, 850_000_000, 850_000_064)
     assert len(set(middle.tolist())) == 64
@@ -71,7 +71,7 @@ def test_memory_is_of_the_shards_not_of_the_rows():
 
 def test_order_is_the_pinned_one():
     shards = [ShardRange(n, 8 * n, 8 * n + length) for n, length in enumerate([8, 8, 3, 8, 5, 8])]
-    order = EpochOrder(shards, seed=7, buffer_rows=16)
+    order = EpochOrder.of(shards, seed=7, buffer_rows=16)
     got = {f"epoch {epoch}": order.rows(epoch, 0, order.num_rows).tolist() for epoch in (0, 1)}
     assert got == json.loads(GOLDEN.read_text())
 
@@ -91,7 +91,7 @@ def test_a_dataset_that_fits_in_the_buffer_is_as_random_as_a_full_shuffle():
     per_shard, num_shards, batch = 64, 64, 64
     num_rows = per_shard * num_shards
     shards = [ShardRange(n, per_shard * n, per_shard * (n + 1)) for n in range(num_shards)]
-    rows = EpochOrder(shards, 0, buffer_rows=num_rows).rows(0, 0, num_rows)
+    rows = EpochOrder.of(shards, 0, buffer_rows=num_rows).rows(0, 0, num_rows)
     full = np.random.default_rng(0).permutation(num_rows)
     ours, theirs = (shards_of_a_batch(each, per_shard, batch) for each in (rows, full))
     # 64 draws of 64 shards hit 40.6 of them; the mean of 64 batches has deviation 0.25.
@@ -104,7 +104,7 @@ def test_a_dataset_that_fits_in_the_buffer_is_as_random_as_a_full_shuffle():
 def test_a_small_buffer_mixes_the_shards_that_it_holds():
     per_shard, num_shards, batch = 64, 512, 64
     shards = [ShardRange(n, per_shard * n, per_shard * (n + 1)) for n in range(num_shards)]
-    order = EpochOrder(shards, 0, buffer_rows=32 * per_shard)
+    order = EpochOrder.of(shards, 0, buffer_rows=32 * per_shard)
     rows = order.rows(0, 0, per_shard * num_shards)
     # 64 draws from 32 shards hit 27.8 of them; a full shuffle of 512 shards would hit 60.2.
     assert 25 < shards_of_a_batch(rows, per_shard, batch) < 33
@@ -114,10 +114,10 @@ def test_a_small_buffer_mixes_the_shards_that_it_holds():
 
 
 def test_bad_positions_are_refused():
-    order = EpochOrder([ShardRange(0, 0, 5)], 0)
+    order = EpochOrder.of([ShardRange(0, 0, 5)], 0)
     with pytest.raises(ValueError, match="an epoch has 0 to 5"):
         order.rows(0, 0, 6)
     with pytest.raises(ValueError, match="no rows"):
-        EpochOrder([], 0)
+        EpochOrder.of([], 0)
     with pytest.raises(ValueError, match="buffer_rows = 0"):
-        EpochOrder([ShardRange(0, 0, 5)], 0, buffer_rows=0)
+        EpochOrder.of([ShardRange(0, 0, 5)], 0, buffer_rows=0)
