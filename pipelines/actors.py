@@ -52,7 +52,7 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnView:
     """One view as the teachers want it.
 
     Attributes:
@@ -73,7 +73,7 @@ class _Pass(NamedTuple):
 
     start: int
     view: int
-    drawn: list[Drawn]
+    drawn: list[DrawnView]
     tokens: dict[Output, Features]
 
 
@@ -246,11 +246,11 @@ class Extractor:
         sides = {view: sorted({side for _, side in outputs}) for view, outputs in wanted.items()}
         draw = partial(self._draw, policy, sides)
 
-        def decode(start: int) -> list[Future[dict[int, Drawn]]]:
+        def decode(start: int) -> list[Future[dict[int, DrawnView]]]:
             rows = samples.slice(start, compute_batch).iter_rows(named=True)
             return [self._decoders.submit(draw, sample) for sample in rows]
 
-        def walk(ahead: list[Future[dict[int, Drawn]]]) -> Iterator[_Pass]:
+        def walk(ahead: list[Future[dict[int, DrawnView]]]) -> Iterator[_Pass]:
             for start in range(0, len(samples), compute_batch):
                 coming, ahead = ahead, decode(start + compute_batch)
                 images = [future.result() for future in coming]
@@ -271,13 +271,13 @@ class Extractor:
         policy: CentreView | AugmentedView,
         sides: Mapping[int, Sequence[int]],
         sample: Mapping[str, object],
-    ) -> dict[int, Drawn]:
+    ) -> dict[int, DrawnView]:
         """Decode a sample once and draw its views, each at its own resolutions."""
         data = self._images.read(sample, verify=True)
         try:
             image = views.decode(data, policy.background)
         except views.ImageError as error:
-            return dict.fromkeys(sides, Drawn({}, None, None, str(error)))
+            return dict.fromkeys(sides, DrawnView({}, None, None, str(error)))
         drawn = {}
         for view, resolutions in sides.items():
             canvas, parameters, digest = views.view_of(
@@ -285,7 +285,7 @@ class Extractor:
             )
             pixels = {side: views.resize(canvas, side) for side in resolutions}
             as_json = json.dumps(parameters.to_json_dict(), sort_keys=True)
-            drawn[view] = Drawn(pixels, digest, as_json, None)
+            drawn[view] = DrawnView(pixels, digest, as_json, None)
         return drawn
 
 
@@ -325,7 +325,7 @@ def _check_teacher(loaded: TeacherSpec, store: Store) -> None:
         )
 
 
-def _stacked(drawn: Sequence[Drawn], side: int) -> np.ndarray:
+def _stacked(drawn: Sequence[DrawnView], side: int) -> np.ndarray:
     """Stack pictures, uint8 [n, R, R, 3]; black where there is none, its row is invalid."""
     none = np.zeros((side, side, 3), np.uint8)
     return np.stack([each.pixels.get(side, none) for each in drawn])
