@@ -115,7 +115,7 @@ def job(arguments: argparse.Namespace, root: Path, source: SourceConfig) -> Cach
 
 def lay_out(folder: Path, count: int) -> SourceConfig:
     """Lay the first emoji out as files."""
-    found = images.index(family.emoji("train").source, frozenset(), 1).records.head(count)
+    found = next(images.index(family.emoji("train").source)).records.head(count)
     reader = ImageReader()
     for sample in found.iter_rows(named=True):
         path = folder / f"{sample['sample_id']}.png"

@@ -104,7 +104,7 @@ class Noise:
 
 def index(root: Path) -> Samples:
     """Index the first images of the emoji's train split."""
-    records: pl.DataFrame = images.index(family.emoji("train").source, frozenset(), 1).records
+    records: pl.DataFrame = next(images.index(family.emoji("train").source)).records
     return Samples.append(root, DATASET, records.head(NUM_IMAGES), NUM_IMAGES)
 
 

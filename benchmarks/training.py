@@ -24,7 +24,7 @@ FORWARD_BATCH = 16
 def pictures(split: str, count: int, resolution: int) -> np.ndarray:
     """Return real images in their centre view, uint8 [count, R, R, 3], spread over a split."""
     source = family.emoji(split).source
-    records: pl.DataFrame = images.index(source, frozenset(), 1).records
+    records: pl.DataFrame = next(images.index(source)).records
     chosen = records[[place * len(records) // count for place in range(count)]]
     reader, policy = ImageReader(), CentreView(canvas=resolution)
     return np.stack(

@@ -8,7 +8,7 @@ same rows, and the loss is a mean over valid rows.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -320,7 +320,7 @@ def _check_digests(
     ids: list[str],
     view_numbers: np.ndarray,
     here: list[str | None],
-    cached: "list[str | None] | tuple[str | None, ...]",
+    cached: Sequence[str | None],
 ) -> None:
     """Refuse to pair a teacher's tokens with pixels that the teacher did not see (law 3)."""
     for sample_id, view, ours, theirs in zip(ids, view_numbers, here, cached, strict=True):

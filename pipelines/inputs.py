@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
+from typing import Any
 
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def from_caches(
         name: _feed(recipe, stage, job, stores, normalisers, pins or {}, pins is not None)
         for name, (job, stores) in opened.items()
     }
-    identity: dict[str, dict[str, object]] = {}
+    identity: dict[str, dict[str, Any]] = {}
     for dataset, (_, stores) in opened.items():
         for store in stores:
             own = identity.setdefault(
