@@ -25,22 +25,29 @@ with job_cluster() as address:
 """
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_output_streams_and_the_exit_code_is_the_drivers_own():
-    code = "import os, sys; print(os.environ['GREETING'], 'from the job'); sys.exit(7)"
+def output(script: str, **more: str) -> str:
+    """Run a script in a process of its own, with more environment variables; return its stdout."""
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(code=code)],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env={**os.environ, **more},
         check=False,
         timeout=PATIENCE_SECONDS,
     )
     assert run.returncode == 0, run.stderr
-    assert "hello from the job\n" in run.stdout
-    assert "exit code 7\n" in run.stdout
-    assert "exit code 127\n" in run.stdout  # what the shell says of a command that is not there
+    return run.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_output_streams_and_the_exit_code_is_the_drivers_own():
+    code = "import os, sys; print(os.environ['GREETING'], 'from the job'); sys.exit(7)"
+    said = output(SCRIPT.format(code=code))
+    assert "hello from the job\n" in said
+    assert "exit code 7\n" in said
+    assert "exit code 127\n" in said  # what the shell says of a command that is not there
 
 
 GPU_SCRIPT = """
@@ -57,21 +64,12 @@ with ray_jobs.job_cluster() as address:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_job_that_computes_runs_where_gpus_are_free_and_says_that_it_waits_for_them():
-    run = subprocess.run(
-        [sys.executable, "-c", GPU_SCRIPT],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "RAY_OVERRIDE_RESOURCES": '{"GPU": 1}',  # Ray believes that this machine has one
-            "RAY_JOB_START_TIMEOUT_SECONDS": "30",  # how long Ray lets a job wait for what it asks
-        },
-        check=False,
-        timeout=PATIENCE_SECONDS,
+    said = output(
+        GPU_SCRIPT,
+        RAY_OVERRIDE_RESOURCES='{"GPU": 1}',  # Ray believes that this machine has one
+        RAY_JOB_START_TIMEOUT_SECONDS="30",  # how long Ray lets a job wait for what it asks
     )
-    assert run.returncode == 0, run.stderr
-    first, second = run.stdout.split("exit code 0\n")
+    first, second = said.split("exit code 0\n")
     assert first.endswith("sees 0\n")
     assert "may be waiting for resources" in second
     assert second.endswith("exit code 1\n")
@@ -124,16 +122,8 @@ with ray_jobs.job_cluster() as address:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_connection_that_breaks_neither_stops_the_job_nor_loses_a_line():
-    run = subprocess.run(
-        [sys.executable, "-c", CUT_SCRIPT],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = [line for line in run.stdout.splitlines() if line.startswith(("line", "exit"))]
+    said = output(CUT_SCRIPT)
+    lines = [line for line in said.splitlines() if line.startswith(("line", "exit"))]
     assert lines == [*(f"line {n}" for n in range(6)), "exit code 0"]
 
 
