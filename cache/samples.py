@@ -246,14 +246,14 @@ class Samples:
 
     def _taken(self, segment: Rows, inside: Rows, columns: Sequence[str]) -> pa.Table:
         """Take rows segment by segment: of text in several pieces Arrow would join all first."""
-        tables = [each.select(columns) for each in self._segments]
-        if len(tables) == 1:
-            return tables[0].take(arrow_tables.from_numpy(inside))
+        if len(self._segments) == 1:
+            return self._segments[0].select(columns).take(arrow_tables.from_numpy(inside))
         order = np.argsort(segment, kind="stable")
-        parts = [tables[0].slice(0, 0)]
-        for number in np.unique(segment).tolist():
-            rows = inside[order][segment[order] == number]
-            parts.append(tables[number].take(arrow_tables.from_numpy(rows)))
+        numbers, firsts = np.unique(segment[order], return_index=True)
+        parts = [self._segments[0].select(columns).slice(0, 0)]
+        for number, rows in zip(numbers, np.split(inside[order], firsts[1:]), strict=False):
+            part = self._segments[number].select(columns)
+            parts.append(part.take(arrow_tables.from_numpy(rows)))
         return pa.concat_tables(parts).take(arrow_tables.from_numpy(np.argsort(order)))
 
     def rows_of(self, sample_ids: Sequence[str]) -> Rows:

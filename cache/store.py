@@ -14,7 +14,7 @@ import pyarrow as pa
 from cache import arrow_shard, arrow_tables, atomic, layout, moments_table, place, zarr_shard
 from cache.codec import Codec, Moments, make_codec, stored_codec
 from cache.errors import Busy, Corrupt, FingerprintMismatch, NotBuilt
-from cache.manifest import Manifest, ShardRecord
+from cache.manifest import Manifest, ShardRecord, check_pinned
 from cache.samples import Samples, ShardRange, num_rows_now
 from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
@@ -65,8 +65,7 @@ class Store:
         """
         path = layout.spec_file(self.directory)
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self._spec_sha256:
-            raise Corrupt(f"{path}: contents do not match the sha256 in HEAD; restore the file")
+        check_pinned(path, content, self._spec_sha256)
         return stored_codec(self.spec.codec, json.loads(content)["codec"])
 
     @property
@@ -92,8 +91,7 @@ class Store:
         """
         path = layout.moments_file(self.directory)
         content = arrow_tables.map_file(path, sha256=self.moments_sha256)
-        if hashlib.sha256(content).hexdigest() != self.moments_sha256:
-            raise Corrupt(f"{path}: contents do not match the sha256 in HEAD; restore the file")
+        check_pinned(path, content, self.moments_sha256)
         return moments_table.parse(content, path)
 
     def todo(self, num_views: int) -> list[tuple[int, ShardRange]]:

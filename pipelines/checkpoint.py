@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eupe import fingerprint as fp
-from eupe.weights import CHECKPOINT_FILE
+from eupe.weights import CHECKPOINT_FILE, state_digest
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -85,6 +85,10 @@ class Checkpoint:
     def heads(self) -> dict[str, Tensor]:
         """Read the heads' tensors."""
         return _tensors(self.directory / HEADS)
+
+    def weights_digest(self) -> str:
+        """Return the digest of the encoder's and the heads' tensors."""
+        return state_digest({**self.encoder(), **self.heads()})
 
     def normalisers(self) -> dict[str, Tensor]:
         """Read the normalisers' buffers."""

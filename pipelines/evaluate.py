@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -239,29 +240,29 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
     with torch.device("meta"):
         student = Encoder(start.student_config(recipe, stage).encoder)
     student.check_resolution(recipe.evaluation.resolution)
-    bank_batches = list[Batch]()
+
+    def swept(name: str) -> tuple[np.ndarray, Batches]:
+        return sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)
+
     if label is not None:
         for name in (bank_name, held_out):
-            rows, _ = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)
+            rows, _ = swept(name)
             _labels(feeds[name], feeds[name].source.samples.sample_ids(rows), label)
             if name == bank_name and recipe.evaluation.k > len(rows):
                 raise ValueError(
                     f"evaluation.k = {recipe.evaluation.k}: the bank has {len(rows)} images"
                 )
 
-    def seen(name: str, model: DistillationModel) -> Seen:
-        device = next(model.parameters()).device
-        if name == held_out:  # read anew each time: teachers' tokens of them fill gigabytes
-            batches: Iterable[Batch] = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1]
-        else:
-            if not bank_batches:
-                shown = sweep(recipe, stage, name, feeds[name], HOOK_IMAGES)[1]
-                bank_batches.extend(replace(batch, parts=[]) for batch in shown)
-            batches = bank_batches
-        return look(batches, {FINAL: model}, opened, device=device)
+    @cache
+    def bank_pictures() -> list[Batch]:
+        return [replace(batch, parts=[]) for batch in swept(bank_name)[1]]
+
+    def seen(batches: Iterable[Batch], model: DistillationModel) -> Seen:
+        return look(batches, {FINAL: model}, opened, device=next(model.parameters()).device)
 
     def figures(model: DistillationModel, done: int) -> dict[str, float]:
-        queries = seen(held_out, model)
+        # Read anew each time: the teachers' tokens of them fill gigabytes.
+        queries = seen(swept(held_out)[1], model)
         both = torch.stack([queries.cosines[FINAL, name].mean(0) for name in opened.dims]).mean(0)
         found = {
             "held_out/cosine_summary": float(both[0]),
@@ -269,7 +270,7 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
             SCORE: float(both.mean()),
         }
         if label is not None:
-            bank = seen(bank_name, model)
+            bank = seen(bank_pictures(), model)
             known, truth = _numbered(
                 _labels(feeds[bank_name], bank.sample_ids, label),
                 _labels(feeds[held_out], queries.sample_ids, label),

@@ -243,8 +243,9 @@ def _feed(
         for store in open_stores(other, begun)
     }
     source = CachedSource(readers, normalisers)
-    wanted = set(source.shards())
-    whole = {side: found for side, found in pixels.items() if wanted <= set(found.shards())}
+    whole = {
+        side: found for side, found in pixels.items() if set(source.shards()) <= set(found.shards())
+    }
     return Feed(source, image_reader(), job.views, whole)
 
 

@@ -189,10 +189,7 @@ class Relay:
             self._line(line + "\n")
 
     def _line(self, line: str) -> None:
-        try:
-            reading = _reading(line)
-        except (ValueError, TypeError):  # somebody else printed into the middle of it
-            reading = None
+        reading = _reading(line)
         if reading is None:
             self._say(line)
         else:
@@ -213,14 +210,13 @@ class Relay:
 
 
 def _reading(line: str) -> Reading | None:
-    """Parse a record; None for any other line.
-
-    Raises:
-        ValueError, TypeError: a record that is not whole.
-    """
+    """Parse a record; None for any other line, and a record that somebody else printed into."""
     if not line.startswith(RECORD):
         return None
-    return Reading(**json.loads(line.removeprefix(RECORD)))
+    try:
+        return Reading(**json.loads(line.removeprefix(RECORD)))
+    except (ValueError, TypeError):
+        return None
 
 
 @contextmanager

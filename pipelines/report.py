@@ -12,7 +12,6 @@ import torch
 
 from cache.store import Store
 from eupe import fingerprint as fp
-from eupe.weights import state_digest
 from pipelines import checkpoint, evaluate, figures, tracking
 from pipelines.config import Recipe, StageConfig
 from pipelines.evaluate import Cosine, Evaluation
@@ -71,7 +70,7 @@ def fingerprint(recipe: Recipe) -> str:
         {
             "format": FORMAT,
             "recipe": recipe.model_dump(mode="json"),
-            "weights": [state_digest({**each.encoder(), **each.heads()}) for each in saved],
+            "weights": [each.weights_digest() for each in saved],
             "stores": {
                 str(store.spec.directory()): store.manifest().version for store in _stores(recipe)
             },

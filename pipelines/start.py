@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eupe.heads import DistillationModel
 from eupe.students import build_student
-from eupe.weights import digest, state_digest
+from eupe.weights import digest
 from pipelines import checkpoint, whole_state
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import Recipe, StageConfig, StudentConfig
@@ -120,7 +120,7 @@ def _initial_weights(recipe: Recipe, stage: StageConfig) -> str | None:
     if stage.initial is not None:
         before = recipe.stage(stage.initial)
         saved = checkpoint.finished(recipe.stage_directory(before.stage), before.steps)
-        return state_digest({**saved.encoder(), **saved.heads()})
+        return saved.weights_digest()
     student = student_config(recipe, stage)
     return None if student.weights is None else digest(student.weights, student.encoder)
 
