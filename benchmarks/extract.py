@@ -28,11 +28,12 @@ from cache.store import Store
 from eupe import views
 from eupe.spec import AugmentedView
 from eupe.teachers import Teacher, load_teacher
-from pipelines import family, images, indexing, precompute
+from pipelines import images, indexing, precompute
 from pipelines.codec_torch import encode
-from pipelines.config import ExtractionConfig, SourceConfig
 from pipelines.images import ImageReader
-from pipelines.jobs import CacheJob
+from pipelines.recipe import family
+from pipelines.recipe.config import ExtractionConfig, SourceConfig
+from pipelines.recipe.stores import CacheJob
 
 SIDE = 256
 POLICY = AugmentedView(canvas=SIDE)

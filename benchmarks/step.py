@@ -62,8 +62,8 @@ from eupe.teachers import Teacher
 from pipelines.batches import Batch, Batches, Feed
 from pipelines.draws import TrainingDraw
 from pipelines.images import ImageReader
-from pipelines.mix import Mix
-from pipelines.scales import Scales
+from pipelines.recipe.mix import Mix
+from pipelines.recipe.scales import Scales
 from pipelines.sources import CachedSource, FeatureSource, LiveSource, Normalisers, Raw, Targets
 
 PREFETCH = 1

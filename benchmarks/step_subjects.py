@@ -22,9 +22,10 @@ from eupe.moments import Moments
 from eupe.spec import AugmentedView, CodecName, DatasetSpec, StoreSpec, TeacherSpec
 from eupe.students import FAMILY
 from eupe.teachers import Teacher, load_teacher
-from pipelines import family, images
+from pipelines import images
 from pipelines.codec_torch import encode
 from pipelines.images import ImageReader
+from pipelines.recipe import family
 
 SIDE = 256
 POLICY = AugmentedView(canvas=SIDE)

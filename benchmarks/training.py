@@ -12,8 +12,9 @@ from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss, total_loss
 from eupe.spec import CentreView, EncoderSpec
 from eupe.students import build_student
-from pipelines import family, images, start
+from pipelines import images, start
 from pipelines.images import ImageReader
+from pipelines.recipe import family
 from pipelines.sources import Targets
 
 HIDDEN = 3072

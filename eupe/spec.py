@@ -1,7 +1,8 @@
 """Specs: the frozen, fingerprinted description of everything a cached feature depends on.
 
-Torch-free, so that `cache` may import it. A *Spec* is identity; a *Config* (in `pipelines.config`)
-also says where things lie and how fast to work, which is never identity (DESIGN.md, law 1).
+Torch-free, so that `cache` may import it. A *Spec* is identity; a *Config*
+(`pipelines.recipe.config`) also says where things lie and how fast to work, which is never
+identity (DESIGN.md, law 1).
 """
 
 from pathlib import PurePosixPath

@@ -69,7 +69,7 @@ def cache_build(
     Kill it whenever you like: the same command goes on with the shards that are missing, and
     gives the same bytes.
     """
-    from pipelines import recipes
+    from pipelines.recipe import recipes
 
     asked = recipes.get(recipe, overrides or [])
     from pipelines.precompute import build
@@ -173,7 +173,7 @@ def recipes_list(context: typer.Context, as_json: AsJson = False) -> None:
     """List the recipes: parameters and FLOPs of what each trains, the paper's figures beside."""
     if context.invoked_subcommand is not None:
         return
-    from pipelines import catalogue
+    from pipelines.recipe import catalogue
 
     found = catalogue.entries()
     if as_json:
@@ -196,7 +196,7 @@ def recipes_show(
     [b]assumed[/b]: ours, since the paper does not say. [b]execution[/b]: where and how fast the
     run works, never what it learns.
     """
-    from pipelines import paper, recipes
+    from pipelines.recipe import paper, recipes
 
     settings = paper.settings(recipes.get(recipe, overrides or []))
     if as_json:
@@ -223,7 +223,7 @@ def train(
 
     The same loop as `stage1`, `stage2` and `stage3`, which Ray jobs run.
     """
-    from pipelines import recipes
+    from pipelines.recipe import recipes
 
     asked = recipes.get(recipe, overrides or [])
     trained = asked.stage(stage)
@@ -251,7 +251,7 @@ def evaluate(
     kNN by a label, and cosine to the cached teachers, beside the student before training and the
     best prediction that ignores the image. Written to evaluation.json in the run directory.
     """
-    from pipelines import recipes
+    from pipelines.recipe import recipes
 
     asked = recipes.get(recipe, overrides or [])
     judged = asked.stage(stage) if stage else asked.stages[-1]
@@ -283,7 +283,7 @@ def report(
     The last step of [b]eupe run[/b], for runs whose steps you started yourself. What is there
     already, of the same checkpoints and caches, is left as it is.
     """
-    from pipelines import recipes
+    from pipelines.recipe import recipes
 
     asked, took = recipes.get(recipe, overrides or []), clocked(seconds or [])
     from pipelines import report as reports
@@ -303,7 +303,7 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
     cluster that RAY_ADDRESS names; without them on temporary ones of this machine. Steps whose
     output is there already are not repeated.
     """
-    from pipelines import recipes
+    from pipelines.recipe import recipes
 
     asked = recipes.get(recipe, overrides or [])  # refused before anything is started
     prefect_settings(recipes.home())
@@ -340,7 +340,7 @@ def root_of(root: Path | None) -> Path:
 
     if root is not None:
         return layout.cache_root(root).resolve()
-    from pipelines import recipes
+    from pipelines.recipe import recipes
 
     return layout.cache_root(recipes.get("demo").cache_root)
 

@@ -20,11 +20,12 @@ from flows import artifacts, summary
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
-from pipelines import recipes, report
-from pipelines.config import PROXY
+from pipelines import report
 from pipelines.errors import BAD_INPUT
-from pipelines.jobs import cache_jobs, proxy_jobs
 from pipelines.progress import Relay
+from pipelines.recipe import recipes
+from pipelines.recipe.config import PROXY
+from pipelines.recipe.stores import cache_jobs, proxy_jobs
 
 
 @task(name="train", task_run_name="train {stage}", cache_policy=NO_CACHE)

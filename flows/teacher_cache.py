@@ -17,11 +17,12 @@ from cache.verify import Report
 from flows import artifacts
 from flows.inspection import store_lines
 from flows.parameters import Overrides, RecipeName
-from pipelines import indexing, precompute, recipes
+from pipelines import indexing, precompute
 from pipelines.indexing import Indexed
-from pipelines.jobs import CacheJob, job_groups
 from pipelines.pool import Pool
 from pipelines.precompute import Built, Extracted
+from pipelines.recipe import recipes
+from pipelines.recipe.stores import CacheJob, job_groups
 
 
 @task(name="index samples", task_run_name="index {job.dataset.name}", cache_policy=NO_CACHE)

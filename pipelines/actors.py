@@ -29,9 +29,9 @@ from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
 from pipelines.codec_torch import encode
-from pipelines.config import TeacherConfig
 from pipelines.forward import padded_forward
 from pipelines.images import ImageReader
+from pipelines.recipe.config import TeacherConfig
 
 Output = tuple[str, int]
 """A teacher's name and the resolution of its input, pixels."""

@@ -26,7 +26,7 @@ from eupe.spec import AugmentedView, CentreView
 from pipelines.buffers import Buffers
 from pipelines.draws import Draw, Drawn
 from pipelines.images import ImageReader
-from pipelines.scales import Scales
+from pipelines.recipe.scales import Scales
 from pipelines.sources import FeatureSource, Raw, Targets
 
 HINTED_BATCHES = 32

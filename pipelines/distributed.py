@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import whole_state
-from pipelines.config import StageConfig
+from pipelines.recipe.config import StageConfig
 from pipelines.workers import Workers
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from cache.order import EpochOrder, hashed
 from cache.samples import ShardRange
-from pipelines.mix import Mix
+from pipelines.recipe.mix import Mix
 
 
 class Drawn(NamedTuple):

@@ -22,11 +22,11 @@ from eupe.probes import knn_predict, paired_test, top1
 from pipelines import checkpoint, inputs, start
 from pipelines.batches import Batch, Batches, Feed
 from pipelines.compare import BASELINE, Constants, Seen, look
-from pipelines.config import Recipe, StageConfig
 from pipelines.draws import Sweep
 from pipelines.inputs import Inputs
 from pipelines.progress import track
-from pipelines.scales import Scales
+from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.scales import Scales
 from pipelines.train import SCORE, Evaluate
 
 HOOK_IMAGES = 1024

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eupe.probes import pca_rgb
 from pipelines import checkpoint, evaluate, inputs, start
-from pipelines.config import Recipe, StageConfig
+from pipelines.recipe.config import Recipe, StageConfig
 
 TOKEN_IMAGES = 6
 BEFORE, AFTER = "before", "after"

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from cache import place
 from cache.bucket import BucketPath
-from pipelines.config import SourceConfig
+from pipelines.recipe.config import SourceConfig
 
 # Part of the key rule (identity), hence a fixed list and not what the installed Pillow can read.
 IMAGE_SUFFIXES = frozenset(

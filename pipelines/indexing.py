@@ -14,7 +14,7 @@ from cache.errors import NotBuilt
 from cache.samples import Samples
 from eupe.spec import DatasetSpec
 from pipelines import images
-from pipelines.jobs import CacheJob, rows_per_shard
+from pipelines.recipe.stores import CacheJob, rows_per_shard
 
 REASONS_SHOWN = 10
 PART_ROWS = 100_000

@@ -11,13 +11,14 @@ from cache.reader import Reader
 from cache.store import Store
 from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
-from pipelines import checkpoint, scales
+from pipelines import checkpoint
 from pipelines.batches import Batch, Batches, Feed
-from pipelines.config import Recipe, StageConfig
 from pipelines.draws import TrainingDraw
 from pipelines.images import ImageReader
-from pipelines.jobs import CacheJob, jobs_of, open_stores, pixel_jobs
-from pipelines.mix import Mix
+from pipelines.recipe import scales
+from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.mix import Mix
+from pipelines.recipe.stores import CacheJob, jobs_of, open_stores, pixel_jobs
 from pipelines.sources import CachedSource, Normalisers
 
 NORMALISERS: dict[str, Callable[[Moments], Normaliser]] = {"zscore": zscore, "phi-s": phi_s}

@@ -14,11 +14,11 @@ import torch
 
 from eupe.heads import DistillationModel
 from pipelines import checkpoint, cluster, distributed, start
-from pipelines.config import Recipe, StageConfig
 from pipelines.errors import bad_input, telling_whose
 from pipelines.inputs import Inputs, from_caches
 from pipelines.meters import in_words
 from pipelines.progress import track
+from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.tracking import METRICS_FILE
 from pipelines.train import Evaluate, StageResult, train_stage
 from pipelines.workers import OneProcess, Workers

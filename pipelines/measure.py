@@ -12,9 +12,9 @@ from cache.samples import Samples
 from eupe.moments import Moments, merge
 from eupe.spec import StoreSpec
 from pipelines.actors import Measured, Output
-from pipelines.jobs import CacheJob
 from pipelines.pool import Pool
 from pipelines.progress import track
+from pipelines.recipe.stores import CacheJob
 
 _KINDS = ("summary", "patches")
 SAMPLE_TOKENS = 8192

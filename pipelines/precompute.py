@@ -24,18 +24,18 @@ from cache.verify import Report, verify
 from eupe.spec import StoreSpec
 from pipelines import codec_quality
 from pipelines.actors import Extractor, provenance
-from pipelines.config import Recipe
 from pipelines.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
-from pipelines.jobs import (
+from pipelines.measure import measure
+from pipelines.pool import Pool
+from pipelines.progress import track
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stores import (
     CacheJob,
     compute_threads,
     device,
     job_groups,
     store_specs,
 )
-from pipelines.measure import measure
-from pipelines.pool import Pool
-from pipelines.progress import track
 
 VIEWS_TOGETHER = 4
 """Views of a shard that one call draws from one decode; it holds the patches of all of them."""

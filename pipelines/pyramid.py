@@ -6,9 +6,9 @@ import torch
 
 from pipelines import checkpoint, evaluate, inputs, start, tracking
 from pipelines.compare import look
-from pipelines.config import PROXY, Recipe, StageConfig
 from pipelines.progress import track
-from pipelines.scales import Scales
+from pipelines.recipe.config import PROXY, Recipe, StageConfig
+from pipelines.recipe.scales import Scales
 
 LOSS = "loss/total"
 

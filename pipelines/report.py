@@ -13,11 +13,11 @@ import torch
 from cache.store import Store
 from eupe import fingerprint as fp
 from pipelines import checkpoint, evaluate, figures, tracking
-from pipelines.config import Recipe, StageConfig
 from pipelines.evaluate import Cosine, Evaluation
 from pipelines.figures import TokenPicture
-from pipelines.jobs import job_groups, open_stores
 from pipelines.pyramid import StageFigures, stage_figures
+from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.stores import job_groups, open_stores
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 TEMPLATE = "report.html.j2"

@@ -2,7 +2,8 @@
 
 import sys
 
-from pipelines import recipes, stage_command
+from pipelines import stage_command
+from pipelines.recipe import recipes
 
 
 def main() -> None:

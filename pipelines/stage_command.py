@@ -4,9 +4,10 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from pipelines import evaluate, launch, recipes
-from pipelines.config import StageName
+from pipelines import evaluate, launch
 from pipelines.errors import one_sentence
+from pipelines.recipe import recipes
+from pipelines.recipe.config import StageName
 from pipelines.train import StageResult
 
 

@@ -10,8 +10,8 @@ from eupe.students import build_student
 from eupe.weights import digest
 from pipelines import checkpoint, whole_state
 from pipelines.checkpoint import Checkpoint
-from pipelines.config import Recipe, StageConfig, StudentConfig
 from pipelines.inputs import Inputs
+from pipelines.recipe.config import Recipe, StageConfig, StudentConfig
 
 EXECUTION = {
     "micro_batch",

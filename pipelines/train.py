@@ -26,10 +26,10 @@ from pipelines import checkpoint, start, tracking, whole_state
 from pipelines.batches import Batch
 from pipelines.buffers import Crossing
 from pipelines.checkpoint import Checkpoint, Contents
-from pipelines.config import Recipe, StageConfig
 from pipelines.inputs import Inputs
 from pipelines.meters import TERMS, Pace, Window, in_words
 from pipelines.progress import track
+from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.workers import OneProcess, Workers
 
 Evaluate = Callable[[DistillationModel, int], Mapping[str, float]]

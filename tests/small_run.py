@@ -5,7 +5,7 @@ from pathlib import Path
 import pipelines_caches
 
 from eupe.spec import CentreView, EncoderSpec
-from pipelines.config import (
+from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
     ExtractionConfig,
@@ -15,7 +15,7 @@ from pipelines.config import (
     StageConfig,
     StudentConfig,
 )
-from pipelines.jobs import cache_jobs
+from pipelines.recipe.stores import cache_jobs
 
 EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji" / "emoji.parquet"
 

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 
 from eupe.normalise import Normaliser
 from eupe.spec import CentreView, EncoderSpec
-from pipelines import scales
 from pipelines.batches import Batch, Feed, Part
-from pipelines.config import (
+from pipelines.images import ImageReader
+from pipelines.inputs import Inputs
+from pipelines.recipe import scales
+from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
     OptimizerConfig,
@@ -21,8 +23,6 @@ from pipelines.config import (
     StudentConfig,
     TeacherConfig,
 )
-from pipelines.images import ImageReader
-from pipelines.inputs import Inputs
 from pipelines.sources import FeatureSource, Normalisers, Raw, Targets
 
 TEACHERS = {"near": (6, 4), "far": (5, 3)}

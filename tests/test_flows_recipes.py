@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from flows.cli import main
-from pipelines import catalogue, paper, recipes
-from pipelines.catalogue import Entry
+from pipelines.recipe import catalogue, paper, recipes
+from pipelines.recipe.catalogue import Entry
 
 PARAMETERS_MILLIONS = {  # timm's encoders without classifier, METHOD.md's family table
     "eupe_vitt16": 5.49,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import family, paper
+from pipelines.recipe import family, paper
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/paper_map.md").read_text()

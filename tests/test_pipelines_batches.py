@@ -19,8 +19,8 @@ from eupe.normalise import Normaliser
 from pipelines.batches import Batch, Batches, Feed
 from pipelines.draws import Sweep, TrainingDraw, view_numbers
 from pipelines.images import ImageReader
-from pipelines.mix import Mix
-from pipelines.scales import Scales
+from pipelines.recipe.mix import Mix
+from pipelines.recipe.scales import Scales
 from pipelines.sources import CachedSource, Normalisers
 
 COUNT, BATCH = 24, 8

@@ -19,7 +19,7 @@ from flows.inspection import describe
 from pipelines import indexing, inputs, precompute, tracking
 from pipelines.actors import Measured
 from pipelines.codec_quality import quality
-from pipelines.jobs import cache_jobs, open_stores
+from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.train import train_stage
 
 DIM = 1280  # EfficientNet-Lite0's

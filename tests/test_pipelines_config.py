@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import config, recipes
-from pipelines.config import Recipe, StageConfig, override, validated
+from pipelines.recipe import config, recipes
+from pipelines.recipe.config import Recipe, StageConfig, override, validated
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipelines import family, paper
-from pipelines.config import Recipe, override, validated
+from pipelines.recipe import family, paper
+from pipelines.recipe.config import Recipe, override, validated
 
 RECIPES = [*(family.full(name) for name in family.STUDENTS), family.proxy()]
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pipelines_caches import index, pictures, write_folder, write_parquet, write_tar
 
-from pipelines.config import SourceConfig
 from pipelines.image_walks import IMAGE_SUFFIXES, sample_id
 from pipelines.images import ImageReader
+from pipelines.recipe.config import SourceConfig
 
 SUFFIX = {write_folder: "", write_tar: ".tar", write_parquet: ".parquet"}
 

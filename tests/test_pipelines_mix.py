@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.mix import STEPS_PER_BLOCK, Mix
+from pipelines.recipe.mix import STEPS_PER_BLOCK, Mix
 
 DRAWS = 100_000
 # Five standard errors of a frequency over DRAWS: a false alarm once in a million runs, and the

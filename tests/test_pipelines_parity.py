@@ -22,7 +22,8 @@ from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
 from pipelines import inputs
 from pipelines.batches import Feed
-from pipelines.config import (
+from pipelines.images import ImageReader
+from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
     ExtractionConfig,
@@ -32,8 +33,7 @@ from pipelines.config import (
     StudentConfig,
     WorkersConfig,
 )
-from pipelines.images import ImageReader
-from pipelines.jobs import open_stores
+from pipelines.recipe.stores import open_stores
 from pipelines.sources import Raw, Resolutions
 
 __all__ = ["one_thread"]  # a fixture, used by itself

@@ -14,9 +14,9 @@ from eupe.encoders import Encoder
 from eupe.pixels import RGB
 from pipelines import inputs
 from pipelines.codec_torch import encode
-from pipelines.config import Recipe
 from pipelines.images import ImageReader
-from pipelines.jobs import cache_jobs, open_stores, pixel_jobs
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stores import cache_jobs, open_stores, pixel_jobs
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,9 @@ from cache.reader import Reader
 from cache.samples import Samples
 from cache.store import find_stores, open_store
 from eupe.spec import CentreView
-from pipelines import indexing, jobs, precompute
+from pipelines import indexing, precompute
 from pipelines.pool import num_that_fit
+from pipelines.recipe.stores import open_stores
 
 START_SECONDS = 240.0  # Ray, torch and a teacher on a busy machine
 END_SECONDS = 60.0  # Ray's processes after their driver's death
@@ -99,11 +100,11 @@ def test_a_lost_shard_alone_is_computed_again(tmp_path, images):
     before = data_files(tmp_path / "root")
     (store.directory / "view-0001" / "c" / "1" / "0" / "0").unlink()
     with pytest.raises(NotBuilt, match="half built, 1 of 6 shards are missing"):
-        jobs.open_stores(work)
+        open_stores(work)
     done = precompute.extract_missing(work, [store], HerePool(work))
     assert (done.num_shards, done.num_images) == (1, 10)
     assert data_files(tmp_path / "root") == before
-    assert jobs.open_stores(work)[0].spec == store.spec
+    assert open_stores(work)[0].spec == store.spec
 
 
 def test_growing_adds_files_and_changes_none(tmp_path, images):
@@ -210,7 +211,7 @@ def test_another_teacher_view_or_weights_is_another_store(tmp_path, images):
     (store,) = build(job(tmp_path / "root", source))
     other = job(tmp_path / "root", source, teachers=(teacher(weights="random:1"),))
     with pytest.raises(FingerprintMismatch, match=r"teacher\.weights"):
-        jobs.open_stores(other)
+        open_stores(other)
     build(other)
     build(job(tmp_path / "root", source, views=CentreView(canvas=64)))
     assert len(find_stores(tmp_path / "root")) == 3
@@ -358,7 +359,7 @@ def test_killed_in_the_middle_a_build_ends_byte_for_byte_as_undisturbed(tmp_path
     assert [path for path in ours if ours[path] != theirs[path]] == []
     assert not list((tmp_path / "killed").rglob(".tmp/*~*"))  # what the dead left was swept
     work = precompute_child.killed_job(tmp_path / "killed", parquet)
-    precompute.verify_stores(jobs.open_stores(work))
+    precompute.verify_stores(open_stores(work))
 
 
 def start(root: Path, images: Path) -> subprocess.Popen[str]:

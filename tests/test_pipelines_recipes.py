@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from eupe.encoders import Encoder
-from pipelines import recipes, start
-from pipelines.config import PROXY, validated
+from pipelines import start
+from pipelines.recipe import recipes
+from pipelines.recipe.config import PROXY, validated
 
 ROOT = Path(__file__).parents[1]
 

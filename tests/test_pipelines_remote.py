@@ -13,8 +13,8 @@ from pipelines_runs import from_cache, one_thread
 from cache import bucket, place
 from cache.bucket import BucketPath
 from pipelines import images, inputs
-from pipelines.config import SourceConfig
-from pipelines.jobs import cache_jobs
+from pipelines.recipe.config import SourceConfig
+from pipelines.recipe.stores import cache_jobs
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 

@@ -22,7 +22,7 @@ from pipelines import (
     start,
     tracking,
 )
-from pipelines.jobs import cache_jobs
+from pipelines.recipe.stores import cache_jobs
 from pipelines.train import SCORE
 
 

@@ -17,9 +17,10 @@ from pipelines_runs import (
 )
 
 from cache.errors import FingerprintMismatch
-from pipelines import inputs, launch, pyramid, scales
-from pipelines.config import PROXY, Recipe, StageConfig
-from pipelines.jobs import (
+from pipelines import inputs, launch, pyramid
+from pipelines.recipe import scales
+from pipelines.recipe.config import PROXY, Recipe, StageConfig
+from pipelines.recipe.stores import (
     cache_jobs,
     job_groups,
     open_stores,

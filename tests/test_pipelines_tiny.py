@@ -9,9 +9,10 @@ import pytest
 from pipelines_caches import build
 from pipelines_runs import one_thread
 
-from pipelines import checkpoint, family, launch, recipes, tracking
-from pipelines.config import Recipe
-from pipelines.jobs import cache_jobs, proxy_jobs
+from pipelines import checkpoint, launch, tracking
+from pipelines.recipe import family, recipes
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stores import cache_jobs, proxy_jobs
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 

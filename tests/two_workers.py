@@ -29,10 +29,10 @@ from eupe.heads import DistillationModel
 from eupe.weights import state_digest
 from pipelines import distributed, inputs
 from pipelines.batches import Batch, Feed, Part
-from pipelines.config import Recipe, StageConfig
 from pipelines.images import ImageReader
 from pipelines.inputs import Inputs
-from pipelines.scales import Scales
+from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.scales import Scales
 from pipelines.sources import Normalisers, Raw, Targets
 from pipelines.train import Evaluate, StageResult, train_stage
 from pipelines.workers import OneProcess, Workers

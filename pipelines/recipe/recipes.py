@@ -11,8 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
-from pipelines import family
-from pipelines.config import (
+from pipelines.recipe import family
+from pipelines.recipe.config import (
     PROXY,
     DatasetConfig,
     EvaluationConfig,

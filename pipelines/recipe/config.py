@@ -25,7 +25,7 @@ from eupe.spec import (
     Spec,
     ViewPolicy,
 )
-from pipelines.mix import Mix
+from pipelines.recipe.mix import Mix
 
 StageName = Literal["stage1", "stage2", "stage3"]
 PROXY = "proxy"

@@ -3,7 +3,7 @@
 import hashlib
 from typing import NamedTuple
 
-from pipelines.config import StageConfig
+from pipelines.recipe.config import StageConfig
 
 
 class Scales(NamedTuple):

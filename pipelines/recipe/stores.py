@@ -11,7 +11,7 @@ from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
 from eupe.weights import digest
 from pipelines import checkpoint
 from pipelines.checkpoint import Checkpoint
-from pipelines.config import (
+from pipelines.recipe.config import (
     PIXELS,
     PROXY,
     DatasetConfig,

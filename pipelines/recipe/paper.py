@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from eupe.students import FAMILY
-from pipelines.config import Recipe
+from pipelines.recipe.config import Recipe
 
 EXECUTION = (
     "name",

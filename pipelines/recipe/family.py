@@ -1,13 +1,13 @@
 """The paper's recipes: the six students and the proxy, each with a tiny twin for two cores.
 
 Every number that EUPE (arXiv:2603.22387) publishes stands here as it is printed; which ones those
-are, `pipelines.paper` says. A twin keeps the recipe's shape (stages, teachers joined by key, drawn
-scales, heads) and shrinks what costs time.
+are, `pipelines.recipe.paper` says. A twin keeps the recipe's shape (stages, teachers joined by key,
+drawn scales, heads) and shrinks what costs time.
 """
 
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from eupe.students import FAMILY
-from pipelines.config import (
+from pipelines.recipe.config import (
     PROXY,
     DatasetConfig,
     EvaluationConfig,

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from eupe.costs import cost
-from pipelines import paper, recipes, start
-from pipelines.paper import Published
+from pipelines import start
+from pipelines.recipe import paper, recipes
+from pipelines.recipe.paper import Published
 
 
 class Entry(NamedTuple):

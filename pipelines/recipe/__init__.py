@@ -1,0 +1,1 @@
+"""What a run is asked to do: typed recipes, the paper's and the demo's, and what they need."""
