@@ -34,10 +34,10 @@ from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.spec import EncoderSpec
 from eupe.teachers import load_teacher
-from pipelines import checkpoint
 from pipelines.codec_quality import quality
 from pipelines.codec_torch import Decoder, encode
 from pipelines.recipe import family, recipes
+from pipelines.records import checkpoint
 
 CODECS = ("float32", "float16", "bfloat16", "int8", "rot4", "rot3", "rot2")
 BATCH = 16

@@ -11,7 +11,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from pipelines.progress import Reading, set_listener
+from pipelines.machines.progress import Reading, set_listener
 
 
 @contextmanager

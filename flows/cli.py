@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.errors import one_sentence
+from pipelines.machines.errors import one_sentence
 
 app = typer.Typer(
     name="eupe",
@@ -136,7 +136,7 @@ def cache_verify(
     """Check every committed file against its recorded checksum; exit code 1 if one is wrong."""
     from cache.store import find_stores, open_store
     from cache.verify import verify
-    from pipelines.progress import track
+    from pipelines.machines.progress import track
 
     base = root_of(root)
     stores = [open_store(base, info.spec) for info in find_stores(base)]

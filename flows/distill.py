@@ -21,8 +21,8 @@ from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
 from pipelines import report
-from pipelines.errors import BAD_INPUT
-from pipelines.progress import Relay
+from pipelines.machines.errors import BAD_INPUT
+from pipelines.machines.progress import Relay
 from pipelines.recipe import recipes
 from pipelines.recipe.config import PROXY
 from pipelines.recipe.stores import cache_jobs, proxy_jobs

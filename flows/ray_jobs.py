@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from flows.loopback import free_ports
-from pipelines import cluster
+from pipelines.machines import cluster
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -19,7 +19,7 @@ from flows.inspection import store_lines
 from flows.parameters import Overrides, RecipeName
 from pipelines import indexing, precompute
 from pipelines.indexing import Indexed
-from pipelines.pool import Pool
+from pipelines.machines.pool import Pool
 from pipelines.precompute import Built, Extracted
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import CacheJob, job_groups

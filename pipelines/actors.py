@@ -1,6 +1,6 @@
 """The extractor: a process that holds the teachers and turns shards of images into shard files.
 
-It is an ordinary class; `pipelines.pool` makes Ray actors of it. All it does can be done again:
+It is an ordinary class; `pipelines.machines.pool` makes Ray actors of it. All it does can be done again:
 calls are functions of their arguments, and files are written whole (DESIGN.md, law 5).
 """
 

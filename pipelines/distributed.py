@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines import whole_state
 from pipelines.recipe.config import StageConfig
+from pipelines.records import whole_state
 from pipelines.workers import Workers
 
 

@@ -19,14 +19,15 @@ from torch import Tensor
 from eupe.encoders import Encoder, Features
 from eupe.heads import DistillationModel
 from eupe.probes import knn_predict, paired_test, top1
-from pipelines import checkpoint, inputs, start
+from pipelines import inputs, start
 from pipelines.batches import Batch, Batches, Feed
 from pipelines.compare import BASELINE, Constants, Seen, look
 from pipelines.draws import Sweep
 from pipelines.inputs import Inputs
-from pipelines.progress import track
+from pipelines.machines.progress import track
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.scales import Scales
+from pipelines.records import checkpoint
 from pipelines.train import SCORE, Evaluate
 
 HOOK_IMAGES = 1024

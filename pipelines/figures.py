@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from eupe.probes import pca_rgb
-from pipelines import checkpoint, evaluate, inputs, start
+from pipelines import evaluate, inputs, start
 from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.records import checkpoint
 
 TOKEN_IMAGES = 6
 BEFORE, AFTER = "before", "after"

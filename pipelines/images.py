@@ -33,7 +33,7 @@ from cache.errors import NotBuilt
 from eupe.spec import AugmentedView, CentreView
 from eupe.views import ImageError, make_view
 from pipelines.image_walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
-from pipelines.progress import track
+from pipelines.machines.progress import track
 from pipelines.recipe.config import SourceConfig
 
 WINDOW = 256  # candidates in memory at once while indexing

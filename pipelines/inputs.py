@@ -11,7 +11,6 @@ from cache.reader import Reader
 from cache.store import Store
 from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
-from pipelines import checkpoint
 from pipelines.batches import Batch, Batches, Feed
 from pipelines.draws import TrainingDraw
 from pipelines.images import ImageReader
@@ -19,6 +18,7 @@ from pipelines.recipe import scales
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.stores import CacheJob, jobs_of, open_stores, pixel_jobs
+from pipelines.records import checkpoint
 from pipelines.sources import CachedSource, Normalisers
 
 NORMALISERS: dict[str, Callable[[Moments], Normaliser]] = {"zscore": zscore, "phi-s": phi_s}

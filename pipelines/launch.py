@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 
 from eupe.heads import DistillationModel
-from pipelines import checkpoint, cluster, distributed, start
-from pipelines.errors import bad_input, telling_whose
+from pipelines import distributed, start
 from pipelines.inputs import Inputs, from_caches
+from pipelines.machines import cluster
+from pipelines.machines.errors import bad_input, telling_whose
+from pipelines.machines.progress import track
 from pipelines.meters import in_words
-from pipelines.progress import track
 from pipelines.recipe.config import Recipe, StageConfig
-from pipelines.tracking import METRICS_FILE
+from pipelines.records import checkpoint
+from pipelines.records.tracking import METRICS_FILE
 from pipelines.train import Evaluate, StageResult, train_stage
 from pipelines.workers import OneProcess, Workers
 

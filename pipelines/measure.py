@@ -12,8 +12,8 @@ from cache.samples import Samples
 from eupe.moments import Moments, merge
 from eupe.spec import StoreSpec
 from pipelines.actors import Measured, Output
-from pipelines.pool import Pool
-from pipelines.progress import track
+from pipelines.machines.pool import Pool
+from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob
 
 _KINDS = ("summary", "patches")

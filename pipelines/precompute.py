@@ -25,9 +25,9 @@ from eupe.spec import StoreSpec
 from pipelines import codec_quality
 from pipelines.actors import Extractor, provenance
 from pipelines.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
+from pipelines.machines.pool import Pool
+from pipelines.machines.progress import track
 from pipelines.measure import measure
-from pipelines.pool import Pool
-from pipelines.progress import track
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import (
     CacheJob,

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines import checkpoint, evaluate, inputs, start, tracking
+from pipelines import evaluate, inputs, start
 from pipelines.compare import look
-from pipelines.progress import track
+from pipelines.machines.progress import track
 from pipelines.recipe.config import PROXY, Recipe, StageConfig
 from pipelines.recipe.scales import Scales
+from pipelines.records import checkpoint, tracking
 
 LOSS = "loss/total"
 

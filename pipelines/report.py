@@ -12,12 +12,13 @@ import torch
 
 from cache.store import Store
 from eupe import fingerprint as fp
-from pipelines import checkpoint, evaluate, figures, tracking
+from pipelines import evaluate, figures
 from pipelines.evaluate import Cosine, Evaluation
 from pipelines.figures import TokenPicture
 from pipelines.pyramid import StageFigures, stage_figures
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.stores import job_groups, open_stores
+from pipelines.records import checkpoint, tracking
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 TEMPLATE = "report.html.j2"

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 from pipelines import evaluate, launch
-from pipelines.errors import one_sentence
+from pipelines.machines.errors import one_sentence
 from pipelines.recipe import recipes
 from pipelines.recipe.config import StageName
 from pipelines.train import StageResult

@@ -22,14 +22,15 @@ from eupe.encoders import Features
 from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
-from pipelines import checkpoint, start, tracking, whole_state
+from pipelines import start
 from pipelines.batches import Batch
 from pipelines.buffers import Crossing
-from pipelines.checkpoint import Checkpoint, Contents
 from pipelines.inputs import Inputs
+from pipelines.machines.progress import track
 from pipelines.meters import TERMS, Pace, Window, in_words
-from pipelines.progress import track
 from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.records import checkpoint, tracking, whole_state
+from pipelines.records.checkpoint import Checkpoint, Contents
 from pipelines.workers import OneProcess, Workers
 
 Evaluate = Callable[[DistillationModel, int], Mapping[str, float]]

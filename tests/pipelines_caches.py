@@ -116,7 +116,7 @@ def index(source: SourceConfig, known: frozenset[str] = frozenset()) -> images.P
 
 
 class HerePool:
-    """Does in this process what `pipelines.pool.Pool` has actors do."""
+    """Does in this process what `pipelines.machines.pool.Pool` has actors do."""
 
     def __init__(self, job: CacheJob) -> None:
         self._extractor = Extractor(job.teachers, job.extraction.decode_threads)

@@ -9,7 +9,7 @@ import torch
 
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from eupe.teachers import load_teacher
-from pipelines import inputs, tracking
+from pipelines import inputs
 from pipelines.batches import Feed
 from pipelines.images import ImageReader
 from pipelines.recipe.config import (
@@ -26,6 +26,7 @@ from pipelines.recipe.config import (
     WorkersConfig,
 )
 from pipelines.recipe.stores import CacheJob, jobs_of, open_stores
+from pipelines.records import tracking
 from pipelines.sources import LiveSource
 from pipelines.train import train_stage
 

@@ -19,7 +19,7 @@ from pipelines_caches import (
 from eupe import views
 from pipelines import actors, indexing, precompute
 from pipelines.forward import padded_forward
-from pipelines.pool import IN_FLIGHT
+from pipelines.machines.pool import IN_FLIGHT
 
 DECODE_SECONDS = 60.0  # 16 emoji on a busy machine
 

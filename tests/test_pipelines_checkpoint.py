@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from eupe.spec import EncoderSpec
 from eupe.students import build_student
 from eupe.weights import CHECKPOINT_FILE, load_state_dict
-from pipelines import checkpoint
-from pipelines.checkpoint import Contents
+from pipelines.records import checkpoint
+from pipelines.records.checkpoint import Contents
 
 ENCODER = EncoderSpec(
     architecture="vit_tiny_patch16_dinov3_qkvb",

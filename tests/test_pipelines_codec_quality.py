@@ -16,10 +16,11 @@ from cache.store import find_stores
 from cache.verify import verify
 from eupe.moments import Moments
 from flows.inspection import describe
-from pipelines import indexing, inputs, precompute, tracking
+from pipelines import indexing, inputs, precompute
 from pipelines.actors import Measured
 from pipelines.codec_quality import quality
 from pipelines.recipe.stores import cache_jobs, open_stores
+from pipelines.records import tracking
 from pipelines.train import train_stage
 
 DIM = 1280  # EfficientNet-Lite0's

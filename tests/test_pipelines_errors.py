@@ -11,7 +11,7 @@ import pytest
 from cache.errors import NotBuilt
 from eupe import fingerprint
 from flows.cli import main
-from pipelines.errors import bad_input, telling_whose
+from pipelines.machines.errors import bad_input, telling_whose
 
 
 def raised(action) -> Exception:

@@ -15,12 +15,13 @@ from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
 from eupe.views import decode, draw, render, resize
 from eupe.weights import CHECKPOINT_FILE
-from pipelines import checkpoint, evaluate, inputs, launch, report, stage_command, start, train
-from pipelines.checkpoint import Contents
+from pipelines import evaluate, inputs, launch, report, stage_command, start, train
 from pipelines.compare import Constants
 from pipelines.images import ImageReader
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import cache_jobs, open_stores
+from pipelines.records import checkpoint
+from pipelines.records.checkpoint import Contents
 
 # Composed modules in float32 on batches of another size.
 COMPOSED = 1e-4

@@ -8,8 +8,8 @@ import pytest
 
 from cache.errors import NotBuilt
 from eupe import fingerprint
-from pipelines.errors import bad_input
-from pipelines.pool import Pool
+from pipelines.machines.errors import bad_input
+from pipelines.machines.pool import Pool
 
 
 @pytest.fixture(scope="module")

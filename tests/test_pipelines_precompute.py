@@ -33,7 +33,7 @@ from cache.samples import Samples
 from cache.store import find_stores, open_store
 from eupe.spec import CentreView
 from pipelines import indexing, precompute
-from pipelines.pool import num_that_fit
+from pipelines.machines.pool import num_that_fit
 from pipelines.recipe.stores import open_stores
 
 START_SECONDS = 240.0  # Ray, torch and a teacher on a busy machine

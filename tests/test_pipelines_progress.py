@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from pipelines.progress import Reading, Relay, set_listener, track
+from pipelines.machines.progress import Reading, Relay, set_listener, track
 
 CHILD = """
 import sys
-from pipelines.progress import track
+from pipelines.machines.progress import track
 print("before", file=sys.stderr)
 with track(3, "Counting", "sheep") as progress:
     for _ in range(3):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipelines import tracking
-from pipelines.tracking import JsonLines
+from pipelines.records import tracking
+from pipelines.records.tracking import JsonLines
 
 
 def test_figures_are_read_back_in_order(tmp_path):

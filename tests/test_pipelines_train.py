@@ -17,9 +17,10 @@ import torch
 import train_child
 from filelock import FileLock
 
-from pipelines import checkpoint, start, tracking, train
-from pipelines.errors import bad_input
+from pipelines import start, train
+from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
+from pipelines.records import checkpoint, tracking
 from pipelines.train import train_stage
 
 CHILD = Path(__file__).with_name("train_child.py")

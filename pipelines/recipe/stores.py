@@ -9,8 +9,6 @@ from eupe.encoders import Encoder
 from eupe.pixels import RGB
 from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
 from eupe.weights import digest
-from pipelines import checkpoint
-from pipelines.checkpoint import Checkpoint
 from pipelines.recipe.config import (
     PIXELS,
     PROXY,
@@ -20,6 +18,8 @@ from pipelines.recipe.config import (
     StageConfig,
     TeacherConfig,
 )
+from pipelines.records import checkpoint
+from pipelines.records.checkpoint import Checkpoint
 
 SHARD_BYTES = 256 * 2**20
 

@@ -7,8 +7,8 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, Self
 
-from pipelines.cluster import connect
-from pipelines.errors import bad_input, telling_whose
+from pipelines.machines.cluster import connect
+from pipelines.machines.errors import bad_input, telling_whose
 
 IN_FLIGHT = 2  # a call writes its files while the next one computes
 MAX_RESTARTS = 3

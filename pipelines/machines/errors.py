@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache.errors import StoreError
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 ROOMS = ("eupe", "cache", "pipelines", "flows")
 BAD_INPUT = 2
 

@@ -1,0 +1,1 @@
+"""What the work runs on: the Ray cluster, pools of actors, progress, errors at the edge."""
