@@ -35,7 +35,7 @@ from eupe.normalise import zscore
 from eupe.spec import EncoderSpec
 from eupe.teachers import load_teacher
 from pipelines.codec_quality import quality
-from pipelines.codec_torch import Decoder, encode
+from pipelines.features.codec_torch import Decoder, encode
 from pipelines.recipe import family, recipes
 from pipelines.records import checkpoint
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pipelines.images.index.index import ImageReader
 
 from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
@@ -28,9 +29,9 @@ from cache.store import Store
 from eupe import views
 from eupe.spec import AugmentedView
 from eupe.teachers import Teacher, load_teacher
-from pipelines import images, indexing, precompute
-from pipelines.codec_torch import encode
-from pipelines.images import ImageReader
+from pipelines import indexing, precompute
+from pipelines.features.codec_torch import encode
+from pipelines.images.index import index
 from pipelines.recipe import family
 from pipelines.recipe.config import ExtractionConfig, SourceConfig
 from pipelines.recipe.stores import CacheJob
@@ -116,7 +117,7 @@ def job(arguments: argparse.Namespace, root: Path, source: SourceConfig) -> Cach
 
 def lay_out(folder: Path, count: int) -> SourceConfig:
     """Lay the first emoji out as files."""
-    found = next(images.index(family.emoji("train").source)).records.head(count)
+    found = next(index.index(family.emoji("train").source)).records.head(count)
     reader = ImageReader()
     for sample in found.iter_rows(named=True):
         path = folder / f"{sample['sample_id']}.png"

@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pipelines.images.index.index import ImageReader
 from rich.console import Console
 from rich.progress import track
 
@@ -61,10 +62,16 @@ from eupe.normalise import zscore
 from eupe.teachers import Teacher
 from pipelines.batches import Batch, Batches, Feed
 from pipelines.draws import TrainingDraw
-from pipelines.images import ImageReader
+from pipelines.features.sources import (
+    CachedSource,
+    FeatureSource,
+    LiveSource,
+    Normalisers,
+    Raw,
+    Targets,
+)
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
-from pipelines.sources import CachedSource, FeatureSource, LiveSource, Normalisers, Raw, Targets
 
 PREFETCH = 1
 SETTLE = PREFETCH + 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from pipelines.images.index.index import ImageReader
 from rich.progress import track
 
 from benchmarks import proxy_step
@@ -22,9 +23,8 @@ from eupe.moments import Moments
 from eupe.spec import AugmentedView, CodecName, DatasetSpec, StoreSpec, TeacherSpec
 from eupe.students import FAMILY
 from eupe.teachers import Teacher, load_teacher
-from pipelines import images
-from pipelines.codec_torch import encode
-from pipelines.images import ImageReader
+from pipelines.features.codec_torch import encode
+from pipelines.images.index import index
 from pipelines.recipe import family
 
 SIDE = 256
@@ -105,7 +105,7 @@ class Noise:
 
 def index(root: Path) -> Samples:
     """Index the first images of the emoji's train split."""
-    records: pl.DataFrame = next(images.index(family.emoji("train").source)).records
+    records: pl.DataFrame = next(index.index(family.emoji("train").source)).records
     return Samples.append(root, DATASET, records.head(NUM_IMAGES), NUM_IMAGES)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import polars as pl
 import torch
+from pipelines.images.index.index import ImageReader
 
 from eupe import views
 from eupe.encoders import Features
@@ -12,10 +13,10 @@ from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss, total_loss
 from eupe.spec import CentreView, EncoderSpec
 from eupe.students import build_student
-from pipelines import images, start
-from pipelines.images import ImageReader
+from pipelines import start
+from pipelines.features.sources import Targets
+from pipelines.images.index import index
 from pipelines.recipe import family
-from pipelines.sources import Targets
 
 HIDDEN = 3072
 """Width inside the adapter heads, EUPE (arXiv:2603.22387), stages 2 and 3."""
@@ -25,7 +26,7 @@ FORWARD_BATCH = 16
 def pictures(split: str, count: int, resolution: int) -> np.ndarray:
     """Return real images in their centre view, uint8 [count, R, R, 3], spread over a split."""
     source = family.emoji(split).source
-    records: pl.DataFrame = next(images.index(source)).records
+    records: pl.DataFrame = next(index.index(source)).records
     chosen = records[[place * len(records) // count for place in range(count)]]
     reader, policy = ImageReader(), CentreView(canvas=resolution)
     return np.stack(

@@ -28,9 +28,9 @@ from eupe.encoders import Features
 from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
-from pipelines.codec_torch import encode
+from pipelines.features.codec_torch import encode
 from pipelines.forward import padded_forward
-from pipelines.images import ImageReader
+from pipelines.images.index.index import ImageReader
 from pipelines.recipe.config import TeacherConfig
 
 Output = tuple[str, int]

@@ -11,8 +11,8 @@ from eupe.encoders import Features
 from eupe.heads import DistillationModel
 from eupe.losses import match_grids
 from pipelines.batches import Batch
+from pipelines.features.sources import Targets
 from pipelines.inputs import Inputs
-from pipelines.sources import Targets
 
 BASELINE = "baseline"
 """Who the constants are among `Seen.cosines`."""

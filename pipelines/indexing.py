@@ -13,7 +13,7 @@ from cache import atomic, layout
 from cache.errors import NotBuilt
 from cache.samples import Samples
 from eupe.spec import DatasetSpec
-from pipelines import images
+from pipelines.images.index import index
 from pipelines.recipe.stores import CacheJob, rows_per_shard
 
 REASONS_SHOWN = 10
@@ -54,10 +54,10 @@ def index_samples(job: CacheJob) -> Indexed:
     known = frozenset() if samples is None else frozenset(samples.arrow["sample_id"].to_pylist())
     per_shard = job.extraction.rows_per_shard or (samples and samples.rows_per_shard)
     per_shard = per_shard or rows_per_shard(job)
-    parts = images.index(
+    parts = index.index(
         job.dataset.source, known, job.extraction.decode_threads, partial(part_rows, per_shard)
     )
-    num_seen, failures = 0, pl.DataFrame(schema=images.FAILURE_SCHEMA)
+    num_seen, failures = 0, pl.DataFrame(schema=index.FAILURE_SCHEMA)
     records: pl.DataFrame | None = None  # of the part before
     try:
         with closing(parts):

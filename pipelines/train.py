@@ -24,7 +24,7 @@ from eupe.losses import teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
 from pipelines import start
 from pipelines.batches import Batch
-from pipelines.buffers import Crossing
+from pipelines.features.buffers import Crossing
 from pipelines.inputs import Inputs
 from pipelines.machines.progress import track
 from pipelines.meters import TERMS, Pace, Window, in_words

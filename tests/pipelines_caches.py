@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
-from pipelines import images, indexing, precompute
+from pipelines import indexing, precompute
 from pipelines.actors import Extractor
+from pipelines.images.index import index
 from pipelines.recipe.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
 from pipelines.recipe.stores import CacheJob
 
@@ -51,7 +52,7 @@ def pictures(emoji: Path, count: int) -> dict[str, bytes]:
 
 def write_folder(where: Path, images: Mapping[str, bytes]) -> SourceConfig:
     """Lay images out as files."""
-    for path, data in images.items():
+    for path, data in index.items():
         file = where / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
@@ -61,7 +62,7 @@ def write_folder(where: Path, images: Mapping[str, bytes]) -> SourceConfig:
 def write_tar(where: Path, images: Mapping[str, bytes]) -> SourceConfig:
     """Lay images out as a WebDataset tar, each with a JSON of labels beside it."""
     with tarfile.open(where, "w") as tar:
-        for path, data in images.items():
+        for path, data in index.items():
             labels = json.dumps({"name": path}).encode()
             for name, content in ((path, data), (str(Path(path).with_suffix(".json")), labels)):
                 member = tarfile.TarInfo(name)
@@ -74,8 +75,8 @@ def write_parquet(where: Path, images: Mapping[str, bytes], row_group: int = 7) 
     """Lay images out as Hugging Face datasets writes them."""
     table = pa.table(
         {
-            "image": [{"bytes": data, "path": path} for path, data in images.items()],
-            "label": [Path(path).parts[0] for path in images],
+            "image": [{"bytes": data, "path": path} for path, data in index.items()],
+            "label": [Path(path).parts[0] for path in index],
         }
     )
     pq.write_table(table, where, row_group_size=row_group)
@@ -109,9 +110,9 @@ def job(
     )
 
 
-def index(source: SourceConfig, known: frozenset[str] = frozenset()) -> images.Part:
+def index(source: SourceConfig, known: frozenset[str] = frozenset()) -> index.Part:
     """Index a whole source at once."""
-    (whole,) = images.index(source, known)
+    (whole,) = index.index(source, known)
     return whole
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pipelines_caches
 import pytest
 import torch
+from pipelines.images.index.index import ImageReader
 
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from eupe.teachers import load_teacher
 from pipelines import inputs
 from pipelines.batches import Feed
-from pipelines.images import ImageReader
+from pipelines.features.sources import LiveSource
 from pipelines.recipe.config import (
     PROXY,
     DatasetConfig,
@@ -27,7 +28,6 @@ from pipelines.recipe.config import (
 )
 from pipelines.recipe.stores import CacheJob, jobs_of, open_stores
 from pipelines.records import tracking
-from pipelines.sources import LiveSource
 from pipelines.train import train_stage
 
 PYRAMID = (32, 48, 64)  # with patch 16: grids of 2, 3 and 4 tokens a side

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pipelines.images.index.index import ImageReader
 
 from eupe.normalise import Normaliser
 from eupe.spec import CentreView, EncoderSpec
 from pipelines.batches import Batch, Feed, Part
-from pipelines.images import ImageReader
+from pipelines.features.sources import FeatureSource, Normalisers, Raw, Targets
 from pipelines.inputs import Inputs
 from pipelines.recipe import scales
 from pipelines.recipe.config import (
@@ -23,7 +24,6 @@ from pipelines.recipe.config import (
     StudentConfig,
     TeacherConfig,
 )
-from pipelines.sources import FeatureSource, Normalisers, Raw, Targets
 
 TEACHERS = {"near": (6, 4), "far": (5, 3)}
 STRIDE = 8  # of both teachers' grids, pixels

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pipelines.images.index.index import ImageReader
 from pipelines_caches import POLICY, build, job, pictures, teacher, write_folder, write_parquet
 
 from cache.errors import StoreError
@@ -18,10 +19,9 @@ from eupe import views
 from eupe.normalise import Normaliser
 from pipelines.batches import Batch, Batches, Feed
 from pipelines.draws import Sweep, TrainingDraw, view_numbers
-from pipelines.images import ImageReader
+from pipelines.features.sources import CachedSource, Normalisers
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
-from pipelines.sources import CachedSource, Normalisers
 
 COUNT, BATCH = 24, 8
 SHARDS = [ShardRange(0, 0, 10), ShardRange(1, 10, 20), ShardRange(2, 20, 24)]

@@ -12,9 +12,9 @@ from cache.codec import default_codec, make_codec
 from cache.quantised import BITS, WORST_ERROR, unpack
 from eupe.moments import Moments
 from eupe.normalise import phi_s, zscore
-from pipelines import codec_torch
-from pipelines.buffers import Buffers
-from pipelines.codec_torch import Decoder, encode
+from pipelines.features import codec_torch
+from pipelines.features.buffers import Buffers
+from pipelines.features.codec_torch import Decoder, encode
 
 PLAIN = ("float32", "float16", "bfloat16")
 FLOAT16_STEP = 2.0**-10

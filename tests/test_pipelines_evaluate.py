@@ -7,6 +7,7 @@ import pytest
 import small_run
 import torch
 import torch.nn.functional as F
+from pipelines.images.index.index import ImageReader
 from safetensors.torch import save_file
 
 from cache.reader import Reader
@@ -17,7 +18,6 @@ from eupe.views import decode, draw, render, resize
 from eupe.weights import CHECKPOINT_FILE
 from pipelines import evaluate, inputs, launch, report, stage_command, start, train
 from pipelines.compare import Constants
-from pipelines.images import ImageReader
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import checkpoint

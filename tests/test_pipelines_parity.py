@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pipelines.images.index.index import ImageReader
 from pipelines_caches import COMPUTE_BATCH, build, pictures, teacher, write_parquet
 from pipelines_runs import from_cache, live, losses, one_thread, training_job
 
@@ -22,7 +23,7 @@ from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
 from pipelines import inputs
 from pipelines.batches import Feed
-from pipelines.images import ImageReader
+from pipelines.features.sources import Raw, Resolutions
 from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
@@ -34,7 +35,6 @@ from pipelines.recipe.config import (
     WorkersConfig,
 )
 from pipelines.recipe.stores import open_stores
-from pipelines.sources import Raw, Resolutions
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 

@@ -5,6 +5,7 @@ import pipelines_caches
 import pipelines_runs
 import pytest
 import torch
+from pipelines.images.index.index import ImageReader
 
 from cache.codec import default_codec, make_codec
 from cache.errors import StoreError
@@ -13,8 +14,7 @@ from eupe import views
 from eupe.encoders import Encoder
 from eupe.pixels import RGB
 from pipelines import inputs
-from pipelines.codec_torch import encode
-from pipelines.images import ImageReader
+from pipelines.features.codec_torch import encode
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import cache_jobs, open_stores, pixel_jobs
 

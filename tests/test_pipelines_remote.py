@@ -12,7 +12,8 @@ from pipelines_runs import from_cache, one_thread
 
 from cache import bucket, place
 from cache.bucket import BucketPath
-from pipelines import images, inputs
+from pipelines import inputs
+from pipelines.images.index import index
 from pipelines.recipe.config import SourceConfig
 from pipelines.recipe.stores import cache_jobs
 
@@ -51,12 +52,12 @@ def test_images_in_a_bucket_are_those_on_disk(root, tmp_path, emoji, kind):
     remote = source.model_copy(update={"path": str(root / inside)})
     ours, theirs = pipelines_caches.index(remote), pipelines_caches.index(source)
     assert ours.records.drop("uri").equals(theirs.records.drop("uri"))
-    reader = images.ImageReader()
+    reader = index.ImageReader()
     samples = ours.records.to_dicts()
     assert all(reader.mirrors(sample) for sample in samples)
     reader.will_need(samples)
     assert [reader.read(sample, verify=True) for sample in samples] == [
-        images.ImageReader().read(sample) for sample in theirs.records.iter_rows(named=True)
+        index.ImageReader().read(sample) for sample in theirs.records.iter_rows(named=True)
     ]
 
 
@@ -79,7 +80,7 @@ def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
     )
     BucketPath(sample["uri"]).unlink()
     with pytest.raises(ValueError, match=r"its image cannot be read again: .*no such object"):
-        images.ImageReader().read(sample)
+        index.ImageReader().read(sample)
 
 
 @pytest.mark.slow

@@ -23,17 +23,17 @@ import small_stage
 import torch
 import torch.distributed as dist
 from PIL import Image
+from pipelines.images.index.index import ImageReader
 
 from cache.samples import ShardRange
 from eupe.heads import DistillationModel
 from eupe.weights import state_digest
 from pipelines import distributed, inputs
 from pipelines.batches import Batch, Feed, Part
-from pipelines.images import ImageReader
+from pipelines.features.sources import Normalisers, Raw, Targets
 from pipelines.inputs import Inputs
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.scales import Scales
-from pipelines.sources import Normalisers, Raw, Targets
 from pipelines.train import Evaluate, StageResult, train_stage
 from pipelines.workers import OneProcess, Workers
 

@@ -32,7 +32,7 @@ from cache.bucket import BucketPath
 from cache.errors import NotBuilt
 from eupe.spec import AugmentedView, CentreView
 from eupe.views import ImageError, make_view
-from pipelines.image_walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
+from pipelines.images.index.walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
 from pipelines.machines.progress import track
 from pipelines.recipe.config import SourceConfig
 

@@ -15,10 +15,10 @@ from cache.samples import Samples, ShardRange
 from eupe import views
 from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import Teacher
-from pipelines.buffers import Buffers
-from pipelines.codec_torch import Decoder
+from pipelines.features.buffers import Buffers
+from pipelines.features.codec_torch import Decoder
 from pipelines.forward import padded_forward
-from pipelines.images import ImageReader
+from pipelines.images.index.index import ImageReader
 
 Resolutions = Mapping[str, int]
 """teacher -> resolution of its input, pixels."""

@@ -24,7 +24,7 @@ from cache.encoded import NOT_FINITE
 from cache.quantised import PLANES, WORST_ERROR, QuantisedCodec
 from cache.rotation import Rotation, hadamard
 from eupe.normalise import Normaliser
-from pipelines.buffers import Crossing
+from pipelines.features.buffers import Crossing
 
 STORED_AS: dict[str, torch.dtype] = {
     "float32": torch.float32,

@@ -1,0 +1,1 @@
+"""Teacher tokens: where they come from, and decoding them on the device."""

@@ -1,0 +1,1 @@
+"""Pictures in: where they lie, how they are listed, how they are decoded."""
