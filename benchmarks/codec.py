@@ -34,7 +34,7 @@ from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.spec import EncoderSpec
 from eupe.teachers import load_teacher
-from pipelines.codec_quality import quality
+from pipelines.caching.quality import quality
 from pipelines.features.codec_torch import Decoder, encode
 from pipelines.recipe import family, recipes
 from pipelines.records import checkpoint

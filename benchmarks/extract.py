@@ -5,7 +5,7 @@
 Both sides turn the same emoji into the same features of EfficientNet-Lite2 at 256 pixels on the
 same cores. The loop is what one would write by hand: the next batch is decoded and augmented by a
 thread pool while the teacher computes, features are encoded, each shard is one synced .npy file.
-Ours is `pipelines.precompute.extract_missing` with its Ray actor: view digests and parameters,
+Ours is `pipelines.caching.precompute.extract_missing` with its Ray actor: view digests and parameters,
 checks, checksums, shard files, a manifest commit a shard. Start-up (Ray, loading the teacher) is
 apart. A pair is one view of all images, a new one each time, in turns; ratio_to_loop is the median
 of the pairs' speed ratios, with its bootstrap interval.
@@ -29,7 +29,7 @@ from cache.store import Store
 from eupe import views
 from eupe.spec import AugmentedView
 from eupe.teachers import Teacher, load_teacher
-from pipelines import indexing, precompute
+from pipelines.caching import indexing, precompute
 from pipelines.features.codec_torch import encode
 from pipelines.images.index import index
 from pipelines.recipe import family

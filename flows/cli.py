@@ -72,7 +72,7 @@ def cache_build(
     from pipelines.recipe import recipes
 
     asked = recipes.get(recipe, overrides or [])
-    from pipelines.precompute import build
+    from pipelines.caching.precompute import build
 
     built = build(asked)
     if not as_json:

@@ -17,10 +17,10 @@ from cache.verify import Report
 from flows import artifacts
 from flows.inspection import store_lines
 from flows.parameters import Overrides, RecipeName
-from pipelines import indexing, precompute
-from pipelines.indexing import Indexed
+from pipelines.caching import indexing, precompute
+from pipelines.caching.indexing import Indexed
+from pipelines.caching.precompute import Built, Extracted
 from pipelines.machines.pool import Pool
-from pipelines.precompute import Built, Extracted
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import CacheJob, job_groups
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
-from pipelines import indexing, precompute
-from pipelines.actors import Extractor
+from pipelines.caching import indexing, precompute
+from pipelines.caching.extractor import Extractor
 from pipelines.images.index import index
 from pipelines.recipe.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
 from pipelines.recipe.stores import CacheJob

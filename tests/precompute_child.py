@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines_caches import job, teacher
 
-from pipelines import indexing, precompute
+from pipelines.caching import indexing, precompute
 from pipelines.recipe.config import SourceConfig
 
 VIEWS = 2

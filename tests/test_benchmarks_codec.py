@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.codec import bound_r2
 from cache.codec import default_codec, make_codec
-from pipelines.codec_quality import quality
+from pipelines.caching.quality import quality
 
 RTOL = 1e-6  # bisection to float64, but for the last digits
 

@@ -17,7 +17,7 @@ from pipelines_caches import (
 )
 
 from eupe import views
-from pipelines import actors, indexing, precompute
+from pipelines.caching import extractor, indexing, precompute
 from pipelines.forward import padded_forward
 from pipelines.machines.pool import IN_FLIGHT
 
@@ -74,8 +74,8 @@ def test_the_next_shard_is_decoded_while_this_one_computes(tmp_path, images, mon
         return padded_forward(*arguments)
 
     monkeypatch.setattr(views, "decode", counted)
-    monkeypatch.setattr(actors, "padded_forward", late)
-    extractor = actors.Extractor(work.teachers)
+    monkeypatch.setattr(extractor, "padded_forward", late)
+    extractor = extractor.Extractor(work.teachers)
     with ThreadPoolExecutor(len(shards)) as calls:
         extracted = calls.map(lambda shard: extractor.extract({0: stores}, shard), shards)
         assert [record.shard for (record,) in extracted] == [0, 1]

@@ -16,9 +16,10 @@ from cache.store import find_stores
 from cache.verify import verify
 from eupe.moments import Moments
 from flows.inspection import describe
-from pipelines import indexing, inputs, precompute
-from pipelines.actors import Measured
-from pipelines.codec_quality import quality
+from pipelines import inputs
+from pipelines.caching import indexing, precompute
+from pipelines.caching.extractor import Measured
+from pipelines.caching.quality import quality
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import tracking
 from pipelines.train import train_stage

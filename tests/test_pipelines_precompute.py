@@ -32,7 +32,7 @@ from cache.reader import Reader
 from cache.samples import Samples
 from cache.store import find_stores, open_store
 from eupe.spec import CentreView
-from pipelines import indexing, precompute
+from pipelines.caching import indexing, precompute
 from pipelines.machines.pool import num_that_fit
 from pipelines.recipe.stores import open_stores
 

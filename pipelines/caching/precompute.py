@@ -22,12 +22,12 @@ from cache.samples import ShardRange
 from cache.store import Store, create_store, open_store
 from cache.verify import Report, verify
 from eupe.spec import StoreSpec
-from pipelines import codec_quality
-from pipelines.actors import Extractor, provenance
-from pipelines.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
+from pipelines.caching import quality
+from pipelines.caching.extractor import Extractor, provenance
+from pipelines.caching.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
+from pipelines.caching.measure import measure
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
-from pipelines.measure import measure
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import (
     CacheJob,
@@ -86,7 +86,7 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
         with _borrowed(pool, job) as workers:
             samples = measure(job, absent, batch, workers)
         own = [samples[spec.teacher.name, spec.resolution] for spec in absent]
-        kept = [codec_quality.check(spec, sample) for spec, sample in zip(absent, own, strict=True)]
+        kept = [quality.check(spec, sample) for spec, sample in zip(absent, own, strict=True)]
         for spec, sample, quality in zip(absent, own, kept, strict=True):
             measured = {} if quality is None else {"codec_quality": quality.to_json_dict()}
             create_store(job.root, spec, sample.moments, {**made_by, **measured})

@@ -12,8 +12,8 @@ import torch
 from cache.codec import Codec, Moments, default_codec, make_codec
 from cache.quantised import BITS, MEAN_COSINE
 from eupe.spec import StoreSpec
+from pipelines.caching.measure import Sample
 from pipelines.features.codec_torch import Decoder, encode
-from pipelines.measure import Sample
 
 DIGITS = 6  # kept in provenance
 

@@ -11,7 +11,7 @@ from cache.quantised import MEAN_COSINE
 from cache.samples import Samples
 from eupe.moments import Moments, merge
 from eupe.spec import StoreSpec
-from pipelines.actors import Measured, Output
+from pipelines.caching.extractor import Measured, Output
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob

@@ -1,0 +1,1 @@
+"""Images into stores: indexing, extraction actors, moments, building caches."""
