@@ -9,7 +9,7 @@ A ViT-T/16 learns at 256 pixels from one teacher, in one process, float32, in fo
     C  the real thing: images as in B, targets read from a store, decoded and normalised
     D  images as in B, the teacher runs in the loop
 
-B, C and D are the batches of `pipelines.batches`, threads and prefetching included. Ways take turns
+B, C and D are the batches of `pipelines.training.batches`, threads and prefetching included. Ways take turns
 in blocks of steps: the first ones of a block use up what was made ahead during another way's turn
 and are not timed, so every timed step pays for its own batch, in waiting or in sharing the cores.
 Every fourth round has D and the teacher's forward alone. Ratios are medians over rounds, each of
@@ -60,8 +60,6 @@ from cache.samples import Samples
 from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.teachers import Teacher
-from pipelines.batches import Batch, Batches, Feed
-from pipelines.draws import TrainingDraw
 from pipelines.features.sources import (
     CachedSource,
     FeatureSource,
@@ -72,6 +70,8 @@ from pipelines.features.sources import (
 )
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
+from pipelines.training.batches import Batch, Batches, Feed
+from pipelines.training.draws import TrainingDraw
 
 PREFETCH = 1
 SETTLE = PREFETCH + 1

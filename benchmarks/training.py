@@ -13,10 +13,10 @@ from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss, total_loss
 from eupe.spec import CentreView, EncoderSpec
 from eupe.students import build_student
-from pipelines import start
 from pipelines.features.sources import Targets
 from pipelines.images.index import index
 from pipelines.recipe import family
+from pipelines.training import start
 
 HIDDEN = 3072
 """Width inside the adapter heads, EUPE (arXiv:2603.22387), stages 2 and 3."""

@@ -227,8 +227,9 @@ def train(
 
     asked = recipes.get(recipe, overrides or [])
     trained = asked.stage(stage)
-    from pipelines import evaluate, launch
+    from pipelines import evaluate
     from pipelines.stage_command import describe
+    from pipelines.training import launch
 
     done = launch.train(asked, trained, make_evaluate=evaluate.hook)
     if as_json:

@@ -10,9 +10,9 @@ from torch import Tensor
 from eupe.encoders import Features
 from eupe.heads import DistillationModel
 from eupe.losses import match_grids
-from pipelines.batches import Batch
 from pipelines.features.sources import Targets
-from pipelines.inputs import Inputs
+from pipelines.training.batches import Batch
+from pipelines.training.inputs import Inputs
 
 BASELINE = "baseline"
 """Who the constants are among `Seen.cosines`."""

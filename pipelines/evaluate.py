@@ -19,16 +19,16 @@ from torch import Tensor
 from eupe.encoders import Encoder, Features
 from eupe.heads import DistillationModel
 from eupe.probes import knn_predict, paired_test, top1
-from pipelines import inputs, start
-from pipelines.batches import Batch, Batches, Feed
 from pipelines.compare import BASELINE, Constants, Seen, look
-from pipelines.draws import Sweep
-from pipelines.inputs import Inputs
 from pipelines.machines.progress import track
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.scales import Scales
 from pipelines.records import checkpoint
-from pipelines.train import SCORE, Evaluate
+from pipelines.training import inputs, start
+from pipelines.training.batches import Batch, Batches, Feed
+from pipelines.training.draws import Sweep
+from pipelines.training.inputs import Inputs
+from pipelines.training.loop import SCORE, Evaluate
 
 HOOK_IMAGES = 1024
 """Images of each set that the evaluation during training looks at."""

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from eupe.probes import pca_rgb
-from pipelines import evaluate, inputs, start
+from pipelines import evaluate
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.records import checkpoint
+from pipelines.training import inputs, start
 
 TOKEN_IMAGES = 6
 BEFORE, AFTER = "before", "after"

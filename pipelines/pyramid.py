@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines import evaluate, inputs, start
+from pipelines import evaluate
 from pipelines.compare import look
 from pipelines.machines.progress import track
 from pipelines.recipe.config import PROXY, Recipe, StageConfig
 from pipelines.recipe.scales import Scales
 from pipelines.records import checkpoint, tracking
+from pipelines.training import inputs, start
 
 LOSS = "loss/total"
 

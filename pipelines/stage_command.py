@@ -4,11 +4,12 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from pipelines import evaluate, launch
+from pipelines import evaluate
 from pipelines.machines.errors import one_sentence
 from pipelines.recipe import recipes
 from pipelines.recipe.config import StageName
-from pipelines.train import StageResult
+from pipelines.training import launch
+from pipelines.training.loop import StageResult
 
 
 def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -> int:

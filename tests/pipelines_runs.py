@@ -10,8 +10,6 @@ from pipelines.images.index.index import ImageReader
 
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from eupe.teachers import load_teacher
-from pipelines import inputs
-from pipelines.batches import Feed
 from pipelines.features.sources import LiveSource
 from pipelines.recipe.config import (
     PROXY,
@@ -28,7 +26,9 @@ from pipelines.recipe.config import (
 )
 from pipelines.recipe.stores import CacheJob, jobs_of, open_stores
 from pipelines.records import tracking
-from pipelines.train import train_stage
+from pipelines.training import inputs
+from pipelines.training.batches import Feed
+from pipelines.training.loop import train_stage
 
 PYRAMID = (32, 48, 64)  # with patch 16: grids of 2, 3 and 4 tokens a side
 

@@ -10,9 +10,7 @@ from pipelines.images.index.index import ImageReader
 
 from eupe.normalise import Normaliser
 from eupe.spec import CentreView, EncoderSpec
-from pipelines.batches import Batch, Feed, Part
 from pipelines.features.sources import FeatureSource, Normalisers, Raw, Targets
-from pipelines.inputs import Inputs
 from pipelines.recipe import scales
 from pipelines.recipe.config import (
     DatasetConfig,
@@ -24,6 +22,8 @@ from pipelines.recipe.config import (
     StudentConfig,
     TeacherConfig,
 )
+from pipelines.training.batches import Batch, Feed, Part
+from pipelines.training.inputs import Inputs
 
 TEACHERS = {"near": (6, 4), "far": (5, 3)}
 STRIDE = 8  # of both teachers' grids, pixels

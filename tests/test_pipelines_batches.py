@@ -17,11 +17,11 @@ from cache.reader import Reader
 from cache.samples import ShardRange
 from eupe import views
 from eupe.normalise import Normaliser
-from pipelines.batches import Batch, Batches, Feed
-from pipelines.draws import Sweep, TrainingDraw, view_numbers
 from pipelines.features.sources import CachedSource, Normalisers
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
+from pipelines.training.batches import Batch, Batches, Feed
+from pipelines.training.draws import Sweep, TrainingDraw, view_numbers
 
 COUNT, BATCH = 24, 8
 SHARDS = [ShardRange(0, 0, 10), ShardRange(1, 10, 20), ShardRange(2, 20, 24)]

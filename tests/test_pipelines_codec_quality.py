@@ -16,13 +16,13 @@ from cache.store import find_stores
 from cache.verify import verify
 from eupe.moments import Moments
 from flows.inspection import describe
-from pipelines import inputs
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Measured
 from pipelines.caching.quality import quality
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import tracking
-from pipelines.train import train_stage
+from pipelines.training import inputs
+from pipelines.training.loop import train_stage
 
 DIM = 1280  # EfficientNet-Lite0's
 ROT4_LOSS_RTOL = 0.02

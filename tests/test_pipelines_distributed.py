@@ -15,11 +15,11 @@ import two_workers
 from two_workers import Pair, Trained
 
 from eupe.weights import state_digest
-from pipelines import launch
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import recipes
 from pipelines.recipe.config import Recipe, StudentConfig, WorkersConfig
 from pipelines.records import checkpoint, tracking
+from pipelines.training import launch
 
 STEPS = 20
 LOG_EVERY, CHECKPOINT_EVERY, STOP_AT = 3, 4, 10  # a checkpoint falls between two logs

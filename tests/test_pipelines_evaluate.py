@@ -16,12 +16,13 @@ from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
 from eupe.views import decode, draw, render, resize
 from eupe.weights import CHECKPOINT_FILE
-from pipelines import evaluate, inputs, launch, report, stage_command, start, train
+from pipelines import evaluate, report, stage_command
 from pipelines.compare import Constants
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import checkpoint
 from pipelines.records.checkpoint import Contents
+from pipelines.training import inputs, launch, loop, start
 
 # Composed modules in float32 on batches of another size.
 COMPOSED = 1e-4
@@ -176,8 +177,8 @@ def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
 
 
 def test_the_evaluation_during_training_agrees_with_the_one_after(run, found):
-    lines = train.tracking.read(run.stage_directory(run.stages[0].stage) / "metrics.jsonl")
-    seen = {line["step"]: line for line in lines if train.SCORE in line}
+    lines = loop.tracking.read(run.stage_directory(run.stages[0].stage) / "metrics.jsonl")
+    seen = {line["step"]: line for line in lines if loop.SCORE in line}
     assert sorted(seen) == [4, 8]
     assert seen[8]["held_out/cosine_summary"] == pytest.approx(found.summary.final, abs=1e-6)
     assert seen[8]["held_out/cosine_patches"] == pytest.approx(found.patches.final, abs=1e-6)

@@ -21,8 +21,6 @@ from cache.errors import StoreError
 from cache.reader import Reader
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
-from pipelines import inputs
-from pipelines.batches import Feed
 from pipelines.features.sources import Raw, Resolutions
 from pipelines.recipe.config import (
     DatasetConfig,
@@ -35,6 +33,8 @@ from pipelines.recipe.config import (
     WorkersConfig,
 )
 from pipelines.recipe.stores import open_stores
+from pipelines.training import inputs
+from pipelines.training.batches import Feed
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 

@@ -13,10 +13,10 @@ from cache.reader import Reader
 from eupe import views
 from eupe.encoders import Encoder
 from eupe.pixels import RGB
-from pipelines import inputs
 from pipelines.features.codec_torch import encode
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import cache_jobs, open_stores, pixel_jobs
+from pipelines.training import inputs
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from eupe.encoders import Encoder
-from pipelines import start
 from pipelines.recipe import recipes
 from pipelines.recipe.config import PROXY, validated
+from pipelines.training import start
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,10 +12,10 @@ from pipelines_runs import from_cache, one_thread
 
 from cache import bucket, place
 from cache.bucket import BucketPath
-from pipelines import inputs
 from pipelines.images.index import index
 from pipelines.recipe.config import SourceConfig
 from pipelines.recipe.stores import cache_jobs
+from pipelines.training import inputs
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 

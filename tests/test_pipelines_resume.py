@@ -11,11 +11,12 @@ from pipelines_caches import HerePool
 from cache.errors import NotBuilt
 from cache.samples import Samples
 from eupe.spec import DatasetSpec
-from pipelines import evaluate, inputs, launch, report, start
+from pipelines import evaluate, report
 from pipelines.caching import indexing, precompute
 from pipelines.recipe.stores import cache_jobs
 from pipelines.records import checkpoint, tracking
-from pipelines.train import SCORE
+from pipelines.training import inputs, launch, start
+from pipelines.training.loop import SCORE
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pipelines_runs import (
 )
 
 from cache.errors import FingerprintMismatch
-from pipelines import inputs, launch, pyramid
+from pipelines import pyramid
 from pipelines.recipe import scales
 from pipelines.recipe.config import PROXY, Recipe, StageConfig
 from pipelines.recipe.stores import (
@@ -28,6 +28,7 @@ from pipelines.recipe.stores import (
     proxy_teacher,
     store_specs,
 )
+from pipelines.training import inputs, launch
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 

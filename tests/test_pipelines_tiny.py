@@ -9,11 +9,11 @@ import pytest
 from pipelines_caches import build
 from pipelines_runs import one_thread
 
-from pipelines import launch
 from pipelines.recipe import family, recipes
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import cache_jobs, proxy_jobs
 from pipelines.records import checkpoint, tracking
+from pipelines.training import launch
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 

@@ -17,11 +17,11 @@ import torch
 import train_child
 from filelock import FileLock
 
-from pipelines import start, train
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
 from pipelines.records import checkpoint, tracking
-from pipelines.train import train_stage
+from pipelines.training import loop, start
+from pipelines.training.loop import train_stage
 
 CHILD = Path(__file__).with_name("train_child.py")
 # Sums of float32 in another order: a few units in the last place, grown over 12 steps of AdamW,
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path)
                     pixels[0] = np.nan
             yield batch
 
-    bad = train.Inputs(poisoned, made.dims, made.normalisers, made.identity, made.pins)
+    bad = loop.Inputs(poisoned, made.dims, made.normalisers, made.identity, made.pins)
     with pytest.raises(FloatingPointError, match="step 4") as stopped:
         train_stage(run, run.stages[0], bad, tmp_path / "stage2")
     assert bad_input(stopped.value) == str(stopped.value)
@@ -217,7 +217,7 @@ def test_other_manifest_versions_are_refused(tmp_path):
     run = small_stage.recipe(tmp_path)
     made = small_stage.inputs(run)
     train_stage(run, run.stages[0], made, tmp_path / "stage2")
-    grown = train.Inputs(made.batches, made.dims, made.normalisers, made.identity, {"memory": 2})
+    grown = loop.Inputs(made.batches, made.dims, made.normalisers, made.identity, {"memory": 2})
     with pytest.raises(ValueError, match="manifest versions"):
         train_stage(run, run.stages[0], grown, tmp_path / "stage2")
 
@@ -245,7 +245,7 @@ def test_evaluation_is_called_when_due_and_its_score_is_kept(tmp_path):
     def evaluate(model, done):
         assert not model.training
         asked.append(done)
-        return {train.SCORE: -abs(done - 5.0), "held_out/cosine": 0.5}
+        return {loop.SCORE: -abs(done - 5.0), "held_out/cosine": 0.5}
 
     run = small_stage.recipe(tmp_path, evaluate_every=5, checkpoint_every=5, keep_checkpoints=1)
     directory = tmp_path / "stage2"
@@ -272,7 +272,7 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path):
 
     def sound(model, done):
         asked.append(done)
-        return {train.SCORE: -float(done)}
+        return {loop.SCORE: -float(done)}
 
     train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=sound)
     assert asked == [7, 12]
@@ -297,7 +297,7 @@ def test_figures_name_every_teacher_and_term(tmp_path):
     trained(tmp_path, steps=2)
     line = tracking.read(tmp_path / "stage2" / tracking.METRICS_FILE)[0]
     for teacher in small_stage.TEACHERS:
-        terms = [line[f"loss/{teacher}/{term}"] for term in train.TERMS]
+        terms = [line[f"loss/{teacher}/{term}"] for term in loop.TERMS]
         assert terms[3] == pytest.approx(terms[0] + 0.9 * terms[1] + 0.1 * terms[2], rel=1e-5)
     assert line["loss/total"] == pytest.approx(
         sum(line[f"loss/{teacher}/total"] for teacher in small_stage.TEACHERS), rel=1e-6

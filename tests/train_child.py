@@ -9,9 +9,9 @@ from pathlib import Path
 import small_stage
 import torch
 
-from pipelines.batches import Batch
-from pipelines.inputs import Inputs
-from pipelines.train import StageResult, train_stage
+from pipelines.training.batches import Batch
+from pipelines.training.inputs import Inputs
+from pipelines.training.loop import StageResult, train_stage
 
 
 def train(directory: Path, pause: float, **stage: object) -> StageResult:

@@ -28,14 +28,14 @@ from pipelines.images.index.index import ImageReader
 from cache.samples import ShardRange
 from eupe.heads import DistillationModel
 from eupe.weights import state_digest
-from pipelines import distributed, inputs
-from pipelines.batches import Batch, Feed, Part
 from pipelines.features.sources import Normalisers, Raw, Targets
-from pipelines.inputs import Inputs
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.scales import Scales
-from pipelines.train import Evaluate, StageResult, train_stage
-from pipelines.workers import OneProcess, Workers
+from pipelines.training import distributed, inputs
+from pipelines.training.batches import Batch, Feed, Part
+from pipelines.training.inputs import Inputs
+from pipelines.training.loop import Evaluate, StageResult, train_stage
+from pipelines.training.workers import OneProcess, Workers
 
 WORLD = 2
 NUM_SAMPLES = 53  # divides by nothing: epochs end inside batches

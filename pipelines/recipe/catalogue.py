@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 from eupe.costs import cost
-from pipelines import start
 from pipelines.recipe import paper, recipes
 from pipelines.recipe.paper import Published
+from pipelines.training import start
 
 
 class Entry(NamedTuple):

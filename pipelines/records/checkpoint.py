@@ -8,7 +8,7 @@
         config.json               what the run is, where it stands, the manifest versions it reads
 
 A folder has its name only once all of it is on disk: whatever is called step-* is whole. Only one
-process writes below a stage directory (pipelines.train holds its lock).
+process writes below a stage directory (pipelines.training.loop holds its lock).
 """
 
 import json

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipelines.workers import Workers
+from pipelines.training.workers import Workers
 
 TERMS = ("summary", "patch_cosine", "patch_smooth_l1", "total")
 """Columns of the sums: the terms of one teacher's loss, as in eupe.losses.TeacherLoss."""

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 
 from eupe.heads import DistillationModel
-from pipelines import distributed, start
-from pipelines.inputs import Inputs, from_caches
 from pipelines.machines import cluster
 from pipelines.machines.errors import bad_input, telling_whose
 from pipelines.machines.progress import track
-from pipelines.meters import in_words
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.records import checkpoint
 from pipelines.records.tracking import METRICS_FILE
-from pipelines.train import Evaluate, StageResult, train_stage
-from pipelines.workers import OneProcess, Workers
+from pipelines.training import distributed, start
+from pipelines.training.inputs import Inputs, from_caches
+from pipelines.training.loop import Evaluate, StageResult, train_stage
+from pipelines.training.meters import in_words
+from pipelines.training.workers import OneProcess, Workers
 
 MakeInputs = Callable[[Recipe, StageConfig, Mapping[str, int] | None, int, int], Inputs]
 """(recipe, stage, pins, rank, world) -> this worker's inputs; as `inputs.from_caches`."""

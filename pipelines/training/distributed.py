@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.recipe.config import StageConfig
 from pipelines.records import whole_state
-from pipelines.workers import Workers
+from pipelines.training.workers import Workers
 
 
 def of_process_group(stage: StageConfig, device: str | torch.device) -> Workers:

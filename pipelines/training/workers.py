@@ -1,7 +1,7 @@
 """Workers: what the training loop needs of the processes that train together.
 
 The loop is written against `Workers`. One process is `OneProcess`; a process group, under Ray
-Train or any other launcher, is one of `pipelines.distributed`.
+Train or any other launcher, is one of `pipelines.training.distributed`.
 """
 
 from contextlib import AbstractContextManager, nullcontext

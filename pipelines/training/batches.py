@@ -23,11 +23,11 @@ from cache.errors import StoreError
 from cache.reader import Reader
 from eupe import views
 from eupe.spec import AugmentedView, CentreView
-from pipelines.draws import Draw, Drawn
 from pipelines.features.buffers import Buffers
 from pipelines.features.sources import FeatureSource, Raw, Targets
 from pipelines.images.index.index import ImageReader
 from pipelines.recipe.scales import Scales
+from pipelines.training.draws import Draw, Drawn
 
 HINTED_BATCHES = 32
 """Micro-batches whose shards and images are asked of a bucket ahead of those being made."""

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from eupe.heads import DistillationModel
 from eupe.students import build_student
 from eupe.weights import digest
-from pipelines.inputs import Inputs
 from pipelines.recipe.config import Recipe, StageConfig, StudentConfig
 from pipelines.records import checkpoint, whole_state
 from pipelines.records.checkpoint import Checkpoint
+from pipelines.training.inputs import Inputs
 
 EXECUTION = {
     "micro_batch",

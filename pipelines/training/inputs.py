@@ -11,8 +11,6 @@ from cache.reader import Reader
 from cache.store import Store
 from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
-from pipelines.batches import Batch, Batches, Feed
-from pipelines.draws import TrainingDraw
 from pipelines.features.sources import CachedSource, Normalisers
 from pipelines.images.index.index import ImageReader
 from pipelines.recipe import scales
@@ -20,6 +18,8 @@ from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.stores import CacheJob, jobs_of, open_stores, pixel_jobs
 from pipelines.records import checkpoint
+from pipelines.training.batches import Batch, Batches, Feed
+from pipelines.training.draws import TrainingDraw
 
 NORMALISERS: dict[str, Callable[[Moments], Normaliser]] = {"zscore": zscore, "phi-s": phi_s}
 

@@ -22,16 +22,16 @@ from eupe.encoders import Features
 from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
-from pipelines import start
-from pipelines.batches import Batch
 from pipelines.features.buffers import Crossing
-from pipelines.inputs import Inputs
 from pipelines.machines.progress import track
-from pipelines.meters import TERMS, Pace, Window, in_words
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.records import checkpoint, tracking, whole_state
 from pipelines.records.checkpoint import Checkpoint, Contents
-from pipelines.workers import OneProcess, Workers
+from pipelines.training import start
+from pipelines.training.batches import Batch
+from pipelines.training.inputs import Inputs
+from pipelines.training.meters import TERMS, Pace, Window, in_words
+from pipelines.training.workers import OneProcess, Workers
 
 Evaluate = Callable[[DistillationModel, int], Mapping[str, float]]
 """(model, steps done) -> held-out figures; the one named SCORE compares checkpoints."""

@@ -1,0 +1,1 @@
+"""Stores into a student: draws, batches, the one training loop, its workers."""
