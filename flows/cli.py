@@ -227,7 +227,7 @@ def train(
 
     asked = recipes.get(recipe, overrides or [])
     trained = asked.stage(stage)
-    from pipelines import evaluate
+    from pipelines.evaluation import evaluate
     from pipelines.stage_command import describe
     from pipelines.training import launch
 
@@ -256,7 +256,7 @@ def evaluate(
 
     asked = recipes.get(recipe, overrides or [])
     judged = asked.stage(stage) if stage else asked.stages[-1]
-    from pipelines import evaluate as evaluation
+    from pipelines.evaluation import evaluate as evaluation
 
     found = evaluation.evaluate(asked, judged, evaluation.device(asked))
     path = evaluation.write(asked.directory, found)
@@ -287,7 +287,7 @@ def report(
     from pipelines.recipe import recipes
 
     asked, took = recipes.get(recipe, overrides or []), clocked(seconds or [])
-    from pipelines import report as reports
+    from pipelines.evaluation import report as reports
 
     found = reports.make(asked, took)
     if as_json:

@@ -20,7 +20,7 @@ from flows import artifacts, summary
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
-from pipelines import report
+from pipelines.evaluation import report
 from pipelines.machines.errors import BAD_INPUT
 from pipelines.machines.progress import Relay
 from pipelines.recipe import recipes

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from pipelines import evaluate
+from pipelines.evaluation import evaluate
 from pipelines.machines.errors import one_sentence
 from pipelines.recipe import recipes
 from pipelines.recipe.config import StageName

@@ -16,8 +16,9 @@ from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
 from eupe.views import decode, draw, render, resize
 from eupe.weights import CHECKPOINT_FILE
-from pipelines import evaluate, report, stage_command
-from pipelines.compare import Constants
+from pipelines import stage_command
+from pipelines.evaluation import evaluate, report
+from pipelines.evaluation.compare import Constants
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import checkpoint

@@ -9,11 +9,11 @@ import pytest
 import small_stage
 
 from flows import summary as closing
-from pipelines import figures, report
-from pipelines.evaluate import Cosine, Evaluation, Knn
-from pipelines.figures import TokenPicture
-from pipelines.pyramid import StageFigures
-from pipelines.report import Caches
+from pipelines.evaluation import figures, report
+from pipelines.evaluation.evaluate import Cosine, Evaluation, Knn
+from pipelines.evaluation.figures import TokenPicture
+from pipelines.evaluation.pyramid import StageFigures
+from pipelines.evaluation.report import Caches
 
 FOUND = Evaluation(
     step=300,

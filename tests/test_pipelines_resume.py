@@ -11,8 +11,8 @@ from pipelines_caches import HerePool
 from cache.errors import NotBuilt
 from cache.samples import Samples
 from eupe.spec import DatasetSpec
-from pipelines import evaluate, report
 from pipelines.caching import indexing, precompute
+from pipelines.evaluation import evaluate, report
 from pipelines.recipe.stores import cache_jobs
 from pipelines.records import checkpoint, tracking
 from pipelines.training import inputs, launch, start

@@ -17,7 +17,7 @@ from pipelines_runs import (
 )
 
 from cache.errors import FingerprintMismatch
-from pipelines import pyramid
+from pipelines.evaluation import pyramid
 from pipelines.recipe import scales
 from pipelines.recipe.config import PROXY, Recipe, StageConfig
 from pipelines.recipe.stores import (

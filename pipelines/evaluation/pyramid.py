@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines import evaluate
-from pipelines.compare import look
+from pipelines.evaluation import evaluate
+from pipelines.evaluation.compare import look
 from pipelines.machines.progress import track
 from pipelines.recipe.config import PROXY, Recipe, StageConfig
 from pipelines.recipe.scales import Scales

@@ -12,10 +12,10 @@ import torch
 
 from cache.store import Store
 from eupe import fingerprint as fp
-from pipelines import evaluate, figures
-from pipelines.evaluate import Cosine, Evaluation
-from pipelines.figures import TokenPicture
-from pipelines.pyramid import StageFigures, stage_figures
+from pipelines.evaluation import evaluate, figures
+from pipelines.evaluation.evaluate import Cosine, Evaluation
+from pipelines.evaluation.figures import TokenPicture
+from pipelines.evaluation.pyramid import StageFigures, stage_figures
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.stores import job_groups, open_stores
 from pipelines.records import checkpoint, tracking
@@ -236,7 +236,11 @@ def render(
         signed=lambda value: f"{value:+.3f}",
         size=_size,
     )
-    source = importlib.resources.files("pipelines").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = (
+        importlib.resources.files("pipelines.evaluation")
+        .joinpath(TEMPLATE)
+        .read_text(encoding="utf-8")
+    )
     return environment.from_string(source).render(
         recipe=recipe,
         summary=summary,

@@ -19,7 +19,7 @@ from torch import Tensor
 from eupe.encoders import Encoder, Features
 from eupe.heads import DistillationModel
 from eupe.probes import knn_predict, paired_test, top1
-from pipelines.compare import BASELINE, Constants, Seen, look
+from pipelines.evaluation.compare import BASELINE, Constants, Seen, look
 from pipelines.machines.progress import track
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.scales import Scales

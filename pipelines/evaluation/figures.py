@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from eupe.probes import pca_rgb
-from pipelines import evaluate
+from pipelines.evaluation import evaluate
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.records import checkpoint
 from pipelines.training import inputs, start

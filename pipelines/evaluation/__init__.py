@@ -1,0 +1,1 @@
+"""Is the student any good: kNN, cosine, pyramid, figures, report."""
