@@ -28,7 +28,7 @@ from rich.console import Console
 from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
 from benchmarks.training import TrainingStep, features, pictures, targets_of
-from cache.codec import default_codec, make_codec
+from cache.codec.known import default_codec, make_codec
 from eupe.encoders import Encoder, Features
 from eupe.moments import Moments
 from eupe.normalise import zscore

@@ -5,10 +5,10 @@
 Both sides turn the same emoji into the same features of EfficientNet-Lite2 at 256 pixels on the
 same cores. The loop is what one would write by hand: the next batch is decoded and augmented by a
 thread pool while the teacher computes, features are encoded, each shard is one synced .npy file.
-Ours is `pipelines.caching.precompute.extract_missing` with its Ray actor: view digests and parameters,
-checks, checksums, shard files, a manifest commit a shard. Start-up (Ray, loading the teacher) is
-apart. A pair is one view of all images, a new one each time, in turns; ratio_to_loop is the median
-of the pairs' speed ratios, with its bootstrap interval.
+Ours is `pipelines.caching.precompute.extract_missing` with its Ray actor: view digests and
+parameters, checks, checksums, shard files, a manifest commit a shard. Start-up (Ray, loading the
+teacher) is apart. A pair is one view of all images, a new one each time, in turns; ratio_to_loop is
+the median of the pairs' speed ratios, with its bootstrap interval.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pipelines.images.index.index import ImageReader
 
 from benchmarks import tables
 from benchmarks.pairs import Timed, interleave
@@ -31,7 +30,8 @@ from eupe.spec import AugmentedView
 from eupe.teachers import Teacher, load_teacher
 from pipelines.caching import indexing, precompute
 from pipelines.features.codec_torch import encode
-from pipelines.images.index import index
+from pipelines.images import index
+from pipelines.images.index import ImageReader
 from pipelines.recipe import family
 from pipelines.recipe.config import ExtractionConfig, SourceConfig
 from pipelines.recipe.stores import CacheJob

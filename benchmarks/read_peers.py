@@ -17,8 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from cache import arrow_shard
-from cache.codec import default_codec
+from cache.codec.known import default_codec
+from cache.format import rows_table
 from cache.reader import Reader
 from cache.samples import Samples
 from cache.store import create_store, open_store
@@ -117,7 +117,7 @@ class Ours:
             n = len(shard)
             names = ids[shard.start : shard.stop]
             summary = np.zeros((n, self.spec.summary_dim), np.float32)
-            told = arrow_shard.make(names, [None] * n, names, ["{}"] * n, summary)
+            told = rows_table.make(names, [None] * n, names, ["{}"] * n, summary)
             part = rows[shard.start : shard.stop]
             store.commit([write_shard(store, view, shard, part, told, {})])
 

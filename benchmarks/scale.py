@@ -24,7 +24,7 @@ from rich.progress import track
 
 from benchmarks import tables
 from benchmarks.read_peers import DIM, GRID, Ours
-from cache import arrow_shard, arrow_tables, layout, zarr_shard
+from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.manifest import ShardRecord
 from cache.reader import Reader
 from cache.samples import Samples
@@ -73,7 +73,7 @@ def build(root: Path, num_rows: int, console: Console) -> Store:
     names = [f"{n}" for n in range(ROWS_PER_SHARD)]
     summary = np.zeros((ROWS_PER_SHARD, spec.summary_dim), np.float32)
     rows = arrow_tables.to_bytes(
-        arrow_shard.make(names, [None] * len(names), names, ["{}"] * len(names), summary)
+        rows_table.make(names, [None] * len(names), names, ["{}"] * len(names), summary)
     )
     records = []
     view = layout.view_directory(store.directory, 0)

@@ -9,11 +9,11 @@ A ViT-T/16 learns at 256 pixels from one teacher, in one process, float32, in fo
     C  the real thing: images as in B, targets read from a store, decoded and normalised
     D  images as in B, the teacher runs in the loop
 
-B, C and D are the batches of `pipelines.training.batches`, threads and prefetching included. Ways take turns
-in blocks of steps: the first ones of a block use up what was made ahead during another way's turn
-and are not timed, so every timed step pays for its own batch, in waiting or in sharing the cores.
-Every fourth round has D and the teacher's forward alone. Ratios are medians over rounds, each of
-two blocks' mean steps, with their bootstrap intervals. Stores are in the page cache
+B, C and D are the batches of `pipelines.training.batches`, threads and prefetching included. Ways
+take turns in blocks of steps: the first ones of a block use up what was made ahead during another
+way's turn and are not timed, so every timed step pays for its own batch, in waiting or in sharing
+the cores. Every fourth round has D and the teacher's forward alone. Ratios are medians over rounds,
+each of two blocks' mean steps, with their bootstrap intervals. Stores are in the page cache
 (benchmarks/read.py reads cold ones). ideal_ratio = (teacher's forward alone + B) / B is what D over
 C can be.
 
@@ -36,7 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pipelines.images.index.index import ImageReader
 from rich.console import Console
 from rich.progress import track
 
@@ -68,6 +67,7 @@ from pipelines.features.sources import (
     Raw,
     Targets,
 )
+from pipelines.images.index import ImageReader
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
 from pipelines.training.batches import Batch, Batches, Feed

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from pipelines.images.index.index import ImageReader
 from rich.progress import track
 
 from benchmarks import proxy_step
-from cache.codec import default_codec
+from cache.codec.known import default_codec
 from cache.samples import Samples
 from cache.store import Store, create_store
 from cache.writer import write_shard
@@ -24,7 +23,8 @@ from eupe.spec import AugmentedView, CodecName, DatasetSpec, StoreSpec, TeacherS
 from eupe.students import FAMILY
 from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
-from pipelines.images.index import index
+from pipelines.images import index
+from pipelines.images.index import ImageReader
 from pipelines.recipe import family
 
 SIDE = 256
@@ -103,7 +103,7 @@ class Noise:
         )
 
 
-def index(root: Path) -> Samples:
+def indexed(root: Path) -> Samples:
     """Index the first images of the emoji's train split."""
     records: pl.DataFrame = next(index.index(family.emoji("train").source)).records
     return Samples.append(root, DATASET, records.head(NUM_IMAGES), NUM_IMAGES)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import polars as pl
 import torch
-from pipelines.images.index.index import ImageReader
 
 from eupe import views
 from eupe.encoders import Features
@@ -14,7 +13,8 @@ from eupe.losses import teacher_loss, total_loss
 from eupe.spec import CentreView, EncoderSpec
 from eupe.students import build_student
 from pipelines.features.sources import Targets
-from pipelines.images.index import index
+from pipelines.images import index
+from pipelines.images.index import ImageReader
 from pipelines.recipe import family
 from pipelines.training import start
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache import arrow_tables, atomic, layout
-from cache.bucket import BucketPath
 from cache.errors import Busy, Corrupt, NotBuilt
+from cache.files import atomic
+from cache.files.bucket import BucketPath
+from cache.format import arrow_tables, layout
 
 SWAP_SECONDS = 60.0
 MERGE_AT = 8

@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cache import arrow_shard, arrow_tables, layout
-from cache.bucket import BucketPath
-from cache.encoded import Escapes
+from cache.codec.encoded import Escapes
 from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError, WrongSize
-from cache.mapped import Bytes, Recent, major_faults
-from cache.place import using, will_need
+from cache.files.bucket import BucketPath
+from cache.files.mapped import Bytes, Recent, major_faults
+from cache.files.place import using, will_need
+from cache.format import arrow_tables, layout, rows_table
 from cache.samples import Rows, ShardRange
 from cache.shard_rows import (
     MappedRows,
@@ -216,7 +216,7 @@ class Reader:
                 table = self._tables.get(view, shard)
                 for place, local in zip(places, inside, strict=True):
                     if table.num_escapes[local]:
-                        token, values = arrow_shard.escapes_of(table.table, local, dim)
+                        token, values = rows_table.escapes_of(table.table, local, dim)
                         parts.append(Escapes(np.zeros(len(token), np.int64), token, values))
                         places_of.append(place)
         return Escapes.joined(parts, places_of)

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from cache import arrow_tables, atomic, layout
 from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt
-from cache.sample_table import SCHEMA, conform, frame, new_samples
+from cache.files import atomic
+from cache.format import arrow_tables, layout
+from cache.format.sample_table import SCHEMA, conform, frame, new_samples
 from eupe import fingerprint as fp
 from eupe.spec import DatasetSpec
 

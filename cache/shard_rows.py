@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache import arrow_shard, arrow_tables, zarr_shard
 from cache.errors import Corrupt, NotBuilt, WrongSize
-from cache.mapped import Bytes, MappedFile, inode, open_to_read
+from cache.files.mapped import Bytes, MappedFile, inode, open_to_read
+from cache.format import arrow_tables, rows_table, zarr_shard
 from cache.samples import Rows
 
 SHARES = 2
@@ -141,8 +141,8 @@ class TableRows:
     def __init__(self, table: pa.Table):
         """Keep the columns that batches ask for as arrays."""
         self.table = table
-        self.valid = arrow_shard.valid(table)
-        self.summary = arrow_shard.summaries(table)
+        self.valid = rows_table.valid(table)
+        self.summary = rows_table.summaries(table)
         if "escape_token" in table.schema.names:
             lengths = pc.list_value_length(table["escape_token"])
             self.num_escapes: npt.NDArray[np.int32] = arrow_tables.to_numpy(lengths)

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import arrow_shard, arrow_tables, atomic, layout, moments_table, place, zarr_shard
-from cache.codec import Codec, Moments, make_codec, stored_codec
+from cache.codec.known import Codec, Moments, make_codec, stored_codec
 from cache.errors import Busy, Corrupt, FingerprintMismatch, NotBuilt
+from cache.files import atomic, place
+from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
 from cache.manifest import Manifest, ShardRecord, check_pinned
 from cache.samples import Samples, ShardRange, num_rows_now
 from eupe import fingerprint as fp
@@ -77,7 +78,7 @@ class Store:
     @property
     def rows_schema(self) -> pa.Schema:
         """Columns of every table of rows."""
-        return arrow_shard.schema(self.spec.summary_dim, self.codec.has_escapes)
+        return rows_table.schema(self.spec.summary_dim, self.codec.has_escapes)
 
     def manifest(self) -> Manifest:
         """Read the manifest as it is now."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import arrow_shard, arrow_tables, layout, zarr_shard
 from cache.errors import AGAIN, StoreError
+from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.manifest import Manifest, ShardRecord
 from cache.samples import num_rows_now, segment_files
 from cache.store import Store
@@ -171,7 +171,7 @@ def _check_contents(
         return
     if table["sample_id"].to_pylist() != samples.shard(record.shard)["sample_id"].to_list():
         yield Problem(rows, "sample ids are not those of the dataset's rows")
-    valid = arrow_shard.valid(table)
+    valid = rows_table.valid(table)
     if int(valid.sum()) != record.num_valid:
         yield Problem(rows, f"{int(valid.sum())} valid rows, its record says {record.num_valid}")
     present = slots >= 0

@@ -12,9 +12,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache import arrow_shard, arrow_tables, atomic, layout, zarr_shard
-from cache.encoded import Escapes
+from cache.codec.encoded import Escapes
 from cache.errors import StoreError
+from cache.files import atomic
+from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.manifest import ShardRecord
 from cache.samples import ShardRange
 from cache.store import Store
@@ -65,12 +66,12 @@ def write_shard(
     ids = store.samples.shard(shard.shard)["sample_id"].to_list()
     if table["sample_id"].to_pylist() != ids:
         raise ValueError(f"{where}: sample ids are not those of the dataset's rows, in their order")
-    valid = arrow_shard.valid(table)
+    valid = rows_table.valid(table)
     num_escapes = 0
     if store.codec.has_escapes:
         if escapes is None:
             raise ValueError(f"{where}: codec {store.codec.name} wants the escapes of its tokens")
-        table = arrow_shard.with_escapes(table, escapes)
+        table = rows_table.with_escapes(table, escapes)
         num_escapes = int(valid[escapes.row].sum())
 
     scratch = layout.scratch_directory(store.directory)
@@ -103,7 +104,7 @@ def write_shard(
 def _conform(rows: pa.Table | pl.DataFrame, summary_dim: int, where: str) -> pa.Table:
     """Bring a table of rows, in any Arrow or polars flavour, to the one form that is stored."""
     table = rows.to_arrow() if isinstance(rows, pl.DataFrame) else rows
-    names = arrow_shard.schema(summary_dim).names
+    names = rows_table.schema(summary_dim).names
     if set(table.schema.names) != set(names):
         raise ValueError(f"{where}: rows have columns {table.schema.names}, wants {names}")
     summary = np.full((table.num_rows, summary_dim), np.nan, np.float32)
@@ -121,7 +122,7 @@ def _conform(rows: pa.Table | pl.DataFrame, summary_dim: int, where: str) -> pa.
             table["valid"].to_pylist(), table["reason"].to_pylist(), strict=True
         )
     ]
-    return arrow_shard.make(
+    return rows_table.make(
         table["sample_id"].to_pylist(),
         reasons,
         table["view_digest"].to_pylist(),

@@ -118,7 +118,7 @@ class CodecSpec(Spec):
     """How features are stored. `fit` names the rule that fits its scaling, if it has one."""
 
     name: CodecName = "float16"
-    fit: str | None = Field(None, description="None for plain dtypes; set by cache.codec")
+    fit: str | None = Field(None, description="None for plain dtypes; set by cache.codec.known")
 
 
 class StoreSpec(Spec):

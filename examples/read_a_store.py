@@ -13,8 +13,8 @@ import polars as pl
 import tensorstore
 import zarr
 
-from cache import layout
 from cache.errors import StoreError
+from cache.format import layout
 from cache.reader import Reader
 from cache.store import Store, find_stores, open_store
 

@@ -99,7 +99,7 @@ def cache_build(
 @cache_app.command("ls")
 def cache_ls(root: Root = None, as_json: AsJson = False) -> None:
     """List the feature stores of a cache root."""
-    from flows.inspection import store_lines
+    from cache.listing import store_lines
 
     lines = store_lines(root_of(root))
     if as_json:
@@ -116,7 +116,7 @@ def cache_inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what one store holds: its spec, moments, shards, invalid rows and provenance."""
-    from flows.inspection import describe
+    from cache.listing import describe
 
     description = describe(store)
     if as_json:
@@ -337,7 +337,7 @@ def prefect_settings(home: Path) -> None:
 
 def root_of(root: Path | None) -> Path:
     """Return the cache root the user named, or that of the demo."""
-    from cache import layout
+    from cache.format import layout
 
     if root is not None:
         return layout.cache_root(root).resolve()

@@ -7,7 +7,7 @@ FIGURES = ("figure", "before", "after", "compare")
 
 
 def rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Turn a run's summary (pipelines.evaluation.report) into rows of text with the columns FIGURES."""
+    """Turn a run's summary into rows of text with the columns FIGURES."""
     knn, cosine = summary["knn_top1"], summary["cosine"]
     closing = []
     if knn is not None:

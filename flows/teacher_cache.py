@@ -12,10 +12,10 @@ import time
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from cache.listing import store_lines
 from cache.store import Store
 from cache.verify import Report
 from flows import artifacts
-from flows.inspection import store_lines
 from flows.parameters import Overrides, RecipeName
 from pipelines.caching import indexing, precompute
 from pipelines.caching.indexing import Indexed

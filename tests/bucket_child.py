@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cache_stores import Toy, ids
 
-from cache import bucket, place
-from cache.bucket import BucketPath
+from cache.files import bucket, place
+from cache.files.bucket import BucketPath
 
 BAD = {"a/001": "no image"}
 

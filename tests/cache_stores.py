@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from cache import arrow_shard
-from cache.codec import default_codec
+from cache.codec.known import default_codec
+from cache.format import rows_table
 from cache.samples import Samples, ShardRange
 from cache.store import Store, create_store
 from cache.writer import write_shard
@@ -89,7 +89,7 @@ class Toy:
         made = [features(name, view) for name in ids]
         encoded = store.codec.encode(np.stack([patches for patches, _ in made]))
         reasons = [self.bad.get(n, r) for n, r in zip(ids, encoded.reasons, strict=True)]
-        rows = arrow_shard.make(
+        rows = rows_table.make(
             ids,
             reasons,
             [f"canvas of {name} {view}" for name in ids],

@@ -14,7 +14,7 @@ from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Extractor
-from pipelines.images.index import index
+from pipelines.images import index
 from pipelines.recipe.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
 from pipelines.recipe.stores import CacheJob
 

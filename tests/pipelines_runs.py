@@ -6,11 +6,11 @@ from pathlib import Path
 import pipelines_caches
 import pytest
 import torch
-from pipelines.images.index.index import ImageReader
 
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from eupe.teachers import load_teacher
 from pipelines.features.sources import LiveSource
+from pipelines.images.index import ImageReader
 from pipelines.recipe.config import (
     PROXY,
     DatasetConfig,

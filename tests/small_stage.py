@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pipelines.images.index.index import ImageReader
 
 from eupe.normalise import Normaliser
 from eupe.spec import CentreView, EncoderSpec
 from pipelines.features.sources import FeatureSource, Normalisers, Raw, Targets
+from pipelines.images.index import ImageReader
 from pipelines.recipe import scales
 from pipelines.recipe.config import (
     DatasetConfig,

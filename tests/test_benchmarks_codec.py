@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.codec import bound_r2
-from cache.codec import default_codec, make_codec
+from cache.codec.known import default_codec, make_codec
 from pipelines.caching.quality import quality
 
 RTOL = 1e-6  # bisection to float64, but for the last digits

@@ -21,11 +21,13 @@ from cache_stores import (
     store_spec,
 )
 
-from cache import atomic, layout, place, samples, store
-from cache.bucket import BucketPath
+from cache import samples, store
 from cache.errors import Corrupt, MissingSamples
+from cache.files import atomic, place
+from cache.files.bucket import BucketPath
+from cache.files.mirror import FOLDER_VARIABLE, HINT_THREADS
+from cache.format import layout
 from cache.manifest import Manifest
-from cache.mirror import FOLDER_VARIABLE, HINT_THREADS
 from cache.reader import Reader
 from cache.samples import Samples
 from cache.store import create_store

@@ -9,9 +9,8 @@ from cache_stores import GRID, PATCH_DIM, Toy, features, ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.codec import CodecSpec, default_codec, make_codec
-from cache.errors import Corrupt
-from cache.quantised import (
+from cache.codec.known import CodecSpec, default_codec, make_codec
+from cache.codec.quantised import (
     BITS,
     MEAN_COSINE,
     WORST_ERROR,
@@ -20,8 +19,9 @@ from cache.quantised import (
     pack,
     unpack,
 )
+from cache.codec.rotation import Rotation, hadamard
+from cache.errors import Corrupt
 from cache.reader import Reader
-from cache.rotation import Rotation, hadamard
 from cache.verify import verify
 
 # Issue 3 of 3: bits a coefficient all told, at a width where 16 bits of scale a token are few.

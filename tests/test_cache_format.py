@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from cache_stores import Toy, features, files_under, ids, store_spec
 
-from cache import layout, zarr_shard
 from cache.errors import Corrupt
+from cache.format import layout, zarr_shard
 from cache.reader import Reader
 from cache.store import open_store
 from cache.verify import verify

@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from cache import bucket
-from cache.bucket import BucketPath
 from cache.errors import Busy
+from cache.files import bucket
+from cache.files.bucket import BucketPath
 
 
 class OneObject(BaseHTTPRequestHandler):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from cache_stores import ROWS_PER_SHARD, Toy, ids
 
-from cache import mapped, zarr_shard
 from cache.errors import StoreError
-from cache.mapped import MappedFile, Recent
+from cache.files import mapped
+from cache.files.mapped import MappedFile, Recent
+from cache.format import zarr_shard
 from cache.reader import Reader
 from cache.shard_rows import MappedRows
 

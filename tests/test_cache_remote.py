@@ -21,10 +21,10 @@ import pytest
 from bucket_server import Bucket
 from cache_stores import ROWS_PER_SHARD, Toy, features, files_under, ids, store_spec
 
-from cache import atomic, bucket, mapped, mirror, place
-from cache.bucket import BucketPath
 from cache.errors import Busy, Corrupt, NotBuilt, StoreError
-from cache.mirror import Mirror, Wanted
+from cache.files import atomic, bucket, mapped, mirror, place
+from cache.files.bucket import BucketPath
+from cache.files.mirror import Mirror, Wanted
 from cache.reader import Reader
 from cache.samples import Samples
 from cache.store import find_stores, open_store

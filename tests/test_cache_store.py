@@ -22,9 +22,10 @@ from cache_stores import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import layout, mapped
-from cache.codec import PlainCodec
+from cache.codec.known import PlainCodec
 from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
+from cache.files import mapped
+from cache.format import layout
 from cache.reader import Reader
 from cache.samples import Samples
 from cache.store import create_store, find_stores, open_store
@@ -302,7 +303,7 @@ def test_writer_refuses_what_does_not_fit(tmp_path):
 
 
 def test_a_summary_that_is_not_finite_makes_its_row_invalid(tmp_path):
-    from cache import arrow_shard
+    from cache.format import rows_table
     from cache.writer import write_shard
 
     toy = Toy(tmp_path)
@@ -310,7 +311,7 @@ def test_a_summary_that_is_not_finite_makes_its_row_invalid(tmp_path):
     store = toy.store()
     summary = np.zeros((2, SUMMARY_DIM), np.float32)
     summary[1, 2] = np.inf
-    rows = arrow_shard.make(ids(2), [None, None], ["x", "y"], ["{}", "{}"], summary)
+    rows = rows_table.make(ids(2), [None, None], ["x", "y"], ["{}", "{}"], summary)
     shard = store.samples.shards()[0]
     patches = np.zeros((2, 6, PATCH_DIM), np.float16)
     store.commit([write_shard(store, 0, shard, patches, rows, {})])

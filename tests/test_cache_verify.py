@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from cache_stores import Toy, ids
 
-from cache import layout
 from cache.errors import Corrupt
+from cache.format import layout
 from cache.reader import Reader
 from cache.samples import segment_files
 from cache.store import Store

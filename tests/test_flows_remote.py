@@ -7,7 +7,7 @@ import sys
 import bucket_server
 from cache_stores import Toy, ids
 
-from cache import place
+from cache.files import place
 
 
 def eupe(*words: str) -> subprocess.CompletedProcess:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pipelines.images.index.index import ImageReader
 from pipelines_caches import POLICY, build, job, pictures, teacher, write_folder, write_parquet
 
 from cache.errors import StoreError
@@ -18,6 +17,7 @@ from cache.samples import ShardRange
 from eupe import views
 from eupe.normalise import Normaliser
 from pipelines.features.sources import CachedSource, Normalisers
+from pipelines.images.index import ImageReader
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
 from pipelines.training.batches import Batch, Batches, Feed

@@ -9,13 +9,13 @@ import pytest
 import small_run
 import torch
 
-from cache.codec import default_codec, make_codec
-from cache.quantised import MEAN_COSINE
+from cache.codec.known import default_codec, make_codec
+from cache.codec.quantised import MEAN_COSINE
+from cache.listing import describe
 from cache.reader import Reader
 from cache.store import find_stores
 from cache.verify import verify
 from eupe.moments import Moments
-from flows.inspection import describe
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Measured
 from pipelines.caching.quality import quality

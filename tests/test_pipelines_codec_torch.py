@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.codec import default_codec, make_codec
-from cache.quantised import BITS, WORST_ERROR, unpack
+from cache.codec.known import default_codec, make_codec
+from cache.codec.quantised import BITS, WORST_ERROR, unpack
 from eupe.moments import Moments
 from eupe.normalise import phi_s, zscore
 from pipelines.features import codec_torch

@@ -7,7 +7,6 @@ import pytest
 import small_run
 import torch
 import torch.nn.functional as F
-from pipelines.images.index.index import ImageReader
 from safetensors.torch import save_file
 
 from cache.reader import Reader
@@ -19,6 +18,7 @@ from eupe.weights import CHECKPOINT_FILE
 from pipelines import stage_command
 from pipelines.evaluation import evaluate, report
 from pipelines.evaluation.compare import Constants
+from pipelines.images.index import ImageReader
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import checkpoint

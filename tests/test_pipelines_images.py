@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines.images.index.index import ImageReader
-from pipelines.images.index.walks import IMAGE_SUFFIXES, sample_id
 from pipelines_caches import index, pictures, write_folder, write_parquet, write_tar
 
+from pipelines.images.index import ImageReader
+from pipelines.images.walks import IMAGE_SUFFIXES, sample_id
 from pipelines.recipe.config import SourceConfig
 
 SUFFIX = {write_folder: "", write_tar: ".tar", write_parquet: ".parquet"}

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipelines.images.index.index import ImageReader
 from pipelines_caches import COMPUTE_BATCH, build, pictures, teacher, write_parquet
 from pipelines_runs import from_cache, live, losses, one_thread, training_job
 
-from cache import layout
 from cache.errors import StoreError
+from cache.format import layout
 from cache.reader import Reader
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
 from pipelines.features.sources import Raw, Resolutions
+from pipelines.images.index import ImageReader
 from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,

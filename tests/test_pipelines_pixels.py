@@ -5,15 +5,15 @@ import pipelines_caches
 import pipelines_runs
 import pytest
 import torch
-from pipelines.images.index.index import ImageReader
 
-from cache.codec import default_codec, make_codec
+from cache.codec.known import default_codec, make_codec
 from cache.errors import StoreError
 from cache.reader import Reader
 from eupe import views
 from eupe.encoders import Encoder
 from eupe.pixels import RGB
 from pipelines.features.codec_torch import encode
+from pipelines.images.index import ImageReader
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import cache_jobs, open_stores, pixel_jobs
 from pipelines.training import inputs

@@ -10,9 +10,9 @@ from bucket_server import NAME
 from cache_stores import files_under
 from pipelines_runs import from_cache, one_thread
 
-from cache import bucket, place
-from cache.bucket import BucketPath
-from pipelines.images.index import index
+from cache.files import bucket, place
+from cache.files.bucket import BucketPath
+from pipelines.images import index
 from pipelines.recipe.config import SourceConfig
 from pipelines.recipe.stores import cache_jobs
 from pipelines.training import inputs

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipelines.images.index.index import ImageReader
 from pipelines_caches import COMPUTE_BATCH, POLICY, build, job, pictures, teacher, write_folder
 
 from cache.errors import MissingSamples, StoreError
@@ -15,6 +14,7 @@ from eupe.normalise import zscore
 from eupe.teachers import load_teacher
 from pipelines.features.sources import CachedSource, LiveSource, Normalisers
 from pipelines.forward import padded_forward
+from pipelines.images.index import ImageReader
 
 COUNT = 24
 ZSCORE_ATOL = 1e-4  # composed modules: float64 moments applied in float32

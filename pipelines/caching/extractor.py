@@ -1,7 +1,7 @@
 """The extractor: a process that holds the teachers and turns shards of images into shard files.
 
-It is an ordinary class; `pipelines.machines.pool` makes Ray actors of it. All it does can be done again:
-calls are functions of their arguments, and files are written whole (DESIGN.md, law 5).
+It is an ordinary class; `pipelines.machines.pool` makes Ray actors of it. All it does can be done
+again: calls are functions of their arguments, and files are written whole (DESIGN.md, law 5).
 """
 
 import json
@@ -18,7 +18,7 @@ import polars as pl
 import timm
 import torch
 
-from cache.encoded import Escapes
+from cache.codec.encoded import Escapes
 from cache.manifest import ShardRecord
 from cache.samples import ShardRange
 from cache.store import Store
@@ -30,7 +30,7 @@ from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
 from pipelines.forward import padded_forward
-from pipelines.images.index.index import ImageReader
+from pipelines.images.index import ImageReader
 from pipelines.recipe.config import TeacherConfig
 
 Output = tuple[str, int]

@@ -9,11 +9,12 @@ from functools import partial
 
 import polars as pl
 
-from cache import atomic, layout
 from cache.errors import NotBuilt
+from cache.files import atomic
+from cache.format import layout
 from cache.samples import Samples
 from eupe.spec import DatasetSpec
-from pipelines.images.index import index
+from pipelines.images import index
 from pipelines.recipe.stores import CacheJob, rows_per_shard
 
 REASONS_SHOWN = 10

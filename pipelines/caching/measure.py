@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cache.codec import Moments as StoredMoments
-from cache.quantised import MEAN_COSINE
+from cache.codec.known import Moments as StoredMoments
+from cache.codec.quantised import MEAN_COSINE
 from cache.samples import Samples
 from eupe.moments import Moments, merge
 from eupe.spec import StoreSpec

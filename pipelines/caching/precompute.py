@@ -16,8 +16,9 @@ from itertools import chain
 
 import polars as pl
 
-from cache import arrow_tables, atomic, layout
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
+from cache.files import atomic
+from cache.format import arrow_tables, layout
 from cache.samples import ShardRange
 from cache.store import Store, create_store, open_store
 from cache.verify import Report, verify

@@ -1,7 +1,8 @@
 """What a lossy codec costs a teacher: measured on tokens of its own before a store is made.
 
-A codec documents the mean cosine it keeps (`cache.quantised.MEAN_COSINE`). Features that it serves
-worse would train students on something else than the teacher says, so the build refuses them.
+A codec documents the mean cosine it keeps (`cache.codec.quantised.MEAN_COSINE`). Features that it
+serves worse would train students on something else than the teacher says, so the build refuses
+them.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,8 +10,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from cache.codec import Codec, Moments, default_codec, make_codec
-from cache.quantised import BITS, MEAN_COSINE
+from cache.codec.known import Codec, Moments, default_codec, make_codec
+from cache.codec.quantised import BITS, MEAN_COSINE
 from eupe.spec import StoreSpec
 from pipelines.caching.measure import Sample
 from pipelines.features.codec_torch import Decoder, encode

@@ -1,11 +1,11 @@
 """Codecs on the device: stored bytes to normalised float32 tokens, and tokens to stored bytes.
 
-Equal to the numpy oracle in `cache.codec` to one float16 step. The narrow bytes cross to the
+Equal to the numpy oracle in `cache.codec.known` to one float16 step. The narrow bytes cross to the
 device; there they are unpacked, looked up, rotated back and sent through ONE affine map per
 channel, the codec's own and the loss normaliser's multiplied together (DESIGN.md, law 9).
 
-The rotation is (C_m (x) H_2^k) (s * x) (`cache.rotation`). Sylvester's H_2^k is H_a (x) H_b for any
-a * b = 2^k, so the whole of it is two small matrix products, L X R with X = x as [m a, b],
+The rotation is (C_m (x) H_2^k) (s * x) (`cache.codec.rotation`). Sylvester's H_2^k is H_a (x) H_b
+for any a * b = 2^k, so the whole of it is two small matrix products, L X R with X = x as [m a, b],
 L = C_m (x) H_a and R = H_b: 2 (m a + b) operations a channel, about 4 sqrt(D), in two passes over
 memory where butterflies need k.
 
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache.codec import Codec, Encoded, Escapes, PlainCodec, unfit
-from cache.encoded import NOT_FINITE
-from cache.quantised import PLANES, WORST_ERROR, QuantisedCodec
-from cache.rotation import Rotation, hadamard
+from cache.codec.encoded import NOT_FINITE
+from cache.codec.known import Codec, Encoded, Escapes, PlainCodec, unfit
+from cache.codec.quantised import PLANES, WORST_ERROR, QuantisedCodec
+from cache.codec.rotation import Rotation, hadamard
 from eupe.normalise import Normaliser
 from pipelines.features.buffers import Crossing
 
@@ -205,8 +205,8 @@ def encode(codec: Codec, patches: Tensor) -> Encoded:
         patches: float32 [n, N, D].
 
     Returns:
-        as `cache.codec.Codec.encode`: codes may differ from the oracle's where a coefficient lies
-        within rounding of the edge between two.
+        as `cache.codec.known.Codec.encode`: codes may differ from the oracle's where a coefficient
+        lies within rounding of the edge between two.
     """
     if isinstance(codec, PlainCodec):
         return _encode_plain(codec, patches)
@@ -288,7 +288,7 @@ def _encode_plain(codec: PlainCodec, patches: Tensor) -> Encoded:
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """Codes uint8 [T, D] of planes uint8 [T, token_bytes] (layout: `cache.quantised`)."""
+    """Codes uint8 [T, D] of planes uint8 [T, token_bytes] (layout: `cache.codec.quantised`)."""
     codes, below, start = None, 0, 0
     for width in PLANES[bits]:
         per_byte = 8 // width

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache.encoded import Escapes
+from cache.codec.encoded import Escapes
 from cache.errors import StoreError
 from cache.reader import Reader
 from cache.samples import Samples, ShardRange
@@ -18,7 +18,7 @@ from eupe.teachers import Teacher
 from pipelines.features.buffers import Buffers
 from pipelines.features.codec_torch import Decoder
 from pipelines.forward import padded_forward
-from pipelines.images.index.index import ImageReader
+from pipelines.images.index import ImageReader
 
 Resolutions = Mapping[str, int]
 """teacher -> resolution of its input, pixels."""

@@ -27,12 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cache import place
-from cache.bucket import BucketPath
 from cache.errors import NotBuilt
+from cache.files import place
+from cache.files.bucket import BucketPath
 from eupe.spec import AugmentedView, CentreView
 from eupe.views import ImageError, make_view
-from pipelines.images.index.walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
+from pipelines.images.walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
 from pipelines.machines.progress import track
 from pipelines.recipe.config import SourceConfig
 

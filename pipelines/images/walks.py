@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cache import place
-from cache.bucket import BucketPath
+from cache.files import place
+from cache.files.bucket import BucketPath
 from pipelines.recipe.config import SourceConfig
 
 # Part of the key rule (identity), hence a fixed list and not what the installed Pillow can read.

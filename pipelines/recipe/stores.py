@@ -2,7 +2,7 @@
 
 import torch
 
-from cache.codec import default_codec, row_bytes
+from cache.codec.known import default_codec, row_bytes
 from cache.errors import NotBuilt
 from cache.store import Store, open_store
 from eupe.encoders import Encoder

@@ -25,7 +25,7 @@ from eupe import views
 from eupe.spec import AugmentedView, CentreView
 from pipelines.features.buffers import Buffers
 from pipelines.features.sources import FeatureSource, Raw, Targets
-from pipelines.images.index.index import ImageReader
+from pipelines.images.index import ImageReader
 from pipelines.recipe.scales import Scales
 from pipelines.training.draws import Draw, Drawn
 

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import arrow_tables
-from cache.encoded import Moments
+from cache.codec.encoded import Moments
 from cache.errors import Corrupt
+from cache.format import arrow_tables
 from eupe.spec import StoreSpec
 
 KINDS = ("summary", "patches")

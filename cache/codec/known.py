@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cache.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
-from cache.quantised import BITS, FIT, QuantisedCodec
+from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
+from cache.codec.quantised import BITS, FIT, QuantisedCodec
 from eupe.spec import CodecSpec
 
 __all__ = [

@@ -46,7 +46,7 @@ class BucketPath(PosixPath):
 
     Joins, compares and pickles like any path, and answers the questions of Path that a bucket can
     answer, anew each time. To hand it to something that opens files itself is an error; such files
-    come from the mirror (cache/mirror.py).
+    come from the mirror (cache/files/mirror.py).
     """
 
     __slots__ = ()

@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
-from cache import bucket, mirror
-from cache.bucket import BucketPath
 from cache.errors import NotBuilt
-from cache.mirror import Wanted
+from cache.files import bucket, mirror
+from cache.files.bucket import BucketPath
+from cache.files.mirror import Wanted
 
 T = TypeVar("T")
 OPEN_TRIES = 8

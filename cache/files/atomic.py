@@ -18,9 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cache import bucket
-from cache.bucket import BucketPath
 from cache.errors import Busy, StoreError
+from cache.files import bucket
+from cache.files.bucket import BucketPath
 
 LOCK_SECONDS = 60.0
 ABANDONED_SECONDS = 24 * 3600.0

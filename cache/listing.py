@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import layout
 from cache.errors import NotBuilt
+from cache.format import layout
 from cache.reader import Reader
 from cache.store import Store, StoreInfo, find_stores, open_store
 

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import place
 from cache.errors import Corrupt
-from cache.mapped import MappedFile
+from cache.files import place
+from cache.files.mapped import MappedFile
 
 
 def from_numpy(values: npt.NDArray[np.generic]) -> pa.Array:

@@ -9,7 +9,7 @@ One record a row of the shard, in row order:
     parameters   string                 of the view, JSON; null likewise
     summary      float32 [D]            always full precision
 
-and, in stores of a quantised codec, the tokens it serves badly (cache/quantised.py):
+and, in stores of a quantised codec, the tokens it serves badly (cache/codec/quantised.py):
 
     escape_token   list of int32        places of the row's escaped tokens, rising
     escape_values  list of float32      their features, one token after the other
@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import arrow_tables
-from cache.encoded import Escapes
+from cache.codec.encoded import Escapes
+from cache.format import arrow_tables
 
 Floats = npt.NDArray[np.float32]
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cache import place
+from cache.files import place
 from eupe.spec import StoreSpec
 
 HEAD = "HEAD"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cache.encoded import Floats
+from cache.codec.encoded import Floats
 
 
 @dataclass(frozen=True)

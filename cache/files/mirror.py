@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from cache import atomic, bucket, mapped
-from cache.bucket import BucketPath
 from cache.errors import Corrupt, NotBuilt, StoreError
+from cache.files import atomic, bucket, mapped
+from cache.files.bucket import BucketPath
 
 FOLDER_VARIABLE = "EUPE_MIRROR"
 BYTES_VARIABLE = "EUPE_MIRROR_BYTES"

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
-from cache.rotation import Rotation
+from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
+from cache.codec.rotation import Rotation
 
 Codes = npt.NDArray[np.uint8]
 
