@@ -14,7 +14,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
-    import bucket_server
+    from support import bucket_server
 
 ROOT = Path(__file__).resolve().parents[1]
 SESSION = secrets.token_hex(8)
@@ -34,6 +34,7 @@ os.environ.update(
     RAY_AUTH_TOKEN_PATH=str(PRIVATE / "ray_token"),
     HF_HUB_OFFLINE="1",
     MPLBACKEND="Agg",
+    PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))),  # for children: this checkout
 )
 for name in ("PREFECT_API_URL", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "EUPE_HOME"):
     os.environ.pop(name, None)
@@ -104,7 +105,7 @@ def emoji() -> Path:
 @pytest.fixture(scope="session")
 def bucket_running() -> "Iterator[bucket_server.Bucket]":
     """Start one S3 on loopback for all tests that need it."""
-    import bucket_server
+    from support import bucket_server
 
     with bucket_server.serve() as running:
         yield running

@@ -6,11 +6,11 @@ import sys
 import threading
 import time
 
-import bucket_server
 import numpy as np
 import pytest
-from bucket_server import Bucket
-from cache_stores import (
+from support import bucket_server
+from support.bucket_server import Bucket
+from support.toy_stores import (
     DATASET,
     PATCH_DIM,
     SUMMARY_DIM,

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from cache_stores import GRID, PATCH_DIM, Toy, features, ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.toy_stores import GRID, PATCH_DIM, Toy, features, ids
 
 from cache.codec.known import CodecSpec, default_codec, make_codec
 from cache.codec.quantised import (

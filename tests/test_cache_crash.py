@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+CHILD = Path(__file__).parent / "support" / "crash_child.py"
 MEMORY = Path("/dev/shm")  # a file system in memory: the 400 builds wait for no disk
 
 
@@ -17,7 +17,7 @@ MEMORY = Path("/dev/shm")  # a file system in memory: the 400 builds wait for no
 def test_killed_anywhere_then_rerun_gives_the_same_bytes(tmp_path):
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else tmp_path) as folder:
         run = subprocess.run(
-            [sys.executable, HERE / "cache_crash_child.py", folder],
+            [sys.executable, CHILD, folder],
             capture_output=True,
             text=True,
             timeout=300,

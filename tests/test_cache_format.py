@@ -7,7 +7,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
-from cache_stores import Toy, features, files_under, ids, store_spec
+from support.toy_stores import Toy, features, files_under, ids, store_spec
 
 from cache.errors import Corrupt
 from cache.format import layout, zarr_shard

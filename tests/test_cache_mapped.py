@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_stores import ROWS_PER_SHARD, Toy, ids
+from support.toy_stores import ROWS_PER_SHARD, Toy, ids
 
 from cache.errors import StoreError
 from cache.files import mapped

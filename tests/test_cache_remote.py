@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import bucket_child
-import bucket_server
 import numpy as np
 import pytest
-from bucket_server import Bucket
-from cache_stores import ROWS_PER_SHARD, Toy, features, files_under, ids, store_spec
+from support import bucket_child, bucket_server
+from support.bucket_server import Bucket
+from support.toy_stores import ROWS_PER_SHARD, Toy, features, files_under, ids, store_spec
 
 from cache.errors import Busy, Corrupt, NotBuilt, StoreError
 from cache.files import atomic, bucket, mapped, mirror, place
@@ -30,7 +29,7 @@ from cache.samples import Samples
 from cache.store import find_stores, open_store
 from cache.verify import verify
 
-CHILD = Path(__file__).parent / "bucket_child.py"
+CHILD = Path(__file__).parent / "support" / "bucket_child.py"
 WAIT_SECONDS = 240  # two busy cores may take a minute to start a child
 
 

@@ -2,9 +2,9 @@
 
 import polars as pl
 import pytest
-from cache_stores import DATASET, ids, sample_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.toy_stores import DATASET, ids, sample_table
 
 from cache.errors import FingerprintMismatch, MissingSamples, NotBuilt, StoreError
 from cache.samples import Samples, ShardRange

@@ -5,7 +5,9 @@ import polars as pl
 import pytest
 import tensorstore
 import zarr
-from cache_stores import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.toy_stores import (
     DATASET,
     GRID,
     PATCH_DIM,
@@ -19,8 +21,6 @@ from cache_stores import (
     sample_table,
     store_spec,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cache.codec.known import PlainCodec
 from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cache_stores import Toy, ids
+from support.toy_stores import Toy, ids
 
 from cache.errors import Corrupt
 from cache.format import layout

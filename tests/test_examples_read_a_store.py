@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_stores import Toy, ids
+from support.toy_stores import Toy, ids
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "read_a_store.py"
 

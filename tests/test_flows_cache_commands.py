@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_stores import Toy, ids
+from support.toy_stores import Toy, ids
 
 EUPE = [sys.executable, "-m", "flows.cli", "cache"]
 NUM_SAMPLES, NUM_VIEWS = 6, 2

@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-import bucket_server
-from cache_stores import Toy, ids
+from support import bucket_server
+from support.toy_stores import Toy, ids
 
 from cache.files import place
 

@@ -111,7 +111,10 @@ def loaded_by(statement: str, modules: set[str]) -> set[str]:
 
 
 def cache_modules() -> list[str]:
-    return [f"cache.{path.stem}" for path in sorted((ROOT / "cache").glob("[a-z]*.py"))]
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "cache").rglob("[a-z]*.py"))
+    ]
 
 
 def test_a_store_opens_without_torch_ray_or_prefect():

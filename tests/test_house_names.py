@@ -75,13 +75,17 @@ def test_every_file_opens_with_its_responsibility():
 
 
 def test_tests_are_flat_and_named_after_what_they_test():
-    subjects = "|".join([*ROOMS, "house", "examples", "benchmarks"])
+    wings = [path.name for path in (ROOT / "pipelines").iterdir() if path.is_dir()]
+    subjects = "|".join([*ROOMS, *wings, "house", "examples", "benchmarks"])
     named = re.compile(rf"test_({subjects})_\w+\.py")
     stray = [
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("*.py")
-        if path.parent != ROOT / "tests"
-        or (path.name.startswith("test_") and not named.fullmatch(path.name))
+        if not (
+            named.fullmatch(path.name) or path.name == "conftest.py"
+            if path.parent == ROOT / "tests"
+            else path.parent == ROOT / "tests/support" and not path.name.startswith("test_")
+        )
     ]
     assert stray == []
 

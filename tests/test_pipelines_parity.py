@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipelines_caches import COMPUTE_BATCH, build, pictures, teacher, write_parquet
-from pipelines_runs import from_cache, live, losses, one_thread, training_job
+from support.small_caches import COMPUTE_BATCH, build, pictures, teacher, write_parquet
+from support.stage_runs import from_cache, live, losses, one_thread, training_job
 
 from cache.errors import StoreError
 from cache.format import layout

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import pipelines_caches
 import pytest
-import small_run
 import torch
-from bucket_server import NAME
-from cache_stores import files_under
-from pipelines_runs import from_cache, one_thread
+from support import small_caches, small_run
+from support.bucket_server import NAME
+from support.stage_runs import from_cache, one_thread
+from support.toy_stores import files_under
 
 from cache.files import bucket, place
 from cache.files.bucket import BucketPath
@@ -38,19 +37,19 @@ def upload(folder: Path, to: BucketPath) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
 def test_images_in_a_bucket_are_those_on_disk(root, tmp_path, emoji, kind):
-    pictures = pipelines_caches.pictures(emoji, NUM_IMAGES)
+    pictures = small_caches.pictures(emoji, NUM_IMAGES)
     local = tmp_path / "images"
     local.mkdir()
     if kind == "folder":
-        source = pipelines_caches.write_folder(local, pictures)
+        source = small_caches.write_folder(local, pictures)
     elif kind == "webdataset":
-        source = pipelines_caches.write_tar(local / "a.tar", pictures)
+        source = small_caches.write_tar(local / "a.tar", pictures)
     else:
-        source = pipelines_caches.write_parquet(local / "a.parquet", pictures)
+        source = small_caches.write_parquet(local / "a.parquet", pictures)
     upload(local, root)
     inside = Path(source.path).relative_to(local)
     remote = source.model_copy(update={"path": str(root / inside)})
-    ours, theirs = pipelines_caches.index(remote), pipelines_caches.index(source)
+    ours, theirs = small_caches.index(remote), small_caches.index(source)
     assert ours.records.drop("uri").equals(theirs.records.drop("uri"))
     reader = index.ImageReader()
     samples = ours.records.to_dicts()
@@ -62,20 +61,20 @@ def test_images_in_a_bucket_are_those_on_disk(root, tmp_path, emoji, kind):
 
 
 def test_a_pattern_names_files_in_a_bucket(root, tmp_path, emoji):
-    pictures = list(pipelines_caches.pictures(emoji, 6).items())
+    pictures = list(small_caches.pictures(emoji, 6).items())
     for name, part in (("x-0", pictures[:3]), ("x-1", pictures[3:5]), ("y-0", pictures[5:])):
-        pipelines_caches.write_tar(tmp_path / f"{name}.tar", dict(part))
+        small_caches.write_tar(tmp_path / f"{name}.tar", dict(part))
     upload(tmp_path, root)
-    found = pipelines_caches.index(SourceConfig(kind="webdataset", path=str(root / "x-*.tar")))
+    found = small_caches.index(SourceConfig(kind="webdataset", path=str(root / "x-*.tar")))
     assert found.records.height == 5
     with pytest.raises(ValueError, match=r"no \.tar file there"):
-        pipelines_caches.index(SourceConfig(kind="webdataset", path=str(root / "z-*.tar")))
+        small_caches.index(SourceConfig(kind="webdataset", path=str(root / "z-*.tar")))
 
 
 def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
-    pipelines_caches.write_folder(tmp_path, pipelines_caches.pictures(emoji, 2))
+    small_caches.write_folder(tmp_path, small_caches.pictures(emoji, 2))
     upload(tmp_path, root)
-    sample = pipelines_caches.index(SourceConfig(kind="folder", path=str(root))).records.row(
+    sample = small_caches.index(SourceConfig(kind="folder", path=str(root))).records.row(
         0, named=True
     )
     BucketPath(sample["uri"]).unlink()
@@ -86,8 +85,8 @@ def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
 @pytest.mark.slow
 def test_a_run_from_a_bucket_is_that_from_a_disk(root, tmp_path, emoji):
     """Features byte for byte, equal targets, and equal losses of a training from either."""
-    pictures = pipelines_caches.pictures(emoji, NUM_IMAGES)
-    pipelines_caches.write_parquet(tmp_path / "train.parquet", pictures)
+    pictures = small_caches.pictures(emoji, NUM_IMAGES)
+    small_caches.write_parquet(tmp_path / "train.parquet", pictures)
     bucket.send(tmp_path / "train.parquet", root / "train.parquet")
     local = small_run.recipe(tmp_path).model_copy(update={"num_views": 1})
     (train,) = local.train
@@ -96,7 +95,7 @@ def test_a_run_from_a_bucket_is_that_from_a_disk(root, tmp_path, emoji):
     remote = local.model_copy(update={"cache_root": str(root / "cache"), "train": (moved,)})
     for run in (local, remote):
         (job,) = (each for each in cache_jobs(run) if each.views == run.views)
-        pipelines_caches.build(job)
+        small_caches.build(job)
     cache = root / "cache"
     there = {str(path.relative_to(cache)): path for path, _ in cache.files_below()}
     here = files_under(tmp_path / "cache")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipelines_caches import build
-from pipelines_runs import (
+from support.small_caches import build
+from support.stage_runs import (
     PYRAMID,
     from_cache,
     live,

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pipelines_caches
 import pytest
-import small_run
 import torch
+from support import small_caches, small_run
 
 from cache.codec.known import default_codec, make_codec
 from cache.codec.quantised import MEAN_COSINE
@@ -70,11 +69,11 @@ class HandedOut:
     [("rot2", 1.61, "rot4"), ("rot2", 2.5, "int8"), ("rot3", 2.5, "int8")],
 )
 def test_a_teacher_that_its_codec_serves_badly_is_refused(codec, ratio, serves, tmp_path, emoji):
-    source = pipelines_caches.write_parquet(
-        tmp_path / "images.parquet", pipelines_caches.pictures(emoji, 8)
+    source = small_caches.write_parquet(
+        tmp_path / "images.parquet", small_caches.pictures(emoji, 8)
     )
-    teachers = (pipelines_caches.teacher(codec=codec),)
-    job = pipelines_caches.job(tmp_path / "root", source, teachers=teachers)
+    teachers = (small_caches.teacher(codec=codec),)
+    job = small_caches.job(tmp_path / "root", source, teachers=teachers)
     indexing.index_samples(job)
     wanted = (
         rf"teacher lite0 at 64 px: codec {codec} keeps a mean cosine of 0\.\d+ on 600 of its "
@@ -116,7 +115,7 @@ def runs(tmp_path_factory):
     for codec in ("float32", "rot4"):
         directory = tmp_path_factory.mktemp(codec)
         whole = small_run.recipe(directory)
-        teachers = (pipelines_caches.teacher(codec=codec),)
+        teachers = (small_caches.teacher(codec=codec),)
         extraction = whole.extraction.model_copy(update={"moments_samples": 32})
         run = whole.model_copy(update={"teachers": teachers, "extraction": extraction})
         small_run.build(run, directory)

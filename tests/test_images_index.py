@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines_caches import index, pictures, write_folder, write_parquet, write_tar
+from support.small_caches import index, pictures, write_folder, write_parquet, write_tar
 
 from pipelines.images.index import ImageReader
 from pipelines.images.walks import IMAGE_SUFFIXES, sample_id

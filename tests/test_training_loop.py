@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_stage
 import torch
-import train_child
 from filelock import FileLock
+from support import small_stage, train_child
 
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
@@ -23,7 +22,7 @@ from pipelines.records import checkpoint, tracking
 from pipelines.training import loop, start
 from pipelines.training.loop import train_stage
 
-CHILD = Path(__file__).with_name("train_child.py")
+CHILD = Path(__file__).parent / "support" / "train_child.py"
 # Sums of float32 in another order: a few units in the last place, grown over 12 steps of AdamW,
 # which divides small gradients by their own size.
 SAME_MATHS = {"rtol": 2e-4, "atol": 1e-5}

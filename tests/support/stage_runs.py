@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import pipelines_caches
 import pytest
 import torch
 
@@ -29,6 +28,7 @@ from pipelines.records import tracking
 from pipelines.training import inputs
 from pipelines.training.batches import Feed
 from pipelines.training.loop import train_stage
+from support import small_caches
 
 PYRAMID = (32, 48, 64)  # with patch 16: grids of 2, 3 and 4 tokens a side
 
@@ -91,13 +91,13 @@ def three_stages(directory: Path, emoji: Path) -> Recipe:
     Two experts of different kind, native resolution and grid: EfficientNet-Lite0 at 64 pixels
     (2 x 2) and a random ViT with patch 8 at 32 (4 x 4). The proxy sees them at 48 (3 x 3).
     """
-    found = list(pipelines_caches.pictures(emoji, 20).items())
+    found = list(small_caches.pictures(emoji, 20).items())
     sources: dict[str, SourceConfig] = {}
     for name, part in (("train", found[:14]), ("held-out", found[14:])):
         path = directory / f"{name}.parquet"
-        sources[name] = pipelines_caches.write_parquet(path, dict(part))
+        sources[name] = small_caches.write_parquet(path, dict(part))
     experts = (
-        pipelines_caches.teacher((64,)),
+        small_caches.teacher((64,)),
         TeacherConfig(
             name="vit8",
             encoder=vit(patch_size=8),

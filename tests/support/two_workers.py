@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import small_stage
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -36,6 +35,7 @@ from pipelines.training.batches import Batch, Feed, Part
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import Evaluate, StageResult, train_stage
 from pipelines.training.workers import OneProcess, Workers
+from support import small_stage
 
 WORLD = 2
 NUM_SAMPLES = 53  # divides by nothing: epochs end inside batches

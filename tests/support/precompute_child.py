@@ -3,10 +3,9 @@
 import sys
 from pathlib import Path
 
-from pipelines_caches import job, teacher
-
 from pipelines.caching import indexing, precompute
 from pipelines.recipe.config import SourceConfig
+from support.small_caches import job, teacher
 
 VIEWS = 2
 ROWS_PER_SHARD = 4

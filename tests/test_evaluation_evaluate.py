@@ -4,10 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-import small_run
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from support import small_run
 
 from cache.reader import Reader
 from eupe.encoders import Features

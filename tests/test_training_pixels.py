@@ -1,10 +1,9 @@
 """The views' own pixels, cached: training reads them and is the same as without, bit by bit."""
 
 import numpy as np
-import pipelines_caches
-import pipelines_runs
 import pytest
 import torch
+from support import small_caches, stage_runs
 
 from cache.codec.known import default_codec, make_codec
 from cache.errors import StoreError
@@ -22,10 +21,10 @@ from pipelines.training import inputs
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, emoji) -> Recipe:
     """Three stages' teacher caches, with the proxy's student scale among the cached pixels."""
-    recipe = pipelines_runs.three_stages(tmp_path_factory.mktemp("pixels"), emoji)
+    recipe = stage_runs.three_stages(tmp_path_factory.mktemp("pixels"), emoji)
     recipe = recipe.model_copy(update={"pixels": (48,)})
     for job in cache_jobs(recipe):
-        pipelines_caches.build(job)
+        small_caches.build(job)
     return recipe
 
 

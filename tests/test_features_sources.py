@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipelines_caches import COMPUTE_BATCH, POLICY, build, job, pictures, teacher, write_folder
+from support.small_caches import COMPUTE_BATCH, POLICY, build, job, pictures, teacher, write_folder
 
 from cache.errors import MissingSamples, StoreError
 from cache.reader import Reader

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pipelines_caches
-
 from eupe.spec import CentreView, EncoderSpec
 from pipelines.recipe.config import (
     DatasetConfig,
@@ -16,20 +14,21 @@ from pipelines.recipe.config import (
     StudentConfig,
 )
 from pipelines.recipe.stores import cache_jobs
+from support import small_caches
 
-EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji" / "emoji.parquet"
+EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "emoji.parquet"
 
 
 def recipe(directory: Path) -> Recipe:
     """Return the run; its images and everything it writes are below a folder."""
-    teacher = pipelines_caches.teacher()
+    teacher = small_caches.teacher()
     return Recipe(
         name="small_run",
         run_directory=str(directory / "run"),
         cache_root=str(directory / "cache"),
         train=(dataset(directory, "train"),),
         held_out=dataset(directory, "held-out"),
-        views=pipelines_caches.POLICY,
+        views=small_caches.POLICY,
         num_views=2,
         held_out_views=CentreView(canvas=64),
         teachers=(teacher,),
@@ -71,8 +70,8 @@ def dataset(directory: Path, name: str) -> DatasetConfig:
 
 def build(run: Recipe, directory: Path) -> None:
     """Write the images and build the caches, in this process."""
-    pictures = list(pipelines_caches.pictures(EMOJI, 48).items())
-    pipelines_caches.write_parquet(directory / "train.parquet", dict(pictures[:32]))
-    pipelines_caches.write_parquet(directory / "held-out.parquet", dict(pictures[32:]))
+    pictures = list(small_caches.pictures(EMOJI, 48).items())
+    small_caches.write_parquet(directory / "train.parquet", dict(pictures[:32]))
+    small_caches.write_parquet(directory / "held-out.parquet", dict(pictures[32:]))
     for job in cache_jobs(run):
-        pipelines_caches.build(job)
+        small_caches.build(job)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_stage
 import torch
-import two_workers
-from two_workers import Pair, Trained
+from support import small_stage, two_workers
+from support.two_workers import Pair, Trained
 
 from eupe.weights import state_digest
 from pipelines.machines.errors import bad_input

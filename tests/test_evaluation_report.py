@@ -6,7 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-import small_stage
+from support import small_stage
 
 from flows import summary as closing
 from pipelines.evaluation import figures, report

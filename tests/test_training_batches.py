@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pipelines_caches import POLICY, build, job, pictures, teacher, write_folder, write_parquet
+from support.small_caches import POLICY, build, job, pictures, teacher, write_folder, write_parquet
 
 from cache.errors import StoreError
 from cache.reader import Reader

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from pipelines_caches import build
-from pipelines_runs import one_thread
+from support.small_caches import build
+from support.stage_runs import one_thread
 
 from pipelines.recipe import family, recipes
 from pipelines.recipe.config import Recipe

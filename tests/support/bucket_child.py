@@ -6,10 +6,9 @@
 import sys
 from pathlib import Path
 
-from cache_stores import Toy, ids
-
 from cache.files import bucket, place
 from cache.files.bucket import BucketPath
+from support.toy_stores import Toy, ids
 
 BAD = {"a/001": "no image"}
 

@@ -4,9 +4,9 @@ import shutil
 
 import polars as pl
 import pytest
-import small_run
 import torch
-from pipelines_caches import HerePool
+from support import small_run
+from support.small_caches import HerePool
 
 from cache.errors import NotBuilt
 from cache.samples import Samples

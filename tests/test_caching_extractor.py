@@ -5,7 +5,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from pipelines_caches import (
+from support.small_caches import (
     COMPUTE_BATCH,
     HerePool,
     build,

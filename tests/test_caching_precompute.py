@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import precompute_child
 import psutil
 import pytest
 import torch
 from PIL import Image
-from pipelines_caches import (
+from support import precompute_child
+from support.small_caches import (
     HerePool,
     build,
     data_files,

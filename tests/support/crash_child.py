@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute
-from cache_stores import Toy, files_under, ids
 
 from cache.reader import Reader
 from cache.verify import verify
+from support.toy_stores import Toy, files_under, ids
 
 OPERATIONS = ("open", "write", "fsync", "replace", "mkdir", "unlink")
 DIED = 9

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import small_stage
 import torch
 
 from pipelines.training.batches import Batch
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import StageResult, train_stage
+from support import small_stage
 
 
 def train(directory: Path, pause: float, **stage: object) -> StageResult:

@@ -1,0 +1,1 @@
+"""What lies on disk, byte by byte: names, Zarr shards, Arrow tables."""
