@@ -164,7 +164,7 @@ def test_only_files_of_writers_that_are_gone_are_swept(tmp_path):
 
 HINTING = """
 import sys
-from cache import place
+from cache.files import place
 root = place.root(sys.argv[1])
 place.will_need((root / str(n), None, "0" * 64) for n in range(64))
 print("hinted", flush=True)

@@ -9,7 +9,7 @@ import pytest
 
 # Ray's own loader has the last word on which token a process has.
 CHILD = """
-from pipelines import cluster
+from pipelines.machines import cluster
 cluster._authenticate()
 from ray._raylet import AuthenticationTokenLoader
 loader = AuthenticationTokenLoader.instance()
