@@ -14,7 +14,7 @@ from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Extractor
-from pipelines.images import index
+from pipelines.images import index as image_index
 from pipelines.recipe.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
 from pipelines.recipe.stores import CacheJob
 
@@ -52,7 +52,7 @@ def pictures(emoji: Path, count: int) -> dict[str, bytes]:
 
 def write_folder(where: Path, images: Mapping[str, bytes]) -> SourceConfig:
     """Lay images out as files."""
-    for path, data in index.items():
+    for path, data in images.items():
         file = where / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
@@ -62,7 +62,7 @@ def write_folder(where: Path, images: Mapping[str, bytes]) -> SourceConfig:
 def write_tar(where: Path, images: Mapping[str, bytes]) -> SourceConfig:
     """Lay images out as a WebDataset tar, each with a JSON of labels beside it."""
     with tarfile.open(where, "w") as tar:
-        for path, data in index.items():
+        for path, data in images.items():
             labels = json.dumps({"name": path}).encode()
             for name, content in ((path, data), (str(Path(path).with_suffix(".json")), labels)):
                 member = tarfile.TarInfo(name)
@@ -75,8 +75,8 @@ def write_parquet(where: Path, images: Mapping[str, bytes], row_group: int = 7) 
     """Lay images out as Hugging Face datasets writes them."""
     table = pa.table(
         {
-            "image": [{"bytes": data, "path": path} for path, data in index.items()],
-            "label": [Path(path).parts[0] for path in index],
+            "image": [{"bytes": data, "path": path} for path, data in images.items()],
+            "label": [Path(path).parts[0] for path in images],
         }
     )
     pq.write_table(table, where, row_group_size=row_group)
@@ -110,9 +110,9 @@ def job(
     )
 
 
-def index(source: SourceConfig, known: frozenset[str] = frozenset()) -> index.Part:
+def index(source: SourceConfig, known: frozenset[str] = frozenset()) -> image_index.Part:
     """Index a whole source at once."""
-    (whole,) = index.index(source, known)
+    (whole,) = image_index.index(source, known)
     return whole
 
 
