@@ -2,7 +2,7 @@
 
 A sample keeps its row for ever. Samples are added in segments; a segment starts at a shard
 boundary, so the rows between the end of one segment and the start of the next belong to no sample:
-gaps, the same in every store (DESIGN.md, laws 4 and 12).
+gaps, the same in every store (docs/design.md, laws 4 and 12).
 """
 
 import hashlib

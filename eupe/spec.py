@@ -2,7 +2,7 @@
 
 Torch-free, so that `cache` may import it. A *Spec* is identity; a *Config*
 (`pipelines.recipe.config`) also says where things lie and how fast to work, which is never
-identity (DESIGN.md, law 1).
+identity (docs/design.md, law 1).
 """
 
 from pathlib import PurePosixPath

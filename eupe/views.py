@@ -1,7 +1,7 @@
 """Views: a sample's bytes to the pixels of one addressed view on its canvas (Pillow and numpy).
 
 A view is a pure function of (policy, sample_id, view number): nothing is consumed from a global
-random state, so any process on any machine draws the same view (DESIGN.md, laws 2 and 3).
+random state, so any process on any machine draws the same view (docs/design.md, laws 2 and 3).
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ def padded_forward(
     """Run a teacher over pictures in batches of one fixed size, the last one padded with black.
 
     Kernels may round differently by batch size; with one size a picture's features do not depend
-    on how many others are asked for (DESIGN.md, law 1).
+    on how many others are asked for (docs/design.md, law 1).
 
     Args:
         teacher: on `device`.

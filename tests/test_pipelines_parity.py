@@ -1,4 +1,4 @@
-"""Parity: training from a cache is training with the teacher in the loop (DESIGN.md, law 8).
+"""Parity: training from a cache is training with the teacher in the loop (docs/design.md, law 8).
 
 Stage 2 for 20 steps on real images with a real teacher: two views each, accumulation over two
 micro-batches, four epochs. The cached run reads features that were computed beforehand, in other

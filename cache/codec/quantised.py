@@ -1,4 +1,4 @@
-"""Lossy codecs: int8 per channel, and rot4, rot3, rot2 on rotated tokens (DESIGN.md, law 10).
+"""Lossy codecs: int8 per channel, and rot4, rot3, rot2 on rotated tokens (docs/design.md, law 10).
 
 Both standardise each channel by fitted moments and keep one float16 scale a token:
 

@@ -1,7 +1,7 @@
 """The extractor: a process that holds the teachers and turns shards of images into shard files.
 
 It is an ordinary class; `pipelines.machines.pool` makes Ray actors of it. All it does can be done
-again: calls are functions of their arguments, and files are written whole (DESIGN.md, law 5).
+again: calls are functions of their arguments, and files are written whole (docs/design.md, law 5).
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Equal to the numpy oracle in `cache.codec.known` to one float16 step. The narrow bytes cross to the
 device; there they are unpacked, looked up, rotated back and sent through ONE affine map per
-channel, the codec's own and the loss normaliser's multiplied together (DESIGN.md, law 9).
+channel, the codec's own and the loss normaliser's multiplied together (docs/design.md, law 9).
 
 The rotation is (C_m (x) H_2^k) (s * x) (`cache.codec.rotation`). Sylvester's H_2^k is H_a (x) H_b
 for any a * b = 2^k, so the whole of it is two small matrix products, L X R with X = x as [m a, b],
