@@ -15,7 +15,9 @@ machine is left alone.
 import argparse
 import json
 import os
+import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -28,8 +30,6 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from flows.loopback import free_ports, write_token
-
 CHECKOUT = Path(__file__).resolve().parents[1]
 POOL = "local"
 DEPLOYMENTS = {"teacher-cache/default", "distill/default"}
@@ -38,6 +38,7 @@ PORTS = ("PREFECT", "RAY", "RAY_CLIENT", "RAY_DASHBOARD", "RAY_AGENT")
 UP_SECONDS = 600  # two idle cores take 30, overloaded ones minutes; what dies is seen at once
 STOP_SECONDS = 20  # honcho itself waits five before it kills
 POLL_SECONDS = 0.5
+TOKEN_BYTES = 32
 ANSWER_SECONDS = 30  # Ray waits ten for its job agent before it says no
 PUBLIC = (
     "PREFECT_API_URL",
@@ -131,6 +132,23 @@ def settings(home: Path, ports: Sequence[int]) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "ray_token"),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of 127.0.0.1 that nobody listens on now, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def write_token(path: Path) -> None:
+    """Write a fresh secret to a file that only this user can read, from its first byte on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(TOKEN_BYTES))
 
 
 def deploy() -> None:

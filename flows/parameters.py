@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipelines.recipe.config import Override
+from pipelines.recipe.override import Override
 
 RecipeName = Annotated[
     str, Field(description="name of a recipe, or a YAML file that changes one", examples=["demo"])

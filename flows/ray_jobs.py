@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
-from flows.loopback import free_ports
+from flows.local_stack import free_ports
 from pipelines.machines import cluster
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
 from eupe.views import decode, draw, render, resize
 from eupe.weights import CHECKPOINT_FILE
-from pipelines import stage_command
+from pipelines import stages
 from pipelines.evaluation import evaluate, report
 from pipelines.evaluation.compare import Constants
 from pipelines.images.index import ImageReader
@@ -252,7 +252,7 @@ def named(run, monkeypatch):
 
 
 def test_the_command_goes_on_from_where_it_was(named, capsys):
-    assert stage_command.run("stage2", "small_run", ["--json"]) == 0
+    assert stages.run("stage2", "small_run", ["--json"]) == 0
     printed = capsys.readouterr().out
     assert '"resumed_from": 8' in printed
 
@@ -270,7 +270,7 @@ def test_the_command_goes_on_from_where_it_was(named, capsys):
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(named, capsys, stage, arguments, sentence):
     with pytest.raises(SystemExit) as exit_code:
-        stage_command.run(stage, "small_run", arguments)
+        stages.run(stage, "small_run", arguments)
     assert exit_code.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.recipe import config, recipes
-from pipelines.recipe.config import Recipe, StageConfig, override, validated
+from pipelines.recipe import recipes
+from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.override import override, validated
 
 
 @pytest.fixture(scope="module")
@@ -139,4 +140,4 @@ def test_every_fault_of_a_tree_is_listed():
     tree = recipes.RECIPES["demo"]().model_dump(mode="json")
     tree["seed"], tree["num_views"] = "x", 0
     with pytest.raises(ValueError, match=r"seed: .*; num_views: "):
-        config.validated(tree)
+        validated(tree)

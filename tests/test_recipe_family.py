@@ -3,7 +3,8 @@
 import pytest
 
 from pipelines.recipe import family, paper
-from pipelines.recipe.config import Recipe, override, validated
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.override import override, validated
 
 RECIPES = [*(family.full(name) for name in family.STUDENTS), family.proxy()]
 

@@ -6,8 +6,8 @@ import pytest
 
 from eupe.encoders import Encoder
 from pipelines.recipe import recipes
-from pipelines.recipe.config import PROXY, validated
-from pipelines.training import start
+from pipelines.recipe.config import PROXY
+from pipelines.recipe.override import validated
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ def test_grids_of_the_demo_exist_at_every_scale(name):
             assert resolution <= canvas
             assert min(encoder.grid(resolution)) > 1
     for stage in recipe.stages:
-        encoder = Encoder(start.student_config(recipe, stage).encoder)
+        encoder = Encoder(recipe.trained_by(stage).encoder)
         for resolution in stage.student_scales:
             encoder.check_resolution(resolution)
             assert resolution <= canvas

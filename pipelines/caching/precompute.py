@@ -30,13 +30,7 @@ from pipelines.caching.measure import measure
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
 from pipelines.recipe.config import Recipe
-from pipelines.recipe.stores import (
-    CacheJob,
-    compute_threads,
-    device,
-    job_groups,
-    store_specs,
-)
+from pipelines.recipe.stores import CacheJob, job_groups, store_specs
 
 VIEWS_TOGETHER = 4
 """Views of a shard that one call draws from one decode; it holds the patches of all of them."""
@@ -52,8 +46,8 @@ def extractors(job: CacheJob) -> Pool:
     arguments = {
         "teachers": job.teachers,
         "decode_threads": extraction.decode_threads,
-        "device": device(extraction),
-        "compute_threads": compute_threads(extraction),
+        "device": extraction.device,
+        "compute_threads": extraction.compute_threads,
     }
     return Pool(
         Extractor,
@@ -83,7 +77,7 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
     absent = [spec for spec in specs if _open(job, spec) is None]
     if absent:
         batch = job.extraction.compute_batch
-        made_by = provenance(batch, compute_threads(job.extraction))  # shards name the device
+        made_by = provenance(batch, job.extraction.compute_threads)  # shards name the device
         with _borrowed(pool, job) as workers:
             samples = measure(job, absent, batch, workers)
         own = [samples[spec.teacher.name, spec.resolution] for spec in absent]

@@ -239,7 +239,7 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
     bank_name, held_out, label = recipe.bank[0].name, recipe.held_out.name, recipe.evaluation.label
     # Asked for now, so that a long run does not end on what its evaluation lacks.
     with torch.device("meta"):
-        student = Encoder(start.student_config(recipe, stage).encoder)
+        student = Encoder(recipe.trained_by(stage).encoder)
     student.check_resolution(recipe.evaluation.resolution)
 
     def swept(name: str) -> tuple[np.ndarray, Batches]:

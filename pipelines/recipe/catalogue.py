@@ -5,7 +5,6 @@ from typing import NamedTuple
 from eupe.costs import cost
 from pipelines.recipe import paper, recipes
 from pipelines.recipe.paper import Published
-from pipelines.training import start
 
 
 class Entry(NamedTuple):
@@ -43,7 +42,7 @@ def entry(name: str) -> Entry:
     """
     recipe = recipes.get(name)
     last = recipe.stages[-1]
-    network = start.student_config(recipe, last)
+    network = recipe.trained_by(last)
     resolution = min(last.student_scales)
     found = cost(network.encoder, resolution)
     return Entry(

@@ -222,13 +222,3 @@ def rows_per_shard(job: CacheJob) -> int:
             rows, columns = encoder.grid(resolution)
             largest = max(largest, row_bytes(config.codec, rows * columns, encoder.patch_dim))
     return max(1, SHARD_BYTES // largest)
-
-
-def device(extraction: ExtractionConfig) -> str:
-    """Return where extractors compute."""
-    return "cuda" if extraction.gpus_per_actor > 0 else "cpu"
-
-
-def compute_threads(extraction: ExtractionConfig) -> int:
-    """Return how many threads an extractor computes on: the CPUs Ray reserves for it."""
-    return max(1, int(extraction.cpus_per_actor))

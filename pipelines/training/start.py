@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from eupe.heads import DistillationModel
 from eupe.students import build_student
 from eupe.weights import digest
-from pipelines.recipe.config import Recipe, StageConfig, StudentConfig
+from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.records import checkpoint, whole_state
 from pipelines.records.checkpoint import Checkpoint
 from pipelines.training.inputs import Inputs
@@ -29,19 +29,6 @@ DRAWS = 2
 """Version of order, mix and view numbers: a run goes on only with the draws it began with."""
 
 
-def student_config(recipe: Recipe, stage: StageConfig) -> StudentConfig:
-    """Return the network a stage trains.
-
-    Raises:
-        ValueError: the stage trains the proxy and the recipe has none.
-    """
-    if stage.student == "student":
-        return recipe.student
-    if recipe.proxy is None:
-        raise ValueError(f"recipe {recipe.name}: {stage.stage} trains a proxy and there is none")
-    return recipe.proxy
-
-
 def initial_model(
     recipe: Recipe, stage: StageConfig, dims: Mapping[str, tuple[int, int]]
 ) -> DistillationModel:
@@ -58,7 +45,7 @@ def initial_model(
     Raises:
         ValueError: the initial stage is not trained to its end, or weights do not fit.
     """
-    student = student_config(recipe, stage)
+    student = recipe.trained_by(stage)
     encoder = build_student(student.encoder, student.weights, recipe.seed)
     model = DistillationModel(encoder, dims, stage.head_hidden, recipe.seed)
     if stage.initial is not None:
@@ -105,7 +92,7 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         "draws": DRAWS,
         "seed": recipe.seed,
         "stage": stage.model_dump(mode="json", exclude=EXECUTION),
-        "student": student_config(recipe, stage).encoder.model_dump(mode="json"),
+        "student": recipe.trained_by(stage).encoder.model_dump(mode="json"),
         "initial_weights": _initial_weights(recipe, stage),
         "train": {dataset.name: dataset.share for dataset in recipe.train},
         "homogeneous": dict(recipe.homogeneous),
@@ -121,7 +108,7 @@ def _initial_weights(recipe: Recipe, stage: StageConfig) -> str | None:
         before = recipe.stage(stage.initial)
         saved = checkpoint.finished(recipe.stage_directory(before.stage), before.steps)
         return saved.weights_digest()
-    student = student_config(recipe, stage)
+    student = recipe.trained_by(stage)
     return None if student.weights is None else digest(student.weights, student.encoder)
 
 

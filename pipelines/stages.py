@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from pipelines.evaluation import evaluate
@@ -10,6 +11,21 @@ from pipelines.recipe import recipes
 from pipelines.recipe.config import StageName
 from pipelines.training import launch
 from pipelines.training.loop import StageResult
+
+
+def stage1() -> None:
+    """Train several teachers into one large proxy, and exit (EUPE, arXiv:2603.22387, Stage 1)."""
+    sys.exit(run("stage1", recipes.DEFAULT))
+
+
+def stage2() -> None:
+    """Train a student at a fixed resolution, and exit (EUPE, arXiv:2603.22387, Stage 2)."""
+    sys.exit(run("stage2", recipes.STAGE_2_ONLY))
+
+
+def stage3() -> None:
+    """Train the student at several resolutions, and exit (EUPE, arXiv:2603.22387, Stage 3)."""
+    sys.exit(run("stage3", recipes.DEFAULT))
 
 
 def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,142 @@
+"""`eupe cache`: build, list, inspect and verify teacher features on disk."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flows.commands.words import AsJson, Overrides, RecipeName, print_json, print_table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Teacher features on disk: build them once, train from them ever after.",
+)
+
+Root = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Cache root. Left out: that of the [b]demo[/b] recipe.", show_default=False
+    ),
+]
+
+
+@app.command("build")
+def build(
+    recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Compute what is missing of a recipe's caches, the proxy's too once stage 1 is done.
+
+    Kill it whenever you like: the same command goes on with the shards that are missing, and
+    gives the same bytes.
+    """
+    from pipelines.recipe import recipes
+
+    asked = recipes.get(recipe, overrides or [])
+    from pipelines.caching.precompute import build
+
+    built = build(asked)
+    if not as_json:
+        print(built)
+        return
+    print_json(
+        {
+            "shards_computed": built.num_shards,
+            "seconds": built.seconds,
+            "datasets": [
+                {
+                    "name": each.dataset,
+                    "samples": each.num_samples,
+                    "new": each.num_new,
+                    "left_out": each.failures.to_dicts(),
+                }
+                for each in built.indexed
+            ],
+            "stores": [str(store.directory) for store in built.stores],
+        }
+    )
+
+
+@app.command("ls")
+def list_stores(root: Root = None, as_json: AsJson = False) -> None:
+    """List the feature stores of a cache root."""
+    from cache.listing import store_lines
+
+    lines = store_lines(root_of(root))
+    if as_json:
+        print_json(lines)
+    elif lines:
+        print_table(lines)
+    else:
+        print(f"{root_of(root)}: no stores yet; `eupe cache build` makes them")
+
+
+@app.command("inspect")
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Folder of a store, as `eupe cache ls` names it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what one store holds: its spec, moments, shards, invalid rows and provenance."""
+    from cache.listing import describe
+
+    description = describe(store)
+    if as_json:
+        print_json(description)
+        return
+    Console(width=None if sys.stdout.isatty() else 200).print_json(json.dumps(description))
+
+
+@app.command("verify")
+def verify(
+    root: Root = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Sizes and indexes only; no checksum of every byte.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every committed file against its recorded checksum; exit code 1 if one is wrong."""
+    from cache.store import find_stores, open_store
+    from cache.verify import verify
+    from pipelines.machines.progress import track
+
+    base = root_of(root)
+    stores = [open_store(base, info.spec) for info in find_stores(base)]
+    lines, problems = [], list[str]()
+    for store in stores:
+        total = len(store.manifest().records())
+        with track(total, f"Verifying {store.spec.directory()}", "shards") as progress:
+            report = verify(store, not quick, lambda done, all_of_them: progress.advance())
+        problems += [str(problem) for problem in report.problems]
+        lines.append(
+            {
+                "store": str(store.spec.directory()),
+                "shards": report.num_shards,
+                "rows": report.num_rows,
+                "invalid": report.num_invalid,
+                "bytes_read": report.num_bytes,
+                "problems": len(report.problems),
+            }
+        )
+    if as_json:
+        print_json({"stores": lines, "problems": problems})
+    elif lines:
+        print_table(lines)
+    else:
+        print(f"{base}: no stores to verify")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+def root_of(root: Path | None) -> Path:
+    """Return the cache root the user named, or that of the demo."""
+    from cache.format import layout
+
+    if root is not None:
+        return layout.cache_root(root).resolve()
+    from pipelines.recipe import recipes
+
+    return layout.cache_root(recipes.get("demo").cache_root)

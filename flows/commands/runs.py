@@ -1,0 +1,153 @@
+"""`eupe train`, `evaluate`, `report` and `run`: what is done with a recipe."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.words import AsJson, Overrides, RecipeName, print_json, print_table
+
+app = typer.Typer()
+
+
+@app.command("train")
+def train(
+    recipe: RecipeName = "demo",
+    stage: Annotated[
+        str, typer.Option(help="Stage to train: stage1, stage2 or stage3 of the recipe.")
+    ] = "stage2",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one stage from its caches, here, going on from its newest checkpoint.
+
+    The same loop as `stage1`, `stage2` and `stage3`, which Ray jobs run.
+    """
+    from pipelines.recipe import recipes
+
+    asked = recipes.get(recipe, overrides or [])
+    trained = asked.stage(stage)
+    from pipelines.evaluation import evaluate
+    from pipelines.stages import describe
+    from pipelines.training import launch
+
+    done = launch.train(asked, trained, make_evaluate=evaluate.hook)
+    if as_json:
+        print_json(describe(done))
+    else:
+        print_table([describe(done)])
+
+
+@app.command("evaluate")
+def evaluate(
+    recipe: RecipeName = "demo",
+    stage: Annotated[
+        str | None, typer.Option(help="Stage whose student is judged. Left out: the last.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge the newest checkpoint of a stage on the held-out images.
+
+    kNN by a label, and cosine to the cached teachers, beside the student before training and the
+    best prediction that ignores the image. Written to evaluation.json in the run directory.
+    """
+    from pipelines.recipe import recipes
+
+    asked = recipes.get(recipe, overrides or [])
+    judged = asked.stage(stage) if stage else asked.stages[-1]
+    from pipelines.evaluation import evaluate as evaluation
+
+    found = evaluation.evaluate(asked, judged, evaluation.device(asked))
+    path = evaluation.write(asked.directory, found)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print(path.read_text(), end="")
+
+
+@app.command("report")
+def report(
+    recipe: RecipeName = "demo",
+    seconds: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STEP=SECONDS",
+            help="How long a step of the run took, to be shown; may be given many times.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a finished run, each of its stages, and write summary.json and report.html.
+
+    The last step of [b]eupe run[/b], for runs whose steps you started yourself. What is there
+    already, of the same checkpoints and caches, is left as it is.
+    """
+    from pipelines.recipe import recipes
+
+    asked, took = recipes.get(recipe, overrides or []), clocked(seconds or [])
+    from pipelines.evaluation import report as reports
+
+    found = reports.make(asked, took)
+    if as_json:
+        print_json(found)
+    else:
+        print(asked.directory / reports.SUMMARY_FILE, asked.directory / reports.REPORT_FILE)
+
+
+@app.command("run")
+def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run a whole recipe: teacher caches, every stage, evaluation, report.
+
+    As the Prefect flow [b]distill[/b], on the server that PREFECT_API_URL names and the Ray
+    cluster that RAY_ADDRESS names; without them on temporary ones of this machine. Steps whose
+    output is there already are not repeated.
+    """
+    from pipelines.recipe import recipes
+
+    asked = recipes.get(recipe, overrides or [])  # refused before anything is started
+    prefect_settings(recipes.home())
+    from flows import summary
+    from flows.distill import distill
+
+    found = distill(recipe, overrides or [])
+    if as_json:
+        print_json(found)
+        return
+    print_table(summary.rows(found))
+    print(summary.steps(found))
+    print(f"{asked.directory / 'summary.json'}\n{asked.directory / 'report.html'}")
+
+
+def prefect_settings(home: Path) -> None:
+    """Settle what Prefect reads at import: a home of its own, patience, and no log beside ours."""
+    if "PREFECT_API_URL" not in os.environ:
+        private = home / "runs" / "prefect"
+        private.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder only
+        os.environ["PREFECT_HOME"] = str(private)
+    for name, value in {
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # two busy cores take 30
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors are shown once, by us
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def clocked(words: Sequence[str]) -> dict[str, float]:
+    """Read STEP=SECONDS words.
+
+    Raises:
+        ValueError: another form.
+    """
+    found = {}
+    for word in words:
+        step, equals, took = word.rpartition("=")
+        if not equals or not took.replace(".", "", 1).isdecimal():
+            raise ValueError(f"--seconds {word}: wants STEP=SECONDS, for instance stage2=81.5")
+        found[step] = float(took)
+    return found
