@@ -25,7 +25,8 @@ from cache import samples, store
 from cache.errors import Corrupt, MissingSamples
 from cache.files import atomic, place
 from cache.files.bucket import BucketPath
-from cache.files.mirror import FOLDER_VARIABLE, HINT_THREADS
+from cache.files.mirror import HINT_THREADS
+from cache.files.mirror_space import FOLDER_VARIABLE
 from cache.format import layout
 from cache.manifest import Manifest
 from cache.reader import Reader

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.toy_stores import GRID, PATCH_DIM, Toy, features, ids
 
-from cache.codec.known import CodecSpec, default_codec, make_codec
+from cache.codec.known import default_codec, make_codec
 from cache.codec.quantised import (
     BITS,
     MEAN_COSINE,
@@ -23,6 +23,7 @@ from cache.codec.rotation import Rotation, hadamard
 from cache.errors import Corrupt
 from cache.reader import Reader
 from cache.verify import verify
+from eupe.spec import CodecSpec
 
 # Issue 3 of 3: bits a coefficient all told, at a width where 16 bits of scale a token are few.
 ALLOWED_BITS = {"int8": 8.2, "rot4": 4.2, "rot3": 3.2, "rot2": 2.2}

@@ -379,7 +379,7 @@ def put_objects(root: BucketPath, folder: Path, count: int, num_bytes: int) -> l
 
 def held(small: Mirror) -> int:
     """Bytes in a mirror's copies and fills."""
-    return sum(copy.num_bytes for copy in small._search())
+    return sum(copy.num_bytes for copy in small.space.search())
 
 
 def test_the_least_recently_opened_copies_go(s3, root, tmp_path):

@@ -22,7 +22,7 @@ from support.toy_stores import (
     store_spec,
 )
 
-from cache.codec.known import PlainCodec
+from cache.codec.plain import PlainCodec
 from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
 from cache.files import mapped
 from cache.format import layout

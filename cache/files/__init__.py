@@ -1,1 +1,12 @@
-"""Files: here or in a bucket, written whole, mirrored, mapped."""
+"""Where files lie and how they get there, whatever is in them.
+
+    place            a root in a local folder or in a bucket: the one file that tells them apart
+    mirror           local copies of a bucket's objects, filled ahead of need
+    mirror_space     the room of a mirror: what it holds, what it evicts
+    atomic           written, then visible: temporary name, fsync, rename; swaps of a HEAD
+    bucket           objects of s3://, gs:// and az:// under the names of paths
+    mapped           files mapped into memory, and how many of them a process keeps
+
+An arrow runs downwards. Nothing here knows what a file means: of the rest of `cache` only `errors`
+is imported.
+"""

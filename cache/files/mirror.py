@@ -12,12 +12,11 @@ nobody maps. A copy that another process maps goes too: its map stays good, and 
 space when that process lets go. Setting: EUPE_MIRROR (folder) and EUPE_MIRROR_BYTES (bound).
 """
 
-import errno
 import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, cached_property
@@ -28,31 +27,25 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from cache.errors import Corrupt, NotBuilt, StoreError
-from cache.files import atomic, bucket, mapped
+from cache.files import atomic, bucket
 from cache.files.bucket import BucketPath
+from cache.files.mirror_space import (
+    BYTES_VARIABLE,
+    FOLDER_VARIABLE,
+    NAME_DIGITS,
+    POLL_SECONDS,
+    Space,
+)
 
-FOLDER_VARIABLE = "EUPE_MIRROR"
-BYTES_VARIABLE = "EUPE_MIRROR_BYTES"
-SHARE_OF_DISK = 0.9
-"""Of what the disk has free or already mirrored, where BYTES_VARIABLE is not set."""
-SPARE_SHARE = 0.05
-"""Evicted beyond need, so that a full mirror is not searched through for every object."""
-SEARCH_SHARE = 0.05
-"""Of the time may go into adding up the folder; in between, this process's own fills are added."""
 FILL_TRIES = 3
 """A copy may be evicted between being put in place and being noted as used."""
 HINT_THREADS = 4
 MAX_HINTS = 256
 NUM_LOCKS = 64
-ABANDONED_SECONDS = 1800.0
-"""A fill that nobody has written to for so long: twice what one request may take."""
 CHANGED = (
     "it was changed or damaged after it was recorded: restore it (of a store only patches and rows "
     "files are built again when they are deleted)"
 )
-POLL_SECONDS = 0.02
-NAME_DIGITS = 2
-"""Copies are spread over 256 folders."""
 
 
 class Wanted(NamedTuple):
@@ -63,22 +56,12 @@ class Wanted(NamedTuple):
     sha256: str | None = None
 
 
-class _Copy(NamedTuple):
-    """A file of the folder as one search saw it."""
-
-    awaited: bool
-    opened_ns: int
-    num_bytes: int
-    path: str
-    inode: tuple[int, int]
-
-
 class Mirror:
     """Local copies of objects; see the top of this file.
 
     Attributes:
         folder: where they lie.
-        max_bytes: bound of all copies, those being filled included.
+        space: its room, bounded.
     """
 
     def __init__(self, folder: Path, max_bytes: int | None = None):
@@ -86,25 +69,17 @@ class Mirror:
 
         Args:
             folder: where; made if it is not there.
-            max_bytes: bound; None: SHARE_OF_DISK.
+            max_bytes: bound; None: `mirror_space.SHARE_OF_DISK`.
         """
         self.folder = folder
         for name in ("fill", "locks", "scratch"):
             atomic.make_directories(folder / name)
+        self.space = Space(folder, max_bytes)
         self._lock = Lock()
-        self._awaited: set[str] = set()
         self._hinted: set[str] = set()
         self._waiting: deque[tuple[Wanted, Path]] = deque()
         self._num_filling = 0
         self._tags: dict[BucketPath, tuple[int, str]] = {}
-        self._total, self._search_again = 0, 0.0
-        self._evicted_ns = self._last_eviction()
-        atomic.sweep(folder / "fill", ABANDONED_SECONDS)
-        if max_bytes is None:
-            disk = os.statvfs(folder)
-            there = sum(copy.num_bytes for copy in self._search())
-            max_bytes = int(SHARE_OF_DISK * (disk.f_bavail * disk.f_frsize + there))
-        self.max_bytes = max_bytes
 
     def local(self, wanted: Wanted) -> Path:
         """Return the local copy of an object, filled first if it is not there.
@@ -119,7 +94,7 @@ class Mirror:
             Corrupt: it has another size or checksum than it should.
             StoreError: it cannot be read, or the mirror is full.
         """
-        self._notice_evictions()
+        self.space.notice_evictions()
         if wanted.sha256 is None:
             self._describe(wanted.path)
         copy = self._copy(wanted)
@@ -178,9 +153,7 @@ class Mirror:
 
     def _opened(self, copy: Path) -> Path:
         """Note that a copy is used now; FileNotFoundError if there is none."""
-        os.utime(copy, ns=(time.time_ns(), os.stat(copy).st_mtime_ns))
-        with self._lock:
-            self._awaited.discard(str(copy))
+        self.space.opened(copy)
         return copy
 
     def _one_filler(self, copy: Path) -> FileLock:
@@ -218,7 +191,7 @@ class Mirror:
         path, num_bytes, sha256 = wanted
         if num_bytes is None:
             num_bytes, _ = self._describe(path)
-        temporary = self._claim(wanted, num_bytes, hint)
+        temporary = self.space.claim(path, num_bytes, hint)
         if temporary is None:
             return
         try:
@@ -232,150 +205,22 @@ class Mirror:
                 os.fsync(file.fileno())
             copy.parent.mkdir(exist_ok=True)
             if hint:
-                with self._lock:
-                    self._awaited.add(str(copy))
+                self.space.awaits(copy)
             now = time.time_ns()  # not when its room was taken: it would be the next to go
             os.utime(temporary, ns=(now, now))
             os.replace(temporary, copy)
         except FileNotFoundError as error:
             raise NotBuilt(f"{path}: no such object") from error
         except OSError as error:
-            raise self._full(wanted, num_bytes, error.strerror or str(error)) from error
+            raise self.space.full(path, num_bytes, error.strerror or str(error)) from error
         finally:
             temporary.unlink(missing_ok=True)
-
-    def _claim(self, wanted: Wanted, num_bytes: int, hint: bool) -> Path | None:
-        """Make room and take it with a file of full size; None where a hint finds none.
-
-        Raises:
-            StoreError: there is no room to be had.
-        """
-        temporary = self.folder / "fill" / atomic.temporary_name("fill")
-        target, disk_full = self.max_bytes, False
-        while True:
-            with FileLock(self.folder / "locks" / "room", poll_interval=POLL_SECONDS):
-                if self._make_room(num_bytes, target, hint):
-                    try:
-                        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-                        try:
-                            os.posix_fallocate(handle, 0, max(num_bytes, 1))
-                            os.ftruncate(handle, num_bytes)
-                        finally:
-                            os.close(handle)
-                        self._total += num_bytes
-                        return temporary
-                    except OSError as error:
-                        temporary.unlink(missing_ok=True)
-                        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or disk_full:
-                            why = error.strerror or str(error)
-                            raise self._full(wanted, num_bytes, why) from error
-                        # Others fill this disk too: evict as much as is wanted, and try once more.
-                        target, disk_full = min(self._total, self.max_bytes), True
-                        self._search_again = 0.0
-                        continue
-                filling = bool(os.listdir(self.folder / "fill"))
-            if hint:
-                return None
-            if not filling or num_bytes > self.max_bytes:
-                why = "its disk is full" if disk_full else f"it may hold {self.max_bytes} bytes"
-                raise self._full(wanted, num_bytes, why)
-            atomic.sweep(self.folder / "fill", ABANDONED_SECONDS)
-            time.sleep(POLL_SECONDS)  # what others are filling can be evicted soon
-
-    def _make_room(self, num_bytes: int, target: int, hint: bool) -> bool:
-        """Evict until there is room; whether there is. The caller holds the room lock."""
-        started = time.monotonic()
-        if self._total + num_bytes <= target and started < self._search_again:
-            return True
-        while True:
-            copies = self._search()
-            now = time.monotonic()
-            self._search_again = now + (now - started) / SEARCH_SHARE
-            self._total = sum(copy.num_bytes for copy in copies)
-            over = self._total + num_bytes - target
-            if over <= 0:
-                return True
-            if num_bytes > self.max_bytes:
-                return False
-            live = mapped.live_inodes()
-            free = [c for c in copies if c.inode not in live and not (hint and c.awaited)]
-            spare = 0 if hint or target < self.max_bytes else int(SPARE_SHARE * self.max_bytes)
-            self._evict(free, over + spare)
-            if self._total + num_bytes <= target:
-                return True
-            if hint or not mapped.let_go():
-                return False
-
-    def _search(self) -> list[_Copy]:
-        """List all copies, those being filled included.
-
-        Fills come first: what is renamed meanwhile may be seen twice, which its inode tells, but
-        it is never missed.
-        """
-        with self._lock:
-            awaited = set(self._awaited)
-        copies: dict[tuple[int, int], _Copy] = {}
-        for folder in self._folders():
-            for file in os.scandir(folder):
-                try:
-                    status = file.stat()
-                except FileNotFoundError:
-                    continue
-                inode = status.st_dev, status.st_ino
-                copies[inode] = _Copy(
-                    file.path in awaited, status.st_atime_ns, status.st_size, file.path, inode
-                )
-        return list(copies.values())
-
-    def _folders(self) -> Iterator[str]:
-        """Yield the folders that hold copies, that of fills first."""
-        yield str(self.folder / "fill")
-        for part in os.scandir(self.folder):
-            if len(part.name) == NAME_DIGITS and part.is_dir():
-                yield part.path
-
-    def _evict(self, copies: list[_Copy], num_bytes: int) -> None:
-        """Delete the least recently opened copies until so many bytes are freed."""
-        freed = 0
-        fill = f"{self.folder / 'fill'}{os.sep}"
-        for copy in sorted(copies):
-            if freed >= num_bytes:
-                break
-            if copy.path.startswith(fill):
-                continue
-            Path(copy.path).unlink(missing_ok=True)
-            with self._lock:
-                self._awaited.discard(copy.path)
-            freed += copy.num_bytes
-        if freed:
-            (self.folder / "EVICTED").touch()
-            self._evicted_ns = self._last_eviction()
-        self._total -= freed
-
-    def _last_eviction(self) -> int:
-        with suppress(FileNotFoundError):
-            return os.stat(self.folder / "EVICTED").st_mtime_ns
-        return 0
-
-    def _notice_evictions(self) -> None:
-        """Unmap what has not been used for long if another process evicts: it may be among it."""
-        last = self._last_eviction()
-        if last != self._evicted_ns:
-            self._evicted_ns = last
-            mapped.let_go()
 
     def evicted(self, path: BucketPath, times: int) -> StoreError:
         """Say that a copy never lasted until it was opened."""
         return StoreError(
             f"{self.folder}: the copy of {path} was evicted {times} times before it was opened; "
             f"raise {BYTES_VARIABLE} of all processes that share this mirror"
-        )
-
-    def _full(self, wanted: Wanted, num_bytes: int, why: str) -> StoreError:
-        return StoreError(
-            f"{self.folder}: the mirror has no room for {num_bytes} more bytes of {wanted.path} "
-            f"({why}, and all that is there is in use); raise {BYTES_VARIABLE}, or name a folder "
-            f"on a larger disk in {FOLDER_VARIABLE}"
         )
 
 

@@ -1,1 +1,12 @@
-"""What lies on disk, byte by byte: names, Zarr shards, Arrow tables."""
+"""What the bytes of a cache root mean (docs/store_format.md), one file a kind of file.
+
+    sample_table     columns of a dataset's samples
+    rows_table       ids, validity, digests, summaries and escapes of a shard's rows
+    moments_table    count, mean and scatter of a store's tokens
+    arrow_tables     Arrow IPC files: written as bytes, read without a copy
+    zarr_shard       patches: zarr.json, and a shard with its index
+    layout           which name each file has
+
+Tables stand on `arrow_tables`, which opens files through `cache.files`. `rows_table` knows the
+escapes of `cache.codec.encoded`. Nothing here knows a store, a manifest or a reader.
+"""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cache.codec.known import Moments as StoredMoments
+from cache.codec.encoded import Moments as StoredMoments
 from cache.codec.quantised import MEAN_COSINE
 from cache.samples import Samples
 from eupe.moments import Moments, merge

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from cache.codec.known import Codec, Moments, default_codec, make_codec
+from cache.codec.encoded import Moments
+from cache.codec.known import Codec, default_codec, make_codec
 from cache.codec.quantised import BITS, MEAN_COSINE
 from eupe.spec import StoreSpec
 from pipelines.caching.measure import Sample

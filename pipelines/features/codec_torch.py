@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache.codec.encoded import NOT_FINITE
-from cache.codec.known import Codec, Encoded, Escapes, PlainCodec, unfit
+from cache.codec.encoded import NOT_FINITE, Encoded, Escapes
+from cache.codec.known import Codec
+from cache.codec.plain import PlainCodec, unfit
 from cache.codec.quantised import PLANES, WORST_ERROR, QuantisedCodec
 from cache.codec.rotation import Rotation, hadamard
 from eupe.normalise import Normaliser
