@@ -82,8 +82,8 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
             samples = measure(job, absent, batch, workers)
         own = [samples[spec.teacher.name, spec.resolution] for spec in absent]
         kept = [quality.check(spec, sample) for spec, sample in zip(absent, own, strict=True)]
-        for spec, sample, quality in zip(absent, own, kept, strict=True):
-            measured = {} if quality is None else {"codec_quality": quality.to_json_dict()}
+        for spec, sample, found in zip(absent, own, kept, strict=True):
+            measured = {} if found is None else {"codec_quality": found.to_json_dict()}
             create_store(job.root, spec, sample.moments, {**made_by, **measured})
     return [open_store(job.root, spec) for spec in specs]
 
