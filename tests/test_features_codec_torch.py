@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cache.codec.known import default_codec, make_codec
@@ -68,6 +68,29 @@ def test_decoding_is_the_oracle(name, dim, device):
     ours = Decoder(oracle)(encoded.data, encoded.escapes, device).cpu().numpy()
     assert ours.shape == patches.shape
     assert token_error(ours, oracle.decode(encoded.data, encoded.escapes)) < FLOAT16_STEP / 8
+
+
+@settings(max_examples=80, deadline=None)
+@example(name="int8", num_rows=1, num_tokens=1, dim=7)
+@example(name="rot3", num_rows=1, num_tokens=49, dim=40)
+@example(name="rot4", num_rows=0, num_tokens=3, dim=8)
+@given(
+    name=st.sampled_from([*PLAIN, *BITS]),
+    num_rows=st.integers(0, 3),
+    num_tokens=st.integers(1, 50),
+    dim=st.integers(2, 65),
+)
+def test_every_shape_is_decoded_and_encoded_as_by_the_oracle(name, num_rows, num_tokens, dim):
+    patches = features(dim, shape=(num_rows, num_tokens))
+    oracle = oracle_of(name, patches)
+    encoded = oracle.encode(patches)
+    wanted = oracle.decode(encoded.data, encoded.escapes)
+    escapes = encoded.escapes if name in BITS else None
+    ours = Decoder(oracle)(encoded.data, escapes).numpy()
+    assert ours.shape == wanted.shape == patches.shape
+    assert encode(oracle, torch.from_numpy(patches)).data.shape == encoded.data.shape
+    if num_rows:
+        assert token_error(ours, wanted) < FLOAT16_STEP / 8
 
 
 @devices

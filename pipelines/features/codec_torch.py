@@ -186,9 +186,11 @@ class Decoder:
             self._on[device] = self._dequantiser.to(device)
         dequantise, dim = self._on[device], len(codec.mean)
         num_rows, num_tokens = len(narrow), narrow.shape[-1] // (codec.token_bytes + 2)
-        flat, split = narrow.view(num_rows, -1), num_tokens * codec.token_bytes
+        flat, split = narrow.view(num_rows, narrow.shape[-1]), num_tokens * codec.token_bytes
         packed = flat[:, :split].reshape(-1, codec.token_bytes)
-        scales = flat[:, split:].contiguous().view(torch.float16).float().view(-1, 1)
+        # Copied: of a single row the slice is contiguous as it is, and may begin at an odd byte.
+        halves = flat[:, split:].clone(memory_format=torch.contiguous_format)
+        scales = halves.view(torch.float16).float().view(-1, 1)
         if device.type != "cpu":
             tokens = dequantise(unpack(packed, codec.bits, dim), scales)
             return tokens.view(num_rows, num_tokens, dim)
@@ -224,9 +226,8 @@ def encode(codec: Codec, patches: Tensor) -> Encoded:
     packed[bad], scales[bad] = 0, 0
     places = torch.nonzero(bad).view(-1)
     row, token = np.divmod(places.cpu().numpy(), num_tokens)
-    data = torch.cat(
-        [packed.view(num_rows, -1), scales.view(num_rows, num_tokens).view(torch.uint8)], 1
-    )
+    codes = packed.view(num_rows, num_tokens * codec.token_bytes)
+    data = torch.cat([codes, scales.view(num_rows, num_tokens).view(torch.uint8)], 1)
     valid = finite.cpu().numpy()
     return Encoded(
         data.cpu().numpy().reshape(shape),
