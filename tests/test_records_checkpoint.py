@@ -120,11 +120,65 @@ def stop_at_third_call():
     return stopping
 
 
-def test_the_same_step_again_replaces_it(tmp_path):
-    checkpoint.save(tmp_path, contents(4), keep=1)
-    other = torch.full((2, 3), 5.0)
-    checkpoint.save(tmp_path, contents(4, encoder={"weight": other}), keep=1)
-    assert torch.equal(checkpoint.require(tmp_path).encoder()["weight"], other)
+@pytest.mark.parametrize("killed_while", ["saving", "judging"])
+def test_a_kill_at_any_step_of_pruning_leaves_a_run_that_goes_on(
+    tmp_path, monkeypatch, killed_while
+):
+    """The operation that is reached and all after it are not done, as under `kill -9`."""
+    for reached in range(100):
+        directory = tmp_path / str(reached)
+        first = checkpoint.judge(directory, checkpoint.save(directory, contents(1), 1), 0.5, 1)
+        second = checkpoint.save(directory, contents(2), keep=1)  # the first is the best, so kept
+        assert steps(directory) == [1, 2]
+        with monkeypatch.context() as patched:
+            stop_at_operation(patched, reached)
+            try:
+                if killed_while == "saving":
+                    checkpoint.save(directory, contents(3), keep=1)
+                else:
+                    checkpoint.judge(directory, second, 0.75, keep=1)
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        for found in checkpoint.find(directory):  # raises if one cannot be read
+            assert torch.equal(found.encoder()["weight"], contents(found.step).encoder["weight"])
+            assert found.state()["optimizer"]["state"][0]["step"] == 3
+        newest = checkpoint.require(directory)
+        assert newest.step >= second.step
+        best = checkpoint.best(directory)
+        assert best is not None
+        assert best.score in (first.score, 0.75)
+        after = checkpoint.save(directory, contents(newest.step + 1), keep=1)
+        names = {path.name for path in (directory / checkpoint.FOLDER).iterdir()}
+        assert names == {best.directory.name, after.directory.name}
+        if finished:
+            break
+    assert finished
+    assert reached > 8  # renaming, syncing and the files of a folder one by one
+
+
+def stop_at_operation(patched: pytest.MonkeyPatch, reached: int) -> None:
+    """Raise KeyboardInterrupt instead of the operation on files of this number, from 0."""
+    done = []
+
+    def stopping(operation):
+        def instead(*arguments, **options):
+            if len(done) == reached:
+                raise KeyboardInterrupt
+            done.append(operation)
+            return operation(*arguments, **options)
+
+        return instead
+
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync"):
+        patched.setattr(checkpoint.os, name, stopping(getattr(checkpoint.os, name)))
+
+
+def test_a_saved_step_is_not_saved_again(tmp_path):
+    saved = checkpoint.save(tmp_path, contents(4), keep=1)
+    with pytest.raises(FileExistsError, match="step 4 is already saved"):
+        checkpoint.save(tmp_path, contents(4, encoder={"weight": torch.ones(2, 3)}), keep=1)
+    assert torch.equal(checkpoint.require(tmp_path).encoder()["weight"], saved.encoder()["weight"])
 
 
 def test_another_run_is_refused_field_by_field(tmp_path):

@@ -7,8 +7,9 @@
         state.pt                  optimizer and figures, for resuming
         config.json               what the run is, where it stands, the manifest versions it reads
 
-A folder has its name only once all of it is on disk: whatever is called step-* is whole. Only one
-process writes below a stage directory (pipelines.training.loop holds its lock).
+A folder has its name only while all of it is on disk: whatever is called step-* is whole. It gets
+the name last, and loses it before the first of its files is deleted. Only one process writes below
+a stage directory (pipelines.training.loop holds its lock), so a save sweeps what a kill left.
 """
 
 import json
@@ -129,12 +130,19 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
 
     Returns:
         the checkpoint as it is on disk.
+
+    Raises:
+        FileExistsError: that step is saved. A run goes on after its newest checkpoint, so it never
+            comes to a saved step again.
     """
     folder = stage_directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{contents.step:08d}"
+    if final.exists():
+        raise FileExistsError(f"{final}: step {contents.step} is already saved")
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left)
     temporary = folder / f"{_TEMPORARY}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for name, tensors in (
         (CHECKPOINT_FILE, contents.encoder),
@@ -157,8 +165,6 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
     (temporary / CONFIG).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
-    if final.exists():  # the same step once more: a run that was resumed and is as far again
-        shutil.rmtree(final)
     temporary.rename(final)
     _sync(folder)
     _prune(stage_directory, keep)
@@ -256,7 +262,11 @@ def _prune(stage_directory: Path, keep: int) -> None:
     found, champion = find(stage_directory), best(stage_directory)
     for old in found[:-keep]:
         if champion is None or old.step != champion.step:
-            shutil.rmtree(old.directory)
+            nameless = old.directory.rename(
+                old.directory.with_name(_TEMPORARY + old.directory.name)
+            )
+            _sync(nameless.parent)  # a power cut must not undo the renaming and keep the deletions
+            shutil.rmtree(nameless)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
