@@ -9,23 +9,20 @@ is found without walking to it.
     sequence   0                  B                          num_rows     rows, shard after shard
     due        max(p, B) + u B, u random in [0, 1): row p comes out in the order of `due`
 
-Random draws are hashed from (seed, epoch, position), not a generator's stream: the order is the
-same for every version of numpy and on every machine.
+Random draws are addressed by (seed, epoch, position): `eupe.addressed`.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from cache.samples import Rows, ShardRange
+from eupe.addressed import hashed
 
 BUFFER_ROWS = 16_384
 """Rows of the shuffle buffer: 24 shards of 680 rows, or 6.4 GB of ViT-B features in flight."""
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FRACTION_BITS = 20
 """Of a row's due time: fractions of a row, so that hardly any two fall together."""
 
@@ -125,13 +122,3 @@ class EpochOrder:
         hashes = hashed(np.arange(len(self._starts)), address)
         order = np.argsort(hashes, kind="stable")
         return order, np.cumsum(self._lengths[order])
-
-
-def hashed(numbers: Rows, address: str) -> npt.NDArray[np.uint64]:
-    """Hash numbers int64 [n] with splitmix64, under a key that is the hash of an address."""
-    key = np.uint64(int.from_bytes(hashlib.sha256(address.encode()).digest()[:8], "little"))
-    x = (numbers.astype(np.uint64) + np.uint64(1)) * _GOLDEN + key  # wraps, as meant
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-    return mixed

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
+from eupe.addressed import uniforms
 from eupe.fingerprint import canonical_json
 from eupe.spec import AugmentedView, CentreView
 
@@ -147,7 +148,8 @@ def draw(
                 f"view {view} of sample {sample_id!r}: a centre policy has only view 0"
             )
         return ViewParameters(_centre_square(width, height))
-    uniform = _uniforms(policy.seed, sample_id, view, count=2 * CROP_ATTEMPTS + 11)
+    address = canonical_json([policy.seed, sample_id, view]).decode()
+    uniform = uniforms(address, count=2 * CROP_ATTEMPTS + 11)
     # Every number is drawn whether used or not: changing one probability moves no other draw.
     position, rest = uniform[2 * CROP_ATTEMPTS :][:2], uniform[2 * CROP_ATTEMPTS + 2 :]
     flip, jitter, brightness, contrast, saturation, hue, blur, sigma, solarize = rest
@@ -256,14 +258,6 @@ def _orientation(image: Image.Image) -> int:
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     turn = _UPRIGHT.get(orientation)
     return image if turn is None else image.transpose(turn)
-
-
-def _uniforms(seed: int, sample_id: str, view: int, count: int) -> list[float]:
-    """Uniform numbers in [0, 1), 53 bits each, at the address (seed, sample_id, view)."""
-    key = hashlib.sha256(canonical_json([seed, sample_id, view])).digest()
-    # The raw stream of a bit generator is what numpy promises never to change (NEP 19).
-    raw = np.random.PCG64(int.from_bytes(key, "little")).random_raw(count)
-    return [int(bits >> 11) * 2.0**-53 for bits in raw.tolist()]
 
 
 def _between(span: tuple[float, float], uniform: float) -> float:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("eupe", "cache", "pipelines", "flows")
 MAY_IMPORT = {
     "eupe": {"eupe"},
-    "cache": {"eupe.spec", "eupe.fingerprint", "cache"},
+    "cache": {"eupe.addressed", "eupe.fingerprint", "eupe.spec", "cache"},
     "pipelines": {"eupe", "cache", "pipelines"},
     "flows": {"eupe", "cache", "pipelines", "flows"},
 }

@@ -6,13 +6,13 @@ product. It spreads a few large coefficients over all, so that what it gives is 
 whatever the features' tails are, and one table of levels serves every teacher.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from cache.codec.encoded import Floats
+from eupe.addressed import MOST_BITS, bits
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def _cosine_transform(size: int) -> Floats:
 
 
 def _signs(seed: int, dim: int) -> Floats:
-    """Signs from sha256 in counter mode: the same for ever, whatever numpy's generators become."""
-    blocks = range(-(-dim // 256))
-    stream = b"".join(
-        hashlib.sha256(f"cache.rotation/{seed}/{n}".encode()).digest() for n in blocks
-    )
-    bits: npt.NDArray[np.uint8] = np.unpackbits(np.frombuffer(stream, np.uint8))[:dim]
-    return np.where(bits == 1, np.float32(1), np.float32(-1))
+    """Draw signs float32 [D], 256 of them an address."""
+    blocks = [
+        bits(f"cache.rotation/{seed}/{number}", MOST_BITS).to_bytes(MOST_BITS // 8, "little")
+        for number in range(-(-dim // MOST_BITS))
+    ]
+    drawn: npt.NDArray[np.uint8] = np.unpackbits(np.frombuffer(b"".join(blocks), np.uint8))[:dim]
+    return np.where(drawn == 1, np.float32(1), np.float32(-1))

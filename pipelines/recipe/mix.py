@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cache.order import hashed
+from eupe.addressed import hashed
 
 STEPS_PER_BLOCK = 1024
 """Steps whose counts are drawn and summed together."""

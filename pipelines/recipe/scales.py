@@ -1,8 +1,8 @@
 """Scales: at which resolution teachers and student see a global step's views (EUPE, Stage 3)."""
 
-import hashlib
 from typing import NamedTuple
 
+from eupe.addressed import bits
 from pipelines.recipe.config import StageConfig
 
 
@@ -31,8 +31,7 @@ def draw(stage: StageConfig, seed: int, step: int) -> Scales:
     """
 
     def choose(who: str, scales: tuple[int, ...]) -> int:
-        key = f"scales/{seed}/{stage.stage}/{step}/{who}".encode()
-        return scales[int.from_bytes(hashlib.sha256(key).digest()[:8], "little") % len(scales)]
+        return scales[bits(f"scales/{seed}/{stage.stage}/{step}/{who}") % len(scales)]
 
     return Scales(
         choose("student", stage.student_scales),

@@ -1,13 +1,13 @@
 """What a global batch is made of: a pure function of the step, identical on every rank."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from cache.order import EpochOrder, hashed
+from cache.order import EpochOrder
 from cache.samples import ShardRange
+from eupe.addressed import bits, hashed
 from pipelines.recipe.mix import Mix
 
 
@@ -71,7 +71,10 @@ class TrainingDraw:
                 raise ValueError(f"the mix draws from {name!r}; shards are of {sorted(shards)}")
         self.names = mix.names
         self._mix, self._seed = mix, seed
-        self._orders = [EpochOrder.of(shards[name], _named_seed(seed, name)) for name in mix.names]
+        self._orders = [  # every dataset of the mix has an order of its own
+            EpochOrder.of(shards[name], bits(f"pipelines.draws/order/{seed}/{name}"))
+            for name in mix.names
+        ]
         self._shards = [np.array([shard.start for shard in shards[name]]) for name in mix.names]
         self._num_views = [num_views[name] for name in mix.names]
 
@@ -135,9 +138,3 @@ def view_numbers(seed: int, epochs: np.ndarray, shards: np.ndarray, num_views: i
     """
     start = hashed(shards, f"pipelines.draws/view/{seed}") % np.uint64(num_views)
     return (start.astype(np.int64) + epochs) % num_views
-
-
-def _named_seed(seed: int, name: str) -> int:
-    """Give every dataset of a mix an order of its own."""
-    digest = hashlib.sha256(f"pipelines.draws/order/{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from eupe.addressed import bits
 from eupe.encoders import Features
 from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss, total_loss
@@ -321,8 +321,8 @@ class _Run:
 
     def _seed(self, step: int) -> None:
         """Address what the network itself draws (drop path, dropout) by the step and the rank."""
-        key = f"network/{self.recipe.seed}/{self.stage.stage}/{step}/{self.workers.rank}"
-        torch.manual_seed(int.from_bytes(sha256(key.encode()).digest()[:7], "little"))
+        address = f"network/{self.recipe.seed}/{self.stage.stage}/{step}/{self.workers.rank}"
+        torch.manual_seed(bits(address, count=56))
 
 
 def _steps(batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:
