@@ -1,4 +1,4 @@
-"""What codecs keep of real features and what they cost: quality, bits and speed, beside the bound.
+"""What codecs keep of real features and what they cost: quality, bits and speed, beside a bound.
 
     python -m benchmarks.codec [--images 200] [--resolution 256] [--json FILE]
 
@@ -7,9 +7,10 @@ Python package), and a ViT's patch tokens: the newest student of runs/demo, or w
 one that is trained here for a minute or two on Lite2's features. Codecs are fitted to other images,
 those of the train split, as a store's are to its sample.
 
-bound_r2 is what no code of as many bits could exceed for Gaussian tokens of the measured
-covariance, rate-distortion theory's reverse water-filling (Cover & Thomas, 10.3.3); codecs that
-code one token at a time without entropy coding stay below it. Real features are not Gaussian.
+bound_r2 holds for codes that treat tokens as independent draws of one Gaussian with the measured
+covariance: the best R2 of any of them at as many bits, by rate-distortion theory's reverse
+water-filling (Cover & Thomas, 10.3.3). It is no bound on all codes: neighbours on the grid are
+alike, and a code that uses this may exceed it. Real features are not Gaussian either.
 
 gb_per_s counts float32 features, in memory to memory, all threads; decoding includes the loss
 normaliser's z-score, encoding the check of every token's bound. step_share is the time to decode a
@@ -65,7 +66,9 @@ BRIEF = EncoderSpec(
 
 
 def bound_r2(covariance: np.ndarray, bits: float) -> float:
-    """Return the largest R2 of Gaussian tokens at a rate, by reverse water-filling.
+    """Return the largest R2 of independent Gaussian tokens at a rate, by reverse water-filling.
+
+    A code that uses what tokens of one grid have in common may exceed it.
 
     Args:
         covariance: of the tokens, [D, D].

@@ -1,4 +1,4 @@
-"""The rate-distortion bound that codecs are set beside, against cases worked out by hand."""
+"""The rate-distortion bound of independent tokens, against cases worked out by hand."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_water_is_poured_over_both_channels_or_over_one():
     assert bound_r2(covariance, 0.5) == pytest.approx(1 - 5 / 17, rel=RTOL)
 
 
-def test_correlation_is_worth_bits_and_no_codec_passes_the_bound():
+def test_correlation_is_worth_bits_and_no_codec_of_single_tokens_passes_the_bound():
     rng = np.random.default_rng(0)
     mixing = rng.standard_normal((16, 16))
     tokens = (rng.standard_normal((20_000, 16)) @ mixing).astype(np.float32)

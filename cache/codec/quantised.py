@@ -5,6 +5,9 @@ Both standardise each channel by fitted moments and keep one float16 scale a tok
     int8   z = (x - mean) / std                     code = round(z / scale), scale = max |z| / 127
     rotB   z = rotation((x - mean) / std)           code = nearest Lloyd-Max level of z / scale
 
+rotB is what "TurboQuant" (arXiv:2504.19874) also does: rotate, keep one scale a token, round to the
+Lloyd-Max levels of a Gaussian. The scale by least squares and the escapes (below) are ours.
+
 A row [N, D] is stored as uint8 [1, N * (token_bytes + 2)]: the packed codes of its N tokens, then
 their N scales, float16 little endian. Codes of a token are packed in planes: with k codes a byte,
 byte j of a plane holds codes j, j + P, j + 2 P, ... from its low bits up, P = ceil(D / k). rot3 has
