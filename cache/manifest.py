@@ -19,6 +19,7 @@ from cache.errors import Busy, Corrupt, NotBuilt
 from cache.files import atomic
 from cache.files.bucket import BucketPath
 from cache.format import arrow_tables, layout
+from eupe.errors import BadInput
 
 SWAP_SECONDS = 60.0
 MERGE_AT = 8
@@ -133,7 +134,7 @@ class Manifest:
             Corrupt: a segment is missing or not what HEAD says.
         """
         if version is not None and not 0 <= version <= self.version:
-            raise ValueError(f"version = {version}: {self.directory} has 0 to {self.version}")
+            raise BadInput(f"version = {version}: {self.directory} has 0 to {self.version}")
         parts = self._parts()
         table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
         committed = arrow_tables.to_numpy(table["version"])

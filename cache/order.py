@@ -19,6 +19,7 @@ import numpy as np
 
 from cache.samples import Rows, ShardRange
 from eupe.addressed import hashed
+from eupe.errors import BadInput
 
 BUFFER_ROWS = 16_384
 """Rows of the shuffle buffer: 24 shards of 680 rows, or 6.4 GB of ViT-B features in flight."""
@@ -59,7 +60,7 @@ class EpochOrder:
         self._starts, self._lengths = starts, lengths
         self.num_rows = int(self._lengths.sum())
         if not self.num_rows:
-            raise ValueError("no rows to order: the shards are empty")
+            raise BadInput("no rows to order: the shards are empty")
         self._seed, self._buffer = seed, buffer_rows
         self._epoch = lru_cache(maxsize=2)(self._order_shards)
         self._block = lru_cache(maxsize=4)(self._order_block)

@@ -22,6 +22,7 @@ from cache.files import atomic
 from cache.format import arrow_tables, layout
 from cache.format.sample_table import SCHEMA, conform, frame, new_samples
 from eupe import fingerprint as fp
+from eupe.errors import BadInput
 from eupe.spec import DatasetSpec
 
 Rows = npt.NDArray[np.int64]
@@ -126,7 +127,7 @@ class Samples:
             if rows_per_shard < 1:
                 raise ValueError(f"rows_per_shard = {rows_per_shard}: wants at least 1")
             if given.is_empty():
-                raise ValueError(f"no samples: dataset {dataset.name!r} needs at least one image")
+                raise BadInput(f"no samples: dataset {dataset.name!r} needs at least one image")
             head = {
                 "format": 1,
                 "dataset": dataset.model_dump(mode="json"),

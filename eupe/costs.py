@@ -30,7 +30,7 @@ def cost(spec: EncoderSpec, resolution: int) -> Cost:
         resolution: side of its square input, pixels.
 
     Raises:
-        ValueError: an unknown architecture, or a resolution that it does not take.
+        BadInput: an unknown architecture, or a resolution that it does not take.
     """
     with torch.device("meta"):
         encoder = Encoder(spec).eval()

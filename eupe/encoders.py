@@ -11,6 +11,7 @@ from jaxtyping import Float, Real
 from open_clip.model import _build_vision_tower  # no public way builds a tower without its text
 from torch import Tensor, nn
 
+from eupe.errors import BadInput
 from eupe.pixels import RGB, Pixels
 from eupe.spec import EncoderSpec
 
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
         seed: of the initial weights; the global random state is left as it was.
 
     Raises:
-        ValueError: an unknown architecture, model arguments it does not take, or a summary or
+        BadInput: an unknown architecture, model arguments it does not take, or a summary or
             layer it does not have.
     """
 
@@ -102,7 +103,7 @@ class Encoder(nn.Module):
         """Return the patch grid (rows, columns) of a square input, resolution in pixels.
 
         Raises:
-            ValueError: the network does not take that resolution.
+            BadInput: the network does not take that resolution.
         """
         self.check_resolution(resolution)
         if (patch := self.patch_size) is not None:
@@ -114,21 +115,19 @@ class Encoder(nn.Module):
         """Refuse a resolution (pixels) that the network does not take.
 
         Raises:
-            ValueError: naming the resolutions it does take.
+            BadInput: naming the resolutions it does take.
         """
         name, patch = self.spec.architecture, self.patch_size
         if patch is not None and not getattr(self._trunk, "dynamic_img_size", False):
             if resolution != self.native_resolution:
-                raise ValueError(
+                raise BadInput(
                     f"{name} at {resolution} px: it takes {self.native_resolution} px only"
                 )
         elif patch is not None:
             if resolution < patch or resolution % patch:
-                raise ValueError(
-                    f"{name} at {resolution} px: wants a multiple of its patch, {patch}"
-                )
+                raise BadInput(f"{name} at {resolution} px: wants a multiple of its patch, {patch}")
         elif resolution < (stride := int(self._trunk.feature_info[-1]["reduction"])):
-            raise ValueError(f"{name} at {resolution} px: wants at least its stride, {stride}")
+            raise BadInput(f"{name} at {resolution} px: wants at least its stride, {stride}")
 
     def forward(self, pixels: Real[Tensor, "b 3 r r"]) -> Features:
         """Encode square pictures.
@@ -140,7 +139,7 @@ class Encoder(nn.Module):
             Features in the network's dtype.
 
         Raises:
-            ValueError: the network does not take that resolution.
+            BadInput: the network does not take that resolution.
         """
         self.check_resolution(pixels.shape[-1])
         dtype = next(self.network.parameters(), self.pixel_scale).dtype
@@ -214,7 +213,7 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
             an encoder drops; for matching names of a file.
 
     Raises:
-        ValueError: an unknown architecture, or model arguments it does not take.
+        BadInput: an unknown architecture, or model arguments it does not take.
     """
     if spec.library == "timm":
         arguments = dict(spec.model_arguments)
@@ -225,34 +224,34 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
         return _timm_network(spec.architecture, arguments)
     if spec.library == "pixels":
         if spec.architecture != RGB.architecture:
-            raise ValueError(_unknown("pixels", spec.architecture, [RGB.architecture]))
+            raise BadInput(_unknown("pixels", spec.architecture, [RGB.architecture]))
         return Pixels()
     return _open_clip_tower(spec.architecture, spec.model_arguments)
 
 
 def _timm_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model(architecture):
-        raise ValueError(_unknown("timm", architecture, timm.list_models()))
+        raise BadInput(_unknown("timm", architecture, timm.list_models()))
     if timm.model_entrypoint(architecture).__module__ in _RESIZABLE_MODULES:
         arguments = {"dynamic_img_size": True, **arguments}
     try:
         network: nn.Module = timm.create_model(architecture, pretrained=False, **arguments)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"timm's {architecture} refuses {dict(arguments)}: {error}") from error
+        raise BadInput(f"timm's {architecture} refuses {dict(arguments)}: {error}") from error
     return network
 
 
 def _open_clip_tower(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     config = open_clip.get_model_config(architecture)
     if config is None:
-        raise ValueError(_unknown("open_clip", architecture, open_clip.list_models()))
+        raise BadInput(_unknown("open_clip", architecture, open_clip.list_models()))
     vision, width = dict(config["vision_cfg"]), config["embed_dim"]
     bare = vision.get("timm_proj") in (None, "none") and "timm_model_name" in vision
     if not bare:
         try:
             return _tower(width, {**vision, **arguments}, config)
         except TypeError as error:
-            raise ValueError(
+            raise BadInput(
                 f"open_clip's {architecture} refuses {dict(arguments)}: {error}"
             ) from error
     # open_clip hands a timm trunk no arguments of ours: its shell is built empty around our trunk.
@@ -279,11 +278,11 @@ def _layer_index(trunk: Any, spec: EncoderSpec) -> int | None:
     elif not hasattr(trunk, "patch_embed"):
         strides = [int(stage["reduction"]) for stage in trunk.feature_info]
         if spec.layer not in strides:
-            raise ValueError(f"{spec.architecture} has no layer of stride {spec.layer}: {strides}")
+            raise BadInput(f"{spec.architecture} has no layer of stride {spec.layer}: {strides}")
         return len(strides) - 1 - strides[::-1].index(spec.layer)
     depth = len(blocks) if blocks is not None else 0
     if not 0 <= spec.layer < depth:
-        raise ValueError(f"{spec.architecture} has no block {spec.layer}: 0 to {depth - 1}")
+        raise BadInput(f"{spec.architecture} has no block {spec.layer}: 0 to {depth - 1}")
     return spec.layer
 
 
@@ -291,7 +290,7 @@ def _check_layout(trunk: Any, spec: EncoderSpec) -> None:
     """Refuse a network whose final tokens are neither its patches' nor a map, channels first."""
     hierarchical = hasattr(trunk, "patch_embed") and not hasattr(trunk, "num_prefix_tokens")
     if hierarchical or getattr(trunk, "output_fmt", "NCHW") != "NCHW":
-        raise ValueError(
+        raise BadInput(
             f"{spec.architecture}: the final tokens of a {type(trunk).__name__} do not lie on the "
             "grid of its patches; wants a plain vision transformer or a CNN"
         )
@@ -314,7 +313,7 @@ def _check_summary(network: nn.Module, trunk: Any, spec: EncoderSpec) -> None:
         have = {"average_pool"}
     have = {*have, "mean_patches"} - {""}
     if spec.summary not in have:
-        raise ValueError(f"{spec.architecture} has no {spec.summary}; it has {sorted(have)}")
+        raise BadInput(f"{spec.architecture} has no {spec.summary}; it has {sorted(have)}")
 
 
 def _unknown(library: str, name: str, known: list[str]) -> str:

@@ -5,6 +5,8 @@ import json
 import math
 from collections.abc import Mapping
 
+from eupe.errors import BadInput
+
 SHORT_LENGTH = 12
 
 
@@ -15,7 +17,7 @@ def canonical_json(value: object) -> bytes:
         value: nested mappings with string keys, lists, tuples, strings, ints, floats, bools, None.
 
     Raises:
-        ValueError: a float that is not finite, a key that is no string, or a type whose text form
+        BadInput: a float that is not finite, a key that is no string, or a type whose text form
             is not stable (sets, objects).
     """
     _refuse_unstable(value, "$")
@@ -59,13 +61,13 @@ def _refuse_unstable(value: object, path: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"{path}: key {key!r} is not a string, so it has no stable form")
+                raise BadInput(f"{path}: key {key!r} is not a string, so it has no stable form")
             _refuse_unstable(item, f"{path}.{key}")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _refuse_unstable(item, f"{path}[{index}]")
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{path}: {value} is not finite and has no JSON form")
+            raise BadInput(f"{path}: {value} is not finite and has no JSON form")
     elif not isinstance(value, str | int | bool | None):
-        raise ValueError(f"{path}: {type(value).__name__} has no stable JSON form")
+        raise BadInput(f"{path}: {type(value).__name__} has no stable JSON form")

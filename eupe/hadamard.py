@@ -5,6 +5,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from eupe.errors import BadInput
+
 
 def hadamard(order: int) -> npt.NDArray[np.float64]:
     """Return an orthogonal matrix [order, order] whose entries all have magnitude order^-1/2.
@@ -14,7 +16,7 @@ def hadamard(order: int) -> npt.NDArray[np.float64]:
     192, 384, 768, 1024, 1152, 1280, 1536, 4096.
 
     Raises:
-        ValueError: an order out of reach.
+        BadInput: an order out of reach.
     """
     core = order
     while core >= 1:
@@ -27,7 +29,7 @@ def hadamard(order: int) -> npt.NDArray[np.float64]:
         if core % 2:
             break
         core //= 2
-    raise ValueError(f"no Hadamard matrix of order {order} is constructed here")
+    raise BadInput(f"no Hadamard matrix of order {order} is constructed here")
 
 
 def _paley(order: int) -> npt.NDArray[np.float64] | None:

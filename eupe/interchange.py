@@ -7,6 +7,8 @@ import torch
 from timm.models import convnext, eva
 from torch import Tensor, nn
 
+from eupe.errors import BadInput
+
 _RELEASED_MARKS = (
     "storage_tokens",  # EUPE and DINOv3 transformers
     "downsample_layers.0.0.weight",  # EUPE and DINOv3 ConvNeXt
@@ -31,27 +33,27 @@ def to_timm(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor
         network: the timm network (the meta device will do) that is to take them.
 
     Raises:
-        ValueError: a network that is neither timm's Eva nor its ConvNeXt, another patch size
+        BadInput: a network that is neither timm's Eva nor its ConvNeXt, another patch size
             (timm would resample it unasked), or biases that the network has no place for.
     """
     if isinstance(network, convnext.ConvNeXt):
         return dict(convnext.checkpoint_filter_fn(dict(state), network))
     if not isinstance(network, eva.Eva):
-        raise ValueError(
+        raise BadInput(
             f"a released checkpoint goes into timm's Eva or ConvNeXt, not {type(network).__name__}"
         )
     theirs, ours = state.get("patch_embed.proj.weight"), network.patch_embed.proj.weight
     if theirs is not None and theirs.shape[-2:] != ours.shape[-2:]:
-        raise ValueError(
+        raise BadInput(
             f"the checkpoint has patches of {tuple(theirs.shape[-2:])} pixels, "
             f"the network {tuple(ours.shape[-2:])}"
         )
     if "storage_tokens" in state and not hasattr(network.blocks[0].attn, "q_bias"):
-        raise ValueError("the network is built without query biases, take timm's *_qkvb variant")
+        raise BadInput("the network is built without query biases, take timm's *_qkvb variant")
     if "storage_tokens" in state and network.blocks[0].attn.q_bias is None:
         biases = [value for name, value in state.items() if name.endswith("attn.qkv.bias")]
         if any(bool(bias.chunk(3)[part].any()) for bias in biases for part in (0, 2)):
-            raise ValueError("the network has no query bias and the checkpoint's are not zero")
+            raise BadInput("the network has no query bias and the checkpoint's are not zero")
         state = {name: v for name, v in state.items() if not name.endswith("attn.qkv.bias")}
     return dict(eva.checkpoint_filter_fn(dict(state), network))
 
@@ -60,13 +62,13 @@ def to_released(network: nn.Module) -> dict[str, Tensor]:
     """Return a timm network's tensors under the names of the released EUPE files.
 
     Raises:
-        ValueError: a network that is neither timm's Eva (with query biases) nor its ConvNeXt.
+        BadInput: a network that is neither timm's Eva (with query biases) nor its ConvNeXt.
     """
     state = network.state_dict()
     if isinstance(network, convnext.ConvNeXt):
         return {_convnext_name(name): value for name, value in state.items()}
     if not isinstance(network, eva.Eva) or network.reg_token is None:
-        raise ValueError(
+        raise BadInput(
             "the released files hold timm's Eva with registers or ConvNeXt, "
             f"not {type(network).__name__}"
         )

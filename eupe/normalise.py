@@ -68,7 +68,7 @@ def phi_s(moments: Moments) -> Normaliser:
     Deviation: EUPE normalises by z-score; this is AM-RADIO's later alternative, for ablations.
 
     Raises:
-        ValueError: a width for which no Hadamard matrix is constructed.
+        BadInput: a width for which no Hadamard matrix is constructed.
     """
     variances, basis = np.linalg.eigh(moments.covariance())
     # An axis may point either way, as the linear algebra of the machine has it: let it be one way.

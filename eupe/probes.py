@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from eupe.errors import BadInput
+
 MAX_DISTANCES = 2**26
 """Distances held at once, float64: half a gibibyte."""
 
@@ -33,11 +35,11 @@ def knn_predict(
             or a value that is not finite.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k = {k}: wants 1 to the {len(bank)} vectors of the bank")
+        raise BadInput(f"k = {k}: wants 1 to the {len(bank)} vectors of the bank")
     if len(labels) != len(bank) or bool((labels < 0).any()):
         raise ValueError(f"{len(labels)} labels for {len(bank)} vectors: wants one each, from 0")
     if not bool(bank.isfinite().all() and queries.isfinite().all()):
-        raise ValueError("kNN: the bank or the queries hold values that are not finite")
+        raise BadInput("kNN: the bank or the queries hold values that are not finite")
     num_classes = int(labels.max()) + 1
     bank, queries = bank.double(), queries.double()  # |a|^2 - 2ab + |b|^2 cancels in float32
     chunks = torch.split(queries, max(1, MAX_DISTANCES // len(bank)))

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eupe import fingerprint as fp
+from eupe.errors import BadInput
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Library = Literal["timm", "open_clip", "pixels"]
@@ -79,9 +80,9 @@ class AugmentedView(Spec):
         for field in ("crop_area", "crop_aspect", "blur_sigma"):
             low, high = getattr(self, field)
             if not 0 < low <= high:
-                raise ValueError(f"{field} = ({low}, {high}): wants 0 < low <= high")
+                raise BadInput(f"{field} = ({low}, {high}): wants 0 < low <= high")
         if self.crop_area[1] > 1:
-            raise ValueError(f"crop_area = {self.crop_area}: wants at most 1, the whole picture")
+            raise BadInput(f"crop_area = {self.crop_area}: wants at most 1, the whole picture")
         return self
 
 

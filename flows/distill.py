@@ -16,6 +16,7 @@ import time
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from eupe.errors import BadInput
 from flows import artifacts, summary
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
@@ -51,7 +52,7 @@ def run(key: str, words: list[str], address: str, gpus: int) -> None:
         gpus: that the command itself, not workers that it starts, computes on.
 
     Raises:
-        ValueError: the job refused its input; its own sentence is the last of its output.
+        BadInput: the job refused its input; its own sentence is the last of its output.
         RuntimeError: the job failed.
     """
     env = {"EUPE_HOME": str(recipes.home()), "EUPE_PROGRESS": "records"}
@@ -67,7 +68,7 @@ def run(key: str, words: list[str], address: str, gpus: int) -> None:
     with artifacts.progress(key), Relay(say) as relay:
         code = run_job(words, address, env, relay.feed, gpus)
     if code == BAD_INPUT:
-        raise ValueError(f"{words[0]}: {last}")
+        raise BadInput(f"{words[0]}: {last}")
     if code:
         raise RuntimeError(f"{words[0]} failed with exit code {code}; its output is above")
 
@@ -87,7 +88,7 @@ def distill(
         the summary, which is also in the run directory.
 
     Raises:
-        ValueError: bad input: recipe, override, images, weights or a checkpoint of another run.
+        BadInput: bad input: recipe, override, images, weights or a checkpoint of another run.
         StoreError: a store that cannot be used or written.
         RuntimeError: a stage's job failed.
     """

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from eupe.errors import BadInput
 from flows.local_stack import free_ports
 from pipelines.machines import cluster
 
@@ -141,11 +142,11 @@ def job_cluster() -> Iterator[str]:
     Token authentication is on in both cases.
 
     Raises:
-        ValueError: RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not.
+        BadInput: RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not.
     """
     local = "RAY_ADDRESS" not in os.environ
     if not local and not os.environ.get("RAY_API_SERVER_ADDRESS"):
-        raise ValueError(
+        raise BadInput(
             "RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not: training is submitted to the "
             "cluster's job API, http://HEAD:8265 unless configured otherwise"
         )

@@ -67,7 +67,7 @@ def teacher_cache(
         deep_verify: also read every byte again and compare checksums.
 
     Raises:
-        ValueError: bad input: recipe, override, images or weights.
+        BadInput: bad input: recipe, override, images or weights.
         StoreError: a store that cannot be used or written.
     """
     groups = job_groups(recipes.get(recipe, overrides))

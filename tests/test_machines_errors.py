@@ -1,6 +1,9 @@
 """Bad input is one sentence and exit code 2; a bug keeps its traceback and exits 1."""
 
+import compileall
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,11 @@ import pytest
 
 from cache.errors import NotBuilt
 from eupe import fingerprint
+from eupe.schedules import warmup_cosine
 from flows.cli import main
-from pipelines.machines.errors import bad_input, telling_whose
+from pipelines.machines.errors import bad_input, keeping_traceback
+
+ROOT = Path(__file__).parents[1]
 
 
 def raised(action) -> Exception:
@@ -22,28 +28,38 @@ def raised(action) -> Exception:
     raise AssertionError("nothing was raised")
 
 
-def test_a_value_error_that_we_raise_is_a_sentence():
+def test_bad_input_is_its_sentence():
     error = raised(lambda: fingerprint.canonical_json(float("nan")))
     assert bad_input(error) == "$: nan is not finite and has no JSON form"
 
 
-def test_a_store_error_is_a_sentence_wherever_it_comes_from():
+def test_bad_input_may_be_caught_as_a_value_error():
+    with pytest.raises(ValueError, match="not finite"):
+        fingerprint.canonical_json(float("nan"))
+
+
+def test_a_store_error_is_a_sentence_and_no_value_error():
     assert bad_input(NotBuilt("nothing there")) == "nothing there"
+    assert not isinstance(NotBuilt("nothing there"), ValueError)
 
 
-def test_a_value_error_of_a_library_is_a_bug():
-    assert bad_input(raised(lambda: subprocess.Popen([], bufsize="x"))) is None
-    assert bad_input(raised(lambda: int("x"))) is None
-
-
-def test_a_value_error_from_c_inside_our_own_file_is_a_bug():
-    # The innermost frame is ours (fingerprint.py), the error is not: str.encode raised it.
-    error = raised(lambda: fingerprint.canonical_json("\ud800"))
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda: int("x"),
+        # A library in C, called from our own file: no frame of its own.
+        lambda: fingerprint.canonical_json("\ud800"),
+        # A call of ours that no input explains.
+        lambda: warmup_cosine(9, steps=5, warmup_steps=0),
+    ],
+)
+def test_any_other_value_error_is_a_bug(action):
+    error = raised(action)
     assert isinstance(error, ValueError)
     assert bad_input(error) is None
 
 
-def test_a_floating_point_error_of_a_library_is_a_bug():
+def test_a_floating_point_error_is_a_bug():
     with np.errstate(divide="raise"):
         error = raised(lambda: np.ones(1) / np.zeros(1))
     assert isinstance(error, FloatingPointError)
@@ -59,19 +75,35 @@ def test_what_a_ray_task_raised_counts():
 
 def arrived(action) -> Exception:
     """Return the error of an action as another process gets it: without a traceback."""
-    return pickle.loads(pickle.dumps(raised(telling_whose()(action))))
+    return pickle.loads(pickle.dumps(raised(keeping_traceback()(action))))
 
 
-def test_an_error_from_another_process_is_ours_if_it_was_there():
+def test_an_error_from_another_process_is_what_it_was_there():
     ours = arrived(lambda: fingerprint.canonical_json(float("nan")))
     assert bad_input(ours) == "$: nan is not finite and has no JSON form"
-    assert bad_input(arrived(lambda: fingerprint.canonical_json("\ud800"))) is None
+    bug = arrived(lambda: fingerprint.canonical_json("\ud800"))
+    assert bad_input(bug) is None
+    assert "in canonical_json" in str(bug)
     assert bad_input(arrived(lambda: np.zeros(2) + np.zeros(3))) is None
 
 
-def test_an_error_from_another_process_that_does_not_say_whose_it_is_is_a_bug():
-    error = raised(lambda: fingerprint.canonical_json(float("nan")))
-    assert bad_input(pickle.loads(pickle.dumps(error))) is None
+def test_bad_input_needs_no_sources(tmp_path):
+    """Bytecode alone: no line of source is there to be read."""
+    for room in ("eupe", "cache", "pipelines", "flows"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(tmp_path, legacy=True, quiet=1)
+    for source in tmp_path.rglob("*.py"):
+        source.unlink()
+    run = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "recipes", "show", "dmeo"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "no recipe 'dmeo'; did you mean 'demo'?\n"
 
 
 @pytest.mark.parametrize(

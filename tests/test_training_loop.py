@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 from support import small_stage, train_child
 
+from eupe.errors import BadInput
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
 from pipelines.records import checkpoint, tracking
@@ -122,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path)
             yield batch
 
     bad = loop.Inputs(poisoned, made.dims, made.normalisers, made.identity, made.pins)
-    with pytest.raises(FloatingPointError, match="step 4") as stopped:
+    with pytest.raises(BadInput, match="step 4") as stopped:
         train_stage(run, run.stages[0], bad, tmp_path / "stage2")
     assert bad_input(stopped.value) == str(stopped.value)
     saved = checkpoint.require(tmp_path / "stage2")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cache.codec.encoded import Encoded, Escapes, Floats, Moments
 from cache.codec.plain import PLAIN, PlainCodec
 from cache.codec.quantised import BITS, FIT, QuantisedCodec
+from eupe.errors import BadInput
 from eupe.spec import CodecSpec
 
 
@@ -61,7 +62,7 @@ def default_codec(name: str) -> CodecSpec:
         ValueError: no codec has that name.
     """
     if name not in (*PLAIN, *BITS):
-        raise ValueError(f"codec = {name!r}: wants one of {', '.join((*PLAIN, *BITS))}")
+        raise BadInput(f"codec = {name!r}: wants one of {', '.join((*PLAIN, *BITS))}")
     return CodecSpec(name=name, fit=FIT if name in BITS else None)  # type: ignore[arg-type]
 
 
@@ -96,7 +97,7 @@ def stored_codec(spec: CodecSpec, said: Mapping[str, object]) -> Codec:
 def _check_fit(spec: CodecSpec) -> None:
     rule = default_codec(spec.name).fit
     if spec.fit != rule:
-        raise ValueError(f"codec {spec.name}: fit = {spec.fit!r}, this version knows {rule!r}")
+        raise BadInput(f"codec {spec.name}: fit = {spec.fit!r}, this version knows {rule!r}")
 
 
 def row_bytes(name: str, num_tokens: int, dim: int) -> int:

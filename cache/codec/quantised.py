@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
 from cache.codec.rotation import Rotation
+from eupe.errors import BadInput
 
 Codes = npt.NDArray[np.uint8]
 
@@ -85,7 +86,7 @@ class QuantisedCodec:
         """
         count, mean, scatter = moments
         if count < 2:
-            raise ValueError(f"codec {name}: fitted to {count} tokens, wants at least 2")
+            raise BadInput(f"codec {name}: fitted to {count} tokens, wants at least 2")
         variance = np.diagonal(scatter) / count
         std = np.sqrt(variance)
         of_dead = float(np.sqrt(variance.mean())) or 1.0

@@ -22,6 +22,7 @@ from obstore import exceptions
 from obstore.store import ObjectStore, from_url
 
 from cache.errors import Busy, StoreError
+from eupe.errors import BadInput
 
 SCHEMES = ("s3", "gs", "az")
 RETRY_VARIABLE = "EUPE_BUCKET_RETRY_SECONDS"
@@ -138,7 +139,7 @@ class BucketPath(PosixPath):
         """
         first, _, rest = pattern.partition("/")
         if first == "**":
-            raise ValueError(f"{self}/{pattern}: ** would list the whole bucket; name the folder")
+            raise BadInput(f"{self}/{pattern}: ** would list the whole bucket; name the folder")
         if not _is_pattern(first):
             below = self / first
             if rest:
@@ -291,7 +292,7 @@ def _connected(url: str, endpoint: str | None, retry_seconds: str | None) -> Obj
     try:
         seconds = float(retry_seconds or RETRY_SECONDS)
     except ValueError as error:
-        raise ValueError(f"{RETRY_VARIABLE} = {retry_seconds!r}: wants a number") from error
+        raise BadInput(f"{RETRY_VARIABLE} = {retry_seconds!r}: wants a number") from error
     extra: dict[str, Any] = {}
     if endpoint and url.startswith("s3:"):
         extra["endpoint"] = endpoint

@@ -36,6 +36,7 @@ from cache.files.mirror_space import (
     POLL_SECONDS,
     Space,
 )
+from eupe.errors import BadInput
 
 FILL_TRIES = 3
 """A copy may be evicted between being put in place and being noted as used."""
@@ -236,7 +237,7 @@ def default() -> Mirror:
 @cache
 def _opened(folder: str, max_bytes: str) -> Mirror:
     if max_bytes and not max_bytes.isdigit():
-        raise ValueError(f"{BYTES_VARIABLE} = {max_bytes!r}: wants a number of bytes")
+        raise BadInput(f"{BYTES_VARIABLE} = {max_bytes!r}: wants a number of bytes")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     where = Path(folder) if folder else Path(home, "eupe", "mirror")
     return Mirror(where.expanduser().absolute(), int(max_bytes) if max_bytes else None)

@@ -13,6 +13,7 @@ from cache.errors import NotBuilt
 from cache.files import bucket, mirror
 from cache.files.bucket import BucketPath
 from cache.files.mirror import Wanted
+from eupe.errors import BadInput
 
 T = TypeVar("T")
 OPEN_TRIES = 8
@@ -34,7 +35,7 @@ def root(name: str | Path) -> Path:
         return BucketPath(text)
     if "://" in text:
         known = ", ".join(f"{scheme}://" for scheme in bucket.SCHEMES)
-        raise ValueError(f"{text!r}: no place known here; wants a local path or one of {known}")
+        raise BadInput(f"{text!r}: no place known here; wants a local path or one of {known}")
     return Path(name).expanduser().absolute()
 
 

@@ -4,6 +4,7 @@ import polars as pl
 import pyarrow as pa
 
 from cache.errors import StoreError
+from eupe.errors import BadInput
 
 SCHEMA = pa.schema(
     [
@@ -43,7 +44,7 @@ def conform(table: pl.DataFrame | pa.Table) -> pl.DataFrame:
         raise ValueError("sample table: sample_id and digest must be given for every sample")
     twice = given.filter(pl.col("sample_id").is_duplicated())["sample_id"]
     if len(twice):
-        raise ValueError(f"sample table: sample_id {twice[0]!r} is there twice; ids must be unique")
+        raise BadInput(f"sample table: sample_id {twice[0]!r} is there twice; ids must be unique")
     return given
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from eupe.errors import BadInput
 from flows.commands.words import AsJson, Overrides, RecipeName, print_json, print_table
 
 app = typer.Typer()
@@ -142,12 +143,12 @@ def clocked(words: Sequence[str]) -> dict[str, float]:
     """Read STEP=SECONDS words.
 
     Raises:
-        ValueError: another form.
+        BadInput: another form.
     """
     found = {}
     for word in words:
         step, equals, took = word.rpartition("=")
         if not equals or not took.replace(".", "", 1).isdecimal():
-            raise ValueError(f"--seconds {word}: wants STEP=SECONDS, for instance stage2=81.5")
+            raise BadInput(f"--seconds {word}: wants STEP=SECONDS, for instance stage2=81.5")
         found[step] = float(took)
     return found

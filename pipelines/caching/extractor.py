@@ -25,6 +25,7 @@ from cache.store import Store
 from cache.writer import write_shard
 from eupe import views
 from eupe.encoders import Features
+from eupe.errors import BadInput
 from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
@@ -170,7 +171,7 @@ class Extractor:
             num_tokens: patch tokens to bring along, at most.
 
         Raises:
-            ValueError: weights that cannot be loaded, or an image file that is gone.
+            BadInput: weights that cannot be loaded, or an image file that is gone.
         """
         parts: dict[Output, list[tuple[np.ndarray, np.ndarray]]] = {each: [] for each in outputs}
         passes = self._passes(policy, samples, {0: outputs}, compute_batch)
@@ -201,7 +202,7 @@ class Extractor:
             one record a view and store, in the order of `wanted`; nothing is committed.
 
         Raises:
-            ValueError: weights that cannot be loaded or are not those a store was made with; an
+            BadInput: weights that cannot be loaded or are not those a store was made with; an
                 image file that is gone or is another one than was indexed.
             StoreError: a file cannot be written.
         """
@@ -318,7 +319,7 @@ def _output(store: Store) -> Output:
 
 def _check_teacher(loaded: TeacherSpec, store: Store) -> None:
     if loaded != store.spec.teacher:
-        raise ValueError(
+        raise BadInput(
             f"teacher {loaded.name!r} has weights {loaded.weights[:12]} here, "
             f"{store.directory} was made with {store.spec.teacher.weights[:12]}: every machine "
             "wants the same weights file"

@@ -13,6 +13,7 @@ from cache.errors import NotBuilt
 from cache.files import atomic
 from cache.format import layout
 from cache.samples import Samples
+from eupe.errors import BadInput
 from eupe.spec import DatasetSpec
 from pipelines.images import index
 from pipelines.recipe.stores import CacheJob, rows_per_shard
@@ -48,7 +49,7 @@ def index_samples(job: CacheJob) -> Indexed:
     listed in `<root>/<dataset>/failures.jsonl`.
 
     Raises:
-        ValueError: nothing there, or more unreadable images than max_failure_share.
+        BadInput: nothing there, or more unreadable images than max_failure_share.
         StoreError: the dataset is there with another key rule or rows_per_shard.
     """
     dataset, samples = DatasetSpec(name=job.dataset.name), _samples(job)
@@ -109,11 +110,11 @@ def check_share(job: CacheJob, failed: int, total: int, reasons: Sequence[str]) 
         reasons: of the first of them, to be named.
 
     Raises:
-        ValueError: they are more than max_failure_share.
+        BadInput: they are more than max_failure_share.
     """
     share = job.extraction.max_failure_share
     if failed > share * total:
-        raise ValueError(
+        raise BadInput(
             f"{job.dataset.name}: {failed} of {total} images or features are unusable, more than "
             f"max_failure_share = {share:g} allows ({'; '.join(reasons[:REASONS_SHOWN])}); take "
             "them out, give mended ones new names, or raise extraction.max_failure_share"

@@ -9,6 +9,7 @@ import numpy as np
 from cache.codec.encoded import Moments as StoredMoments
 from cache.codec.quantised import MEAN_COSINE
 from cache.samples import Samples
+from eupe.errors import BadInput
 from eupe.moments import Moments, merge
 from eupe.spec import StoreSpec
 from pipelines.caching.extractor import Measured, Output
@@ -51,7 +52,7 @@ def measure(
         (teacher, resolution) -> moments and tokens.
 
     Raises:
-        ValueError: a teacher that gives no finite features.
+        BadInput: a teacher that gives no finite features.
     """
     samples = Samples.open(job.root, job.dataset.name)
     count = min(job.extraction.moments_samples, len(samples))
@@ -82,7 +83,7 @@ def measure(
 def _merged(parts: Sequence[Moments | None], output: Output, count: int) -> StoredMoments:
     found = [part for part in parts if part is not None]
     if not found:
-        raise ValueError(
+        raise BadInput(
             f"teacher {output[0]} at {output[1]} px gave no finite features for any of {count} "
             "samples; check its weights, dtype and pixel_mean/pixel_std"
         )

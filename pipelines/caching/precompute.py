@@ -69,7 +69,7 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
         pool: of `extractors`; None: one for this call.
 
     Raises:
-        ValueError: weights that cannot be read, a teacher without a single finite feature, or one
+        BadInput: weights that cannot be read, a teacher without a single finite feature, or one
             whose features a lossy codec keeps worse than it documents.
         StoreError: the dataset is not indexed, or a store of another spec is in the way.
     """
@@ -116,7 +116,7 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
         pool: of `extractors`; None: one for this call.
 
     Raises:
-        ValueError: more invalid rows than max_failure_share, images or weights that are gone, or
+        BadInput: more invalid rows than max_failure_share, images or weights that are gone, or
             an actor that fits no node.
         StoreError: a file cannot be written or another process commits.
     """
@@ -222,7 +222,7 @@ def build(recipe: Recipe, deep: bool = False) -> Built:
         deep: verify every byte at the end, not only sizes and indexes.
 
     Raises:
-        ValueError: bad input, see the steps.
+        BadInput: bad input, see the steps.
         StoreError: a store that cannot be used or written, see the steps.
     """
     started = time.monotonic()

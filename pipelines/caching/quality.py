@@ -13,6 +13,7 @@ import torch
 from cache.codec.encoded import Moments
 from cache.codec.known import Codec, default_codec, make_codec
 from cache.codec.quantised import BITS, MEAN_COSINE
+from eupe.errors import BadInput
 from eupe.spec import StoreSpec
 from pipelines.caching.measure import Sample
 from pipelines.features.codec_torch import Decoder, encode
@@ -72,7 +73,7 @@ def check(spec: StoreSpec, sample: Sample) -> Quality | None:
     """Measure the codec of a store that is to be made; None for plain codecs.
 
     Raises:
-        ValueError: the mean cosine is below what the codec documents, with the figure and the
+        BadInput: the mean cosine is below what the codec documents, with the figure and the
             codec that would serve.
     """
     name, fitted_on = spec.codec.name, sample.moments["patches"]
@@ -80,7 +81,7 @@ def check(spec: StoreSpec, sample: Sample) -> Quality | None:
         return None
     found = quality(make_codec(spec.codec, fitted_on), sample.tokens)
     if found.cosine < MEAN_COSINE[name]:
-        raise ValueError(
+        raise BadInput(
             f"teacher {spec.teacher.name} at {spec.resolution} px: codec {name} keeps a mean "
             f"cosine of {found.cosine:.4f} on {found.tokens} of its tokens, below the "
             f"{MEAN_COSINE[name]:g} it documents; "

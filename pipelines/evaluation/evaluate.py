@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eupe.encoders import Encoder, Features
+from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.probes import knn_predict, paired_test, top1
 from pipelines.evaluation.compare import BASELINE, Constants, Seen, look
@@ -107,7 +108,7 @@ def evaluate(recipe: Recipe, stage: StageConfig, device: str | torch.device = "c
         device: to compute on.
 
     Raises:
-        ValueError: no checkpoint, or images without the label.
+        BadInput: no checkpoint, or images without the label.
         StoreError: a cache cannot be read.
     """
     saved = checkpoint.require(recipe.stage_directory(stage.stage))
@@ -230,7 +231,7 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
         opened: what it trains on.
 
     Raises:
-        ValueError: images without the label, fewer than k of them, or a resolution that the
+        BadInput: images without the label, fewer than k of them, or a resolution that the
             student does not take.
         StoreError: a cache of centre views cannot be read.
     """
@@ -250,7 +251,7 @@ def hook(recipe: Recipe, stage: StageConfig, opened: Inputs) -> Evaluate:
             rows, _ = swept(name)
             _labels(feeds[name], feeds[name].source.samples.sample_ids(rows), label)
             if name == bank_name and recipe.evaluation.k > len(rows):
-                raise ValueError(
+                raise BadInput(
                     f"evaluation.k = {recipe.evaluation.k}: the bank has {len(rows)} images"
                 )
 
@@ -330,7 +331,7 @@ def _labels(feed: Feed, sample_ids: Sequence[str], label: str) -> list[str]:
     found = [json.loads(text).get(label) for text in table["labels"].to_list()]
     if None in found:
         example = json.loads(table["labels"][found.index(None)])
-        raise ValueError(
+        raise BadInput(
             f"evaluation.label = {label!r}: sample {sample_ids[found.index(None)]!r} has none; its "
             f"labels are {', '.join(sorted(example)) or 'none at all'}; evaluation.label=null "
             "leaves kNN out"

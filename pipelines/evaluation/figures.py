@@ -113,7 +113,7 @@ def token_picture(
         device: to compute on.
 
     Raises:
-        ValueError: no checkpoint.
+        BadInput: no checkpoint.
         StoreError: a cache cannot be read.
     """
     saved = checkpoint.require(recipe.stage_directory(stage.stage))

@@ -46,7 +46,7 @@ def stage_figures(
         device: to compute on.
 
     Raises:
-        ValueError: the stage has no checkpoint.
+        BadInput: the stage has no checkpoint.
         StoreError: a cache cannot be read.
     """
     directory = recipe.stage_directory(stage.stage)

@@ -46,7 +46,7 @@ def caches(recipe: Recipe) -> Caches:
     """Count what a recipe's caches hold.
 
     Raises:
-        ValueError: weights that cannot be read.
+        BadInput: weights that cannot be read.
         StoreError: a store is absent or half built.
     """
     images: dict[str, int] = {}
@@ -63,7 +63,7 @@ def fingerprint(recipe: Recipe) -> str:
     """Hash what a run's figures depend on: the recipe, its newest checkpoints and its stores.
 
     Raises:
-        ValueError: a stage without a checkpoint, or weights that cannot be read.
+        BadInput: a stage without a checkpoint, or weights that cannot be read.
         StoreError: a store is absent or half built.
     """
     saved = [checkpoint.require(recipe.stage_directory(stage.stage)) for stage in recipe.stages]
@@ -90,7 +90,7 @@ def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
             is added.
 
     Raises:
-        ValueError: a stage that is not trained to its end, images without the label, or weights
+        BadInput: a stage that is not trained to its end, images without the label, or weights
             that cannot be read.
         StoreError: a cache cannot be read.
     """
@@ -110,7 +110,7 @@ def current(recipe: Recipe) -> dict[str, object] | None:
     """Return the summary that is there, if nothing it depends on has changed since.
 
     Raises:
-        ValueError: as `fingerprint`.
+        BadInput: as `fingerprint`.
         StoreError: as `fingerprint`.
     """
     files = [recipe.directory / name for name in (SUMMARY_FILE, REPORT_FILE)]
@@ -192,7 +192,7 @@ def write(
         device: to draw patch tokens on.
 
     Raises:
-        ValueError: no checkpoint, or weights that cannot be read.
+        BadInput: no checkpoint, or weights that cannot be read.
         StoreError: a cache cannot be read.
     """
     summary = summarise(recipe, caches(recipe), evaluation, seconds, stages)

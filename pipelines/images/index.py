@@ -30,6 +30,7 @@ from PIL import Image
 from cache.errors import NotBuilt
 from cache.files import place
 from cache.files.bucket import BucketPath
+from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView
 from eupe.views import ImageError, make_view
 from pipelines.images.walks import PARQUET_SCHEME, WALKS, Candidate, image_bytes
@@ -104,7 +105,7 @@ def index(
             has fewer.
 
     Raises:
-        ValueError: nothing is there, nothing in it is an image or is wanted, a file is not of its
+        BadInput: nothing is there, nothing in it is an image or is wanted, a file is not of its
             kind, a column is missing, or two images share a sample_id.
     """
     total, candidates = WALKS[config.kind](config, known)
@@ -121,7 +122,7 @@ def index(
             for candidate in window:
                 where = f"{candidate.uri} at {candidate.offset}"
                 if candidate.sample_id in seen:
-                    raise ValueError(
+                    raise BadInput(
                         f"{config.path}: sample_id {candidate.sample_id!r} is both "
                         f"{seen[candidate.sample_id]} and {where}; the path without its extension "
                         "must be unique"
@@ -143,7 +144,7 @@ def index(
                 num_there += count
     if not seen:
         kept = f" with {dict(config.where)}" if config.where else ""
-        raise ValueError(f"{config.path}: no image{kept} in this {config.kind} source")
+        raise BadInput(f"{config.path}: no image{kept} in this {config.kind} source")
     yield _part(records, failures, num_known)
 
 
@@ -178,7 +179,7 @@ class ImageReader:
             verify: compare the sha256 with the sample's digest.
 
         Raises:
-            ValueError: the file is gone or no longer holds this image there.
+            BadInput: the file is gone or no longer holds this image there.
         """
         uri, offset, size = str(sample["uri"]), int(sample["offset"]), int(sample["bytes"])
         try:
@@ -189,11 +190,11 @@ class ImageReader:
                     file.seek(offset)
                     data = file.read(size)
         except (OSError, pa.ArrowException, NotBuilt) as error:
-            raise ValueError(
+            raise BadInput(
                 f"sample {sample['sample_id']!r}: its image cannot be read again: {error}"
             ) from error
         if len(data) != size or (verify and _sha256(data) != sample["digest"]):
-            raise ValueError(
+            raise BadInput(
                 f"sample {sample['sample_id']!r}: {uri} at {offset} no longer holds the image that "
                 "was indexed; a changed image needs a new sample_id or a new dataset name"
             )
@@ -219,7 +220,7 @@ class ImageReader:
             which the build of a store records with its reason.
 
         Raises:
-            ValueError: as `read`.
+            BadInput: as `read`.
         """
         drawn = np.zeros((len(samples), policy.canvas, policy.canvas, 3), np.uint8)
 

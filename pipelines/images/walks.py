@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from cache.files import place
 from cache.files.bucket import BucketPath
+from eupe.errors import BadInput
 from pipelines.recipe.config import SourceConfig
 
 # Part of the key rule (identity), hence a fixed list and not what the installed Pillow can read.
@@ -89,7 +90,7 @@ class Walk(Protocol):
 def _folder(config: SourceConfig, known: Collection[str]) -> tuple[int | None, Iterator[Candidate]]:
     root = place.root(config.path)
     if not root.is_dir():
-        raise ValueError(f"{config.path}: no such folder; source.path wants a folder of images")
+        raise BadInput(f"{config.path}: no such folder; source.path wants a folder of images")
     sizes: dict[Path, int] = {}
     if isinstance(root, BucketPath):
         sizes = _in_walking_order(root, dict(root.files_below()))
@@ -103,7 +104,7 @@ def _folder(config: SourceConfig, known: Collection[str]) -> tuple[int | None, I
             others += len(names) - len(images)
             files += [Path(directory, name) for name in sorted(images)]
     if not files:
-        raise ValueError(
+        raise BadInput(
             f"{config.path}: no image in this folder ({others} other files); images are known by "
             f"extension: {' '.join(sorted(IMAGE_SUFFIXES))}"
         )
@@ -139,7 +140,7 @@ def _webdataset(
                 with place.opened(file) as data, tarfile.open(fileobj=data, mode="r:") as tar:
                     yield from _tar_candidates(tar, str(file), known)
             except (tarfile.TarError, EOFError) as error:
-                raise ValueError(f"{file}: no whole uncompressed tar file ({error})") from error
+                raise BadInput(f"{file}: no whole uncompressed tar file ({error})") from error
 
     return None, candidates()
 
@@ -172,7 +173,7 @@ def _parquet(
     try:
         total = sum(place.using(file, pq.read_metadata).num_rows for file in files)
     except pa.ArrowException as error:
-        raise ValueError(f"{config.path}: no whole Parquet file ({error})") from error
+        raise BadInput(f"{config.path}: no whole Parquet file ({error})") from error
 
     def candidates() -> Iterator[Candidate]:
         for file in files:
@@ -191,9 +192,7 @@ def _parquet_candidates(
         have = {part for name in _leaves(file.schema_arrow) for part in (name, name.split(".")[0])}
         for column in (config.image_column, key, *labels):
             if column not in have:
-                raise ValueError(
-                    f"{path}: no column {column!r}; there are {', '.join(sorted(have))}"
-                )
+                raise BadInput(f"{path}: no column {column!r}; there are {', '.join(sorted(have))}")
         row = 0
         for group in range(file.num_row_groups):
             light = file.read_row_group(group, columns=[key, *labels])
@@ -242,7 +241,7 @@ def _files(config: SourceConfig, suffix: str) -> list[Path]:
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     if not found:
-        raise ValueError(
+        raise BadInput(
             f"{config.path}: no {suffix} file there; source.path wants a {config.kind} file, a "
             "folder or a glob of them"
         )
@@ -268,7 +267,7 @@ def _label_file(name: str, content: bytes) -> dict[str, str]:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name}: labels are no JSON ({error})") from error
+        raise BadInput(f"{name}: labels are no JSON ({error})") from error
     if not isinstance(values, dict):
         return {}
     return {key: str(value) for key, value in values.items() if isinstance(value, str | int)}
@@ -282,9 +281,7 @@ def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _parquet_id(config: SourceConfig, path: Path, row: int, value: object) -> str:
     if value is None:
-        raise ValueError(
-            f"{path}: row {row} has no path; name source.key_column to be the sample_id"
-        )
+        raise BadInput(f"{path}: row {row} has no path; name source.key_column to be the sample_id")
     return str(value) if config.key_column else sample_id(str(value))
 
 

@@ -7,8 +7,9 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, Self
 
+from eupe.errors import BadInput
 from pipelines.machines.cluster import connect
-from pipelines.machines.errors import bad_input, telling_whose
+from pipelines.machines.errors import bad_input, keeping_traceback
 
 IN_FLIGHT = 2  # a call writes its files while the next one computes
 MAX_RESTARTS = 3
@@ -56,7 +57,7 @@ class Pool:
             tasks: positional arguments of each call.
 
         Raises:
-            ValueError: one actor needs more than any node of the cluster has, or a call refused.
+            BadInput: one actor needs more than any node of the cluster has, or a call refused.
             StoreError: a call refused.
             RemoteBug: a call raised anything else.
             RuntimeError: actors died more often than they are started anew.
@@ -124,7 +125,7 @@ class Pool:
             ) from error
 
 
-@telling_whose()
+@keeping_traceback()
 def _call(actor: object, method: str, *task: Any) -> Any:
     """Do one call, in the actor's process."""
     return getattr(actor, method)(*task)
@@ -141,7 +142,7 @@ def _room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
         named = ", ".join(
             f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in have
         )
-        raise ValueError(
+        raise BadInput(
             f"an actor of {cpus:g} CPUs and {gpus:g} GPUs fits no Ray node (they have {named}); "
             "lower extraction.cpus_per_actor or extraction.gpus_per_actor"
         )

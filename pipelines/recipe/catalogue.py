@@ -38,7 +38,7 @@ def entry(name: str) -> Entry:
     """Count one recipe's network.
 
     Raises:
-        ValueError: there is no such recipe, naming the nearest.
+        BadInput: there is no such recipe, naming the nearest.
     """
     recipe = recipes.get(name)
     last = recipe.stages[-1]

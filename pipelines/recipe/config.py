@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from eupe.errors import BadInput
 from eupe.spec import (
     CentreView,
     CodecName,
@@ -148,17 +149,17 @@ class StageConfig(Spec):
     @model_validator(mode="after")
     def _complete(self) -> "StageConfig":
         if set(self.teachers) != set(self.teacher_scales):
-            raise ValueError(
+            raise BadInput(
                 f"teacher_scales names {sorted(self.teacher_scales)}, teachers {self.teachers}: "
                 "every teacher needs its scales"
             )
         if self.warmup_steps > self.steps:
-            raise ValueError(
+            raise BadInput(
                 f"warmup_steps = {self.warmup_steps}, steps = {self.steps}: the warm-up is a part "
                 "of the steps"
             )
         if unknown := set(self.loss.gamma) - set(self.teachers):
-            raise ValueError(
+            raise BadInput(
                 f"loss.gamma names {sorted(unknown)}; the stage's teachers are {self.teachers}"
             )
         return self
@@ -225,70 +226,70 @@ class Recipe(Spec):
     def _consistent(self) -> "Recipe":
         names = [dataset.name for dataset in (*self.train, self.held_out)]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(
+            raise BadInput(
                 f"{sorted(twice)}: more than one data set of that name; every train set and the "
                 "held-out set wants a name of its own"
             )
         Mix({each.name: each.share for each in self.train}, self.homogeneous, 1, self.seed)
         if unknown := set(self.evaluation.bank or ()) - set(names[:-1]):
-            raise ValueError(
+            raise BadInput(
                 f"evaluation.bank names {sorted(unknown)}; the train sets are {names[:-1]}"
             )
         cached = {teacher.name: set(teacher.resolutions) for teacher in self.teachers}
         if PIXELS in cached:
-            raise ValueError(f"a teacher is named {PIXELS!r}: that name is the views' own")
+            raise BadInput(f"a teacher is named {PIXELS!r}: that name is the views' own")
         drawn = {scale for stage in self.stages for scale in stage.student_scales}
         if unused := set(self.pixels) - drawn:
-            raise ValueError(f"pixels at {sorted(unused)}: no stage has a student at that scale")
+            raise BadInput(f"pixels at {sorted(unused)}: no stage has a student at that scale")
         stages = [stage.stage for stage in self.stages]
         for stage in self.stages:
             if stage.initial is not None and stage.initial not in stages:
-                raise ValueError(
+                raise BadInput(
                     f"{stage.stage}: initial names {stage.initial}; the stages are {stages}"
                 )
             for name in stage.teachers:
                 if name == PROXY:
                     continue
                 if name not in cached:
-                    raise ValueError(f"{stage.stage}: teacher {name!r} is none of {sorted(cached)}")
+                    raise BadInput(f"{stage.stage}: teacher {name!r} is none of {sorted(cached)}")
                 missing = set(stage.teacher_scales[name]) - cached[name]
                 if missing:
-                    raise ValueError(
+                    raise BadInput(
                         f"{stage.stage}: teacher {name!r} is not cached at {sorted(missing)}"
                     )
         if self.num_views > 1 and self.views.kind == "centre":
-            raise ValueError(f"num_views = {self.num_views}: a centre view has only view 0")
+            raise BadInput(f"num_views = {self.num_views}: a centre view has only view 0")
         return self
 
     def stage(self, name: StageName) -> StageConfig:
         """Return the stage of that name.
 
         Raises:
-            ValueError: this recipe has no such stage.
+            BadInput: this recipe has no such stage.
         """
         for stage in self.stages:
             if stage.stage == name:
                 return stage
         have = ", ".join(stage.stage for stage in self.stages)
-        raise ValueError(f"recipe {self.name} has no {name}; it has {have}")
+        raise BadInput(f"recipe {self.name} has no {name}; it has {have}")
 
     def teacher(self, name: str) -> TeacherConfig:
         """Return the expert teacher of that name."""
         for teacher in self.teachers:
             if teacher.name == name:
                 return teacher
-        raise ValueError(f"recipe {self.name} has no teacher {name!r}")
+        raise BadInput(f"recipe {self.name} has no teacher {name!r}")
 
     def trained_by(self, stage: StageConfig) -> StudentConfig:
         """Return the network that a stage trains.
 
         Raises:
-            ValueError: the stage trains the proxy and the recipe has none.
+            BadInput: the stage trains the proxy and the recipe has none.
         """
         if stage.student == "student":
             return self.student
         if self.proxy is None:
-            raise ValueError(f"recipe {self.name}: {stage.stage} trains a proxy and there is none")
+            raise BadInput(f"recipe {self.name}: {stage.stage} trains a proxy and there is none")
         return self.proxy
 
     @property

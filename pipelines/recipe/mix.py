@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eupe.addressed import hashed
+from eupe.errors import BadInput
 
 STEPS_PER_BLOCK = 1024
 """Steps whose counts are drawn and summed together."""
@@ -40,7 +41,7 @@ class Mix:
         seed: of the run.
 
     Raises:
-        ValueError: a homogeneous dataset that is not there, probabilities that do not fit, or no
+        BadInput: a homogeneous dataset that is not there, probabilities that do not fit, or no
             dataset left for heterogeneous batches.
     """
 
@@ -53,19 +54,19 @@ class Mix:
     ) -> None:
         unknown = set(homogeneous) - set(shares)
         if unknown:
-            raise ValueError(
+            raise BadInput(
                 f"homogeneous names {sorted(unknown)}; the train sets are {sorted(shares)}"
             )
         alone = np.array([homogeneous.get(name, 0.0) for name in shares])
         if alone.min() < 0 or alone.sum() > 1 + 1e-9:
-            raise ValueError(
+            raise BadInput(
                 f"homogeneous = {dict(homogeneous)}: wants probabilities that sum to at most 1"
             )
         rest = np.array([0.0 if name in homogeneous else shares[name] for name in shares])
         if len(shares) == 1:  # nothing to mix: every batch is that dataset's either way
             alone, rest = np.zeros(1), np.ones(1)
         elif alone.sum() < 1 - 1e-9 and rest.sum() == 0:
-            raise ValueError(
+            raise BadInput(
                 f"homogeneous = {dict(homogeneous)} leaves no dataset for the other batches"
             )
         self.names = tuple(shares)

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 from yaml import YAMLError
 
+from eupe.errors import BadInput
 from pipelines.recipe.config import Recipe
 
 Override = Annotated[str, Field(pattern=r"^[^=]+=.*$")]
@@ -22,19 +23,19 @@ def override(recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
     sets, by name (`stages.stage2.steps=10`). Values are YAML.
 
     Raises:
-        ValueError: a field that does not exist (naming the nearest that does) or a value that does
+        BadInput: a field that does not exist (naming the nearest that does) or a value that does
             not fit it.
     """
     fields = list[tuple[str, object]]()
     for item in overrides:
         path, separator, text = item.partition("=")
         if not separator:
-            raise ValueError(f"override {item!r}: wants path.to.field=value")
+            raise BadInput(f"override {item!r}: wants path.to.field=value")
         try:
             update = OmegaConf.from_dotlist([f"value={text}"])
             value = OmegaConf.to_container(update)["value"]  # type: ignore[index, call-overload]
         except (OmegaConfBaseException, YAMLError) as error:
-            raise ValueError(f"override {item!r}: {' '.join(str(error).split())}") from error
+            raise BadInput(f"override {item!r}: {' '.join(str(error).split())}") from error
         fields.append((path.strip(), value))
     return changed(recipe, fields)
 
@@ -43,7 +44,7 @@ def changed(recipe: Recipe, fields: Sequence[tuple[str, object]]) -> Recipe:
     """Return the recipe with fields changed, (path, plain value), and checked as a whole.
 
     Raises:
-        ValueError: as `override`.
+        BadInput: as `override`.
     """
     tree = recipe.model_dump(mode="json")
     for path, value in fields:
@@ -59,7 +60,7 @@ def validated(tree: object) -> Recipe:
     """Build a recipe from plain data, with every fault in one sentence.
 
     Raises:
-        ValueError: what is wrong and where.
+        BadInput: what is wrong and where.
     """
     try:
         return Recipe.model_validate(tree)
@@ -68,7 +69,7 @@ def validated(tree: object) -> Recipe:
             f"{'.'.join(str(part) for part in fault['loc']) or 'recipe'}: {fault['msg']}"
             for fault in error.errors()
         )
-        raise ValueError(faults) from error
+        raise BadInput(faults) from error
 
 
 def _resolve(tree: object, path: str) -> list[str | int]:
@@ -78,7 +79,7 @@ def _resolve(tree: object, path: str) -> list[str | int]:
     for part in re.split(r"\.", path):
         if isinstance(node, dict):
             if part not in node and not free:
-                raise ValueError(_no_such(path, part, [str(key) for key in node]))
+                raise BadInput(_no_such(path, part, [str(key) for key in node]))
             keys.append(part)
             free = part in ("where", "gamma", "homogeneous", "model_arguments", "teacher_scales")
             node = node.get(part)
@@ -89,11 +90,11 @@ def _resolve(tree: object, path: str) -> list[str | int]:
             elif part in names:
                 index = names.index(part)
             else:
-                raise ValueError(_no_such(path, part, names))
+                raise BadInput(_no_such(path, part, names))
             keys.append(index)
             node = node[index]
         else:
-            raise ValueError(
+            raise BadInput(
                 f"override {path!r}: {keys[-1]!r} is a plain value, {part!r} is not in it"
             )
     return keys

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from eupe.errors import BadInput
 from pipelines.recipe import demo, family
 from pipelines.recipe.config import DatasetConfig, Recipe, SourceConfig, StudentConfig
 from pipelines.recipe.override import changed, override
@@ -39,7 +40,7 @@ def get(name: str, overrides: Sequence[str] = ()) -> Recipe:
         overrides: fields to change, path.to.field=value (see `override.override`).
 
     Raises:
-        ValueError: there is none, naming the nearest; or a change does not fit.
+        BadInput: there is none, naming the nearest; or a change does not fit.
     """
     named = _from_file(home() / name) if name.endswith(FILES) else _named(name)
     return _placed(override(named, overrides), home())
@@ -49,29 +50,29 @@ def _from_file(path: Path) -> Recipe:
     """Read `recipe: NAME` and `set: {path.to.field: value}`; the new recipe has the file's name.
 
     Raises:
-        ValueError: no such file, no YAML of that form, or a change that does not fit.
+        BadInput: no such file, no YAML of that form, or a change that does not fit.
     """
     try:
         asked = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
-        raise ValueError(f"{path}: no recipe there ({error.strerror})") from error
+        raise BadInput(f"{path}: no recipe there ({error.strerror})") from error
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+        raise BadInput(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(asked, dict) or set(asked) != {"recipe", "set"}:
-        raise ValueError(f"{path}: wants `recipe: NAME` and `set: {{path.to.field: value}}`")
+        raise BadInput(f"{path}: wants `recipe: NAME` and `set: {{path.to.field: value}}`")
     base = _named(str(asked["recipe"]))
     fields = [("name", path.stem), *(asked["set"] or {}).items()]
     try:
         return changed(base, fields)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise BadInput(f"{path}: {error}") from error
 
 
 def _named(name: str) -> Recipe:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(RECIPES))}"
-        raise ValueError(f"no recipe {name!r}; {hint}")
+        raise BadInput(f"no recipe {name!r}; {hint}")
     return RECIPES[name]()
 
 

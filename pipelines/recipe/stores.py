@@ -6,6 +6,7 @@ from cache.codec.known import default_codec, row_bytes
 from cache.errors import NotBuilt
 from cache.store import Store, open_store
 from eupe.encoders import Encoder
+from eupe.errors import BadInput
 from eupe.pixels import RGB
 from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
 from eupe.weights import digest
@@ -59,7 +60,7 @@ def proxy_jobs(recipe: Recipe) -> list[CacheJob]:
     """List what a recipe needs of its proxy, once stage 1 is done: every scale that is drawn.
 
     Raises:
-        ValueError: stage 1 is not trained to its end, or the recipe has no proxy.
+        BadInput: stage 1 is not trained to its end, or the recipe has no proxy.
     """
     return _jobs(recipe, (proxy_teacher(recipe),))
 
@@ -89,10 +90,10 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
     pyramid; its adapter heads stay behind.
 
     Raises:
-        ValueError: stage 1 is not trained to its end, or the recipe has no proxy.
+        BadInput: stage 1 is not trained to its end, or the recipe has no proxy.
     """
     if recipe.proxy is None:
-        raise ValueError(f"recipe {recipe.name} has no proxy")
+        raise BadInput(f"recipe {recipe.name} has no proxy")
     directory = recipe.stage_directory("stage1")
     done = checkpoint.finished(directory, _proxy_steps(recipe, checkpoint.require(directory)))
     scales = {scale for stage in recipe.stages for scale in stage.teacher_scales.get(PROXY, ())}
@@ -150,7 +151,7 @@ def store_specs(job: CacheJob) -> list[StoreSpec]:
     """Work out the specs of a job's stores, one a teacher and resolution.
 
     Raises:
-        ValueError: weights that cannot be read, or a resolution a teacher does not take.
+        BadInput: weights that cannot be read, or a resolution a teacher does not take.
     """
     specs = []
     for config in job.teachers:
@@ -170,7 +171,7 @@ def open_stores(job: CacheJob, begun: bool = False) -> list[Store]:
             added to the dataset since may be missing.
 
     Raises:
-        ValueError: weights that cannot be read.
+        BadInput: weights that cannot be read.
         StoreError: a store is absent, of another spec, or half built.
     """
     stores = [open_store(job.root, spec) for spec in store_specs(job)]

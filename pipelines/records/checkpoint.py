@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eupe import fingerprint as fp
+from eupe.errors import BadInput
 from eupe.weights import CHECKPOINT_FILE, state_digest
 
 FORMAT = 1
@@ -101,19 +102,19 @@ class Checkpoint:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{path}: is no training state: {error}") from error
+            raise BadInput(f"{path}: is no training state: {error}") from error
         return state
 
     def check(self, identity: Mapping[str, object]) -> None:
         """Refuse to go on with another run's checkpoint.
 
         Raises:
-            ValueError: naming the fields in which the runs differ.
+            BadInput: naming the fields in which the runs differ.
         """
         lines = fp.difference(json.loads(fp.canonical_json(identity)), self.identity)
         if lines:
             more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
-            raise ValueError(
+            raise BadInput(
                 f"{self.directory} is of another run (asked != there): "
                 + "; ".join(lines[:MAX_LINES] + more)
                 + "; give another run directory, or remove this one to start anew"
@@ -195,7 +196,7 @@ def find(stage_directory: Path) -> list[Checkpoint]:
     """Return a stage's checkpoints, oldest first; none if there are none.
 
     Raises:
-        ValueError: one of them cannot be read.
+        BadInput: one of them cannot be read.
     """
     folders = (stage_directory / FOLDER).glob(f"{_PREFIX}*")
     return [_open(directory) for directory in sorted(folders)]
@@ -216,11 +217,11 @@ def require(stage_directory: Path) -> Checkpoint:
     """Return a stage's newest checkpoint, which a later step cannot do without.
 
     Raises:
-        ValueError: there is none.
+        BadInput: there is none.
     """
     found = latest(stage_directory)
     if found is None:
-        raise ValueError(f"{stage_directory}: no checkpoint; train this stage first")
+        raise BadInput(f"{stage_directory}: no checkpoint; train this stage first")
     return found
 
 
@@ -228,11 +229,11 @@ def finished(stage_directory: Path, steps: int) -> Checkpoint:
     """Return the checkpoint of a stage's last step, which another stage begins from.
 
     Raises:
-        ValueError: there is none, or the stage is still on its way.
+        BadInput: there is none, or the stage is still on its way.
     """
     found = require(stage_directory)
     if found.step < steps:
-        raise ValueError(
+        raise BadInput(
             f"{stage_directory}: trained for {found.step} of {steps} steps; finish this stage first"
         )
     return found
@@ -243,9 +244,9 @@ def _open(directory: Path) -> Checkpoint:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}; remove the checkpoint") from error
+        raise BadInput(f"{path}: cannot be read: {error}; remove the checkpoint") from error
     if config.get("format") != FORMAT:
-        raise ValueError(
+        raise BadInput(
             f"{path}: checkpoint format {config.get('format')!r}; this version reads {FORMAT}"
         )
     return Checkpoint(
@@ -273,7 +274,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise BadInput(f"{path}: cannot be read: {error}") from error
 
 
 def _sync(path: Path) -> None:

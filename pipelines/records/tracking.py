@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from eupe.errors import BadInput
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_DIRECTORY = "tensorboard"
 
@@ -101,7 +103,7 @@ def read(path: Path) -> list[dict[str, float]]:
     A last line cut off by a kill is left out.
 
     Raises:
-        ValueError: another line is no JSON object.
+        BadInput: another line is no JSON object.
     """
     if not path.is_file():
         return []
@@ -113,7 +115,7 @@ def read(path: Path) -> list[dict[str, float]]:
         try:
             out.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: is no JSON: {error}") from error
+            raise BadInput(f"{path}, line {number}: is no JSON: {error}") from error
     return out
 
 

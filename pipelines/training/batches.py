@@ -22,6 +22,7 @@ from torch import Tensor
 from cache.errors import StoreError
 from cache.reader import Reader
 from eupe import views
+from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView
 from pipelines.features.buffers import Buffers
 from pipelines.features.sources import FeatureSource, Raw, Targets
@@ -170,7 +171,7 @@ class Batches:
         prefetch: batches made ahead, at once.
 
     Raises:
-        ValueError: `draw` names a dataset without a feed, or a rank outside the world.
+        BadInput: `draw` names a dataset without a feed, or a rank outside the world.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class Batches:
             start = len(drawn) * self._rank // self._world
             stop = len(drawn) * (self._rank + 1) // self._world
             if start == stop:
-                raise ValueError(
+                raise BadInput(
                     f"step {step}: {len(drawn)} rows for {self._world} workers; "
                     "global_batch wants at least one row a worker"
                 )

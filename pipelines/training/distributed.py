@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from eupe.errors import BadInput
 from pipelines.recipe.config import StageConfig
 from pipelines.records import whole_state
 from pipelines.training.workers import Workers
@@ -24,13 +25,13 @@ def of_process_group(stage: StageConfig, device: str | torch.device) -> Workers:
         device: this worker's; gloo serves the CPU, nccl CUDA.
 
     Raises:
-        ValueError: shards of a batch that does not divide by the number of workers.
+        BadInput: shards of a batch that does not divide by the number of workers.
     """
     if stage.strategy == "ddp":
         return Copies()
     if stage.global_batch % dist.get_world_size():
         # Every forward gathers: a worker with a micro-batch less would leave the others waiting.
-        raise ValueError(
+        raise BadInput(
             f"{stage.stage}: global_batch = {stage.global_batch} and {dist.get_world_size()} "
             "workers: with strategy fsdp2 each needs as many rows; make it a multiple"
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cache.reader import Reader
 from cache.store import Store
+from eupe.errors import BadInput
 from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features.sources import CachedSource, Normalisers
@@ -61,7 +62,7 @@ def from_caches(
         world: workers.
 
     Raises:
-        ValueError: weights that cannot be read, or a proxy that stage 1 has not made yet.
+        BadInput: weights that cannot be read, or a proxy that stage 1 has not made yet.
         StoreError: a store is absent, half built or of another spec.
     """
     opened = {
@@ -113,7 +114,7 @@ def of_feeds(
         world: workers.
 
     Raises:
-        ValueError: a dataset of the mix without feed, or datasets with teachers of other widths.
+        BadInput: a dataset of the mix without feed, or datasets with teachers of other widths.
     """
     draw = TrainingDraw(
         Mix(
@@ -142,7 +143,7 @@ def of_feeds(
 
     widths = [feed.source.dims() for feed in feeds.values()]
     if any(other != widths[0] for other in widths):
-        raise ValueError(f"teachers' widths differ between datasets: {widths}")
+        raise BadInput(f"teachers' widths differ between datasets: {widths}")
     pins = {name: version for feed in feeds.values() for name, version in feed.versions().items()}
     dims = {teacher: widths[0][teacher] for teacher in stage.teachers}
     return Inputs(batches, dims, normalisers, identity, pins)
@@ -166,7 +167,7 @@ def centre_feeds(
         dataset -> how it is read.
 
     Raises:
-        ValueError: as for `from_caches`.
+        BadInput: as for `from_caches`.
         StoreError: as for `from_caches`.
     """
     return {

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from pipelines.machines import cluster
-from pipelines.machines.errors import bad_input, telling_whose
+from pipelines.machines.errors import bad_input, keeping_traceback
 from pipelines.machines.progress import track
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.records import checkpoint
@@ -96,9 +97,8 @@ def train(
         what was done, as rank 0 saw it; images per second are those of all workers.
 
     Raises:
-        ValueError: as for `train_stage`, or more workers than there is room for.
+        BadInput: as for `train_stage`, or more workers than there is room for.
         StoreError: a cache cannot be read.
-        FloatingPointError: the loss is not finite.
         WorkerGroupError: of Ray Train: a worker raised anything else; its notes say all of it.
     """
     saved = checkpoint.latest(recipe.stage_directory(stage.stage))
@@ -152,7 +152,7 @@ def _train_distributed(job: _Job) -> StageResult:
     return done
 
 
-@telling_whose()
+@keeping_traceback()
 def _worker(config: dict[str, _Job]) -> StageResult:
     """Run in each of Ray Train's workers, in a process group that Ray Train has made."""
     from ray.train.torch import get_device
@@ -176,7 +176,7 @@ def _check_room(recipe: Recipe) -> None:
     wanted, kind = recipe.workers.count, "GPU" if recipe.workers.use_gpu else "CPU"
     there = int(ray.cluster_resources().get(kind, 0))
     if wanted > there and "RAY_ADDRESS" not in os.environ:  # a cluster may grow
-        raise ValueError(
+        raise BadInput(
             f"workers.count = {wanted}: Ray has {there} {kind} here; lower it, or name a cluster "
             "in RAY_ADDRESS"
         )

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from eupe.addressed import bits
 from eupe.encoders import Features
+from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
@@ -88,9 +89,9 @@ def train_stage(
         what was done; nothing is trained when the last step has its checkpoint already.
 
     Raises:
-        ValueError: a checkpoint of another run (named field by field), pins of other manifest
-            versions, a directory that another process trains in, or a batch without a valid row.
-        FloatingPointError: the loss is not finite.
+        BadInput: a checkpoint of another run (named field by field), pins of other manifest
+            versions, a directory that another process trains in, a batch without a valid row, or a
+            gradient that is not finite.
     """
     workers = workers or OneProcess()
     with _locked(directory, workers.rank), _addressed_randomness(device):
@@ -187,7 +188,7 @@ class _Run:
         counted = self.workers.sum(torch.tensor(float(valid), device=self.device))
         num_valid = int(counted)
         if not num_valid:
-            raise ValueError(f"step {step}: none of the batch's {rows} rows is valid in all stores")
+            raise BadInput(f"step {step}: none of the batch's {rows} rows is valid in all stores")
         factor = rows / num_valid
         if factor != 1:  # rows that are not valid: the mean is over the others
             for parameter in self.model.parameters():
@@ -200,7 +201,7 @@ class _Run:
         if isinstance(norm, DTensor):  # of sharded gradients: every worker has a part
             norm = norm.full_tensor()
         if not bool(norm.isfinite()):  # looked at before the weights are touched
-            raise FloatingPointError(
+            raise BadInput(
                 f"step {step}: the gradient's norm is {norm.item()}; weights and checkpoints are "
                 "still sound; a lower optimizer.lr, float32 precision or clipping may help"
             )
@@ -284,13 +285,13 @@ class _Run:
 
     def _restore(self, saved: Checkpoint, resume: bool) -> None:
         if not resume:
-            raise ValueError(
+            raise BadInput(
                 f"{self.directory} has a checkpoint of step {saved.step}; resume it, or give "
                 "another run directory"
             )
         saved.check(self.identity)
         if saved.pins != dict(self.inputs.pins):
-            raise ValueError(
+            raise BadInput(
                 f"{saved.directory} reads manifest versions {saved.pins}, this run "
                 f"{dict(self.inputs.pins)}; open the stores at the checkpoint's versions"
             )
@@ -350,7 +351,7 @@ def _locked(directory: Path, rank: int) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise ValueError(
+        raise BadInput(
             f"{directory}: another process is training there; wait for it, or give another run "
             "directory"
         ) from error

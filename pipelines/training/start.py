@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.students import build_student
 from eupe.weights import digest
@@ -43,7 +44,7 @@ def initial_model(
         dims: teacher -> (summary width, patch width).
 
     Raises:
-        ValueError: the initial stage is not trained to its end, or weights do not fit.
+        BadInput: the initial stage is not trained to its end, or weights do not fit.
     """
     student = recipe.trained_by(stage)
     encoder = build_student(student.encoder, student.weights, recipe.seed)
@@ -65,13 +66,13 @@ def load(model: DistillationModel, saved: Checkpoint) -> None:
     """Put a checkpoint's encoder and heads into a model.
 
     Raises:
-        ValueError: they are of other shapes or names than the model's.
+        BadInput: they are of other shapes or names than the model's.
     """
     try:
         whole_state.load_weights(model.encoder.network, saved.encoder())
         whole_state.load_weights(model.heads, saved.heads())
     except RuntimeError as error:
-        raise ValueError(f"{saved.directory} does not fit the model: {error}") from error
+        raise BadInput(f"{saved.directory} does not fit the model: {error}") from error
 
 
 def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, object]:
@@ -86,7 +87,7 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         inputs: what it trains on.
 
     Raises:
-        ValueError: the initial stage is not trained to its end, or weights cannot be read.
+        BadInput: the initial stage is not trained to its end, or weights cannot be read.
     """
     return {
         "draws": DRAWS,
