@@ -134,7 +134,7 @@ def test_indexing_that_was_killed_goes_on_after_the_parts_that_are_there(
     first = next(iter(images))
     source = write_folder(tmp_path / "images", {**images, first: b"no image"})
     monkeypatch.setattr(indexing, "PART_ROWS", 5)
-    inspect, looked_at = indexing.images._inspect, []
+    inspect, looked_at = indexing.index._inspect, []
 
     def killed(candidate):
         looked_at.append(candidate.sample_id)
@@ -145,12 +145,12 @@ def test_indexing_that_was_killed_goes_on_after_the_parts_that_are_there(
     settings = {"rows_per_shard": 4, "max_failure_share": 0.1}
     undisturbed = job(tmp_path / "undisturbed", source, **settings)
     indexing.index_samples(undisturbed)
-    monkeypatch.setattr(indexing.images, "WINDOW", 4)
-    monkeypatch.setattr(indexing.images, "_inspect", killed)
+    monkeypatch.setattr(indexing.index, "WINDOW", 4)
+    monkeypatch.setattr(indexing.index, "_inspect", killed)
     work = job(tmp_path / "killed", source, **settings)
     with pytest.raises(KeyboardInterrupt):
         indexing.index_samples(work)
-    monkeypatch.setattr(indexing.images, "_inspect", inspect)
+    monkeypatch.setattr(indexing.index, "_inspect", inspect)
     assert len(Samples.open(work.root, "emoji")) == 12
     indexed = indexing.index_samples(work)
     assert (indexed.num_samples, indexed.num_new) == (23, 11)
