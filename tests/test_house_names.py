@@ -52,9 +52,17 @@ def modules() -> list[Path]:
     return [path for room in ROOMS for path in sorted((ROOT / room).rglob("[a-z]*.py"))]
 
 
-def test_module_names_say_something_and_shadow_nothing():
+def folders() -> list[Path]:
+    """Return every folder of code inside the rooms."""
+    return [
+        path.parent for room in ROOMS for path in sorted((ROOT / room).glob("*/**/__init__.py"))
+    ]
+
+
+def test_names_of_modules_and_folders_say_something_and_shadow_nothing():
     taken = dependencies()
-    assert [fault for path in modules() for fault in faults(path.stem, taken)] == []
+    assert len(folders()) > 5, "no folders found: the test would prove half"
+    assert [fault for path in (*modules(), *folders()) for fault in faults(path.stem, taken)] == []
 
 
 @pytest.mark.parametrize(
@@ -65,10 +73,10 @@ def test_the_naming_rule_can_be_broken(stem: str):
     assert faults(stem, dependencies()) != []
 
 
-def test_every_file_opens_with_its_responsibility():
+def test_every_file_and_folder_opens_with_its_responsibility():
     mute = [
         str(path.relative_to(ROOT))
-        for path in modules()
+        for path in (*modules(), *(folder / "__init__.py" for folder in folders()))
         if not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert mute == []
