@@ -16,11 +16,21 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+from pydantic import Field
 
-from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt
+from cache.errors import FingerprintMismatch, MissingSamples, NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
 from cache.format.sample_table import SCHEMA, conform, frame, new_samples
+from cache.segments import (
+    Head,
+    Segment,
+    files,
+    map_segment,
+    read_head,
+    swap_head,
+    write_segment,
+)
 from eupe import fingerprint as fp
 from eupe.errors import BadInput
 from eupe.spec import DatasetSpec
@@ -43,6 +53,30 @@ class ShardRange:
         return self.stop - self.start
 
 
+class SampleSegment(Segment):
+    """A segment of samples.
+
+    Attributes:
+        start: row of its first sample, the first of a shard.
+    """
+
+    start: int
+
+
+class SamplesHead(Head):
+    """HEAD of a sample table.
+
+    Attributes:
+        dataset: name and key rule.
+        rows_per_shard: fixed when the dataset got its first samples.
+        segments: their rows rise.
+    """
+
+    dataset: DatasetSpec
+    rows_per_shard: int = Field(ge=1)
+    segments: tuple[SampleSegment, ...] = ()
+
+
 class Samples:
     """The sample table of one dataset, mapped from disk.
 
@@ -53,14 +87,14 @@ class Samples:
         num_rows: one past the last row (gaps included); the length of every patches array.
     """
 
-    def __init__(self, directory: Path, head: dict[str, object], segments: Sequence[pa.Table]):
+    def __init__(self, directory: Path, head: SamplesHead):
         """Use `Samples.open`."""
         self.directory = directory
-        self.dataset = DatasetSpec.model_validate(head["dataset"])
-        self.rows_per_shard = int(head["rows_per_shard"])  # type: ignore[call-overload]
-        self._segments = list(segments)
-        self._starts = np.array([s["row"][0].as_py() for s in segments], np.int64)
-        self._lengths = np.array([s.num_rows for s in segments], np.int64)
+        self.dataset = head.dataset
+        self.rows_per_shard = head.rows_per_shard
+        self._segments = [map_segment(directory, segment, SCHEMA) for segment in head.segments]
+        self._starts = np.array([segment.start for segment in head.segments], np.int64)
+        self._lengths = np.array([segment.rows for segment in head.segments], np.int64)
         self._offsets = np.concatenate(([0], np.cumsum(self._lengths)))
         self.num_rows = int(self._starts[-1] + self._lengths[-1])
 
@@ -73,10 +107,7 @@ class Samples:
             Corrupt: a segment is missing or is no Arrow file.
         """
         directory = layout.samples_directory(layout.cache_root(root), dataset)
-        head, _ = _read_head(directory)
-        if head is None:
-            raise _no_samples(directory, dataset)
-        return cls(directory, head, [_map_segment(directory, s) for s in _segments_of(head)])
+        return cls(directory, _head(directory, dataset))
 
     @classmethod
     def append(
@@ -117,9 +148,9 @@ class Samples:
         given: pl.DataFrame,
         rows_per_shard: int | None,
     ) -> "Samples":
-        head, content_there = _read_head(directory)
+        there = read_head(directory, SamplesHead)
         start = 0
-        if head is None:
+        if there is None:
             if rows_per_shard is None:
                 raise ValueError(
                     f"rows_per_shard = None: the first samples of {dataset.name!r} fix it"
@@ -128,40 +159,26 @@ class Samples:
                 raise ValueError(f"rows_per_shard = {rows_per_shard}: wants at least 1")
             if given.is_empty():
                 raise BadInput(f"no samples: dataset {dataset.name!r} needs at least one image")
-            head = {
-                "format": 1,
-                "dataset": dataset.model_dump(mode="json"),
-                "rows_per_shard": rows_per_shard,
-                "segments": [],
-            }
+            head = SamplesHead(dataset=dataset, rows_per_shard=rows_per_shard)
         else:
-            asked = {"dataset": dataset.model_dump(mode="json")}
-            if rows_per_shard is not None:
-                asked["rows_per_shard"] = rows_per_shard  # type: ignore[assignment]
-            lines = fp.difference(asked, {key: head[key] for key in asked})
-            if lines:
-                raise FingerprintMismatch(f"{directory}: asked != there", lines)
-            there = cls.open(root, dataset.name)
-            given = new_samples(given, there.table, str(directory))
-            per_shard = there.rows_per_shard
-            start = -(-there.num_rows // per_shard) * per_shard
+            head = there.head
+            _check_same(directory, head, dataset, rows_per_shard)
+            known = cls(directory, head)
+            given = new_samples(given, known.table, str(directory))
+            start = -(-known.num_rows // head.rows_per_shard) * head.rows_per_shard
         if given.is_empty():
             return cls.open(root, dataset.name)
         rows = pl.Series("row", np.arange(start, start + given.height, dtype=np.int64))
         numbered = given.with_columns(rows).select(SCHEMA.names)
-        segments = list(_segments_of(head))
+        segments = list(head.segments)
         scratch = layout.scratch_directory(directory)
-        per_shard = int(head["rows_per_shard"])  # type: ignore[call-overload]
-        for first in range(0, given.height, most := max(SEGMENT_ROWS // per_shard, 1) * per_shard):
+        most = max(SEGMENT_ROWS // head.rows_per_shard, 1) * head.rows_per_shard
+        for first in range(0, given.height, most):
             part = numbered.slice(first, most).to_arrow().cast(SCHEMA)
-            name, written = atomic.write_new(
-                directory / f"{len(segments):08d}.arrow", arrow_tables.to_bytes(part), scratch
-            )
-            entry = {"name": name, "start": start + first, "rows": part.num_rows}
-            segments.append({**entry, "sha256": written.sha256})
-        head["segments"] = segments
-        content = json.dumps(head, indent=2, sort_keys=True).encode() + b"\n"
-        atomic.swap(directory / layout.HEAD, content, content_there, scratch)
+            written = write_segment(directory, f"{len(segments):08d}", part, scratch)
+            segments.append(SampleSegment(**written.model_dump(), start=start + first))
+        grown = head.model_copy(update={"segments": tuple(segments)})
+        swap_head(directory, grown, there, scratch)
         return cls.open(root, dataset.name)
 
     def __len__(self) -> int:
@@ -303,10 +320,13 @@ class Samples:
 
 
 def segment_files(root: str | Path, dataset: str) -> list[tuple[Path, str]]:
-    """Return path and sha256 of every segment of a dataset, from its HEAD alone."""
+    """Return path and sha256 of every segment of a dataset, from its HEAD alone.
+
+    Raises:
+        NotBuilt: the dataset has no samples in this root.
+    """
     directory = layout.samples_directory(layout.cache_root(root), dataset)
-    head, _ = _read_head(directory)
-    return [(directory / str(s["name"]), str(s["sha256"])) for s in _segments_of(head or {})]
+    return files(directory, _head(directory, dataset))
 
 
 def num_rows_now(root: str | Path, dataset: str) -> int:
@@ -316,40 +336,25 @@ def num_rows_now(root: str | Path, dataset: str) -> int:
         NotBuilt: the dataset has no samples in this root.
     """
     directory = layout.samples_directory(layout.cache_root(root), dataset)
-    head, _ = _read_head(directory)
-    if head is None:
-        raise _no_samples(directory, dataset)
-    last = _segments_of(head)[-1]
-    return int(last["start"]) + int(last["rows"])  # type: ignore[call-overload,no-any-return]
+    last = _head(directory, dataset).segments[-1]
+    return last.start + last.rows
 
 
-def _no_samples(directory: Path, dataset: str) -> NotBuilt:
-    return NotBuilt(f"{directory}: dataset {dataset!r} has no samples here; index it first")
+def _head(directory: Path, dataset: str) -> SamplesHead:
+    found = read_head(directory, SamplesHead)
+    if found is None:
+        raise NotBuilt(f"{directory}: dataset {dataset!r} has no samples here; index it first")
+    return found.head
 
 
-def _read_head(directory: Path) -> tuple[dict[str, object] | None, bytes | None]:
-    """Return HEAD parsed and as it is, which the next one's writer expects to find."""
-    try:
-        content = (directory / layout.HEAD).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None, None
-    try:
-        head = json.loads(content)
-    except ValueError as error:
-        raise Corrupt(f"{directory / layout.HEAD}: no JSON ({error})") from error
-    if not isinstance(head, dict) or head.get("format") != 1:
-        raise Corrupt(f"{directory / layout.HEAD}: wants a JSON object of format 1")
-    return head, content
-
-
-def _segments_of(head: dict[str, object]) -> list[dict[str, object]]:
-    segments = head.get("segments", [])
-    assert isinstance(segments, list)
-    return segments
-
-
-def _map_segment(directory: Path, entry: dict[str, object]) -> pa.Table:
-    table = arrow_tables.map_table(directory / str(entry["name"]), sha256=str(entry["sha256"]))
-    if table.num_rows != entry["rows"] or table.schema.names != SCHEMA.names:
-        raise Corrupt(f"{directory / str(entry['name'])}: not the segment its HEAD describes")
-    return table
+def _check_same(
+    directory: Path, head: SamplesHead, dataset: DatasetSpec, rows_per_shard: int | None
+) -> None:
+    """Refuse to add samples of another key rule, or with other shards."""
+    there = head.model_dump(mode="json", include={"dataset", "rows_per_shard"})
+    asked = there | {"dataset": dataset.model_dump(mode="json")}
+    if rows_per_shard is not None:
+        asked["rows_per_shard"] = rows_per_shard
+    lines = fp.difference(asked, there)
+    if lines:
+        raise FingerprintMismatch(f"{directory}: asked != there", lines)

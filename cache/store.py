@@ -16,8 +16,9 @@ from cache.codec.known import Codec, make_codec, stored_codec
 from cache.errors import Busy, Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic, place
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
-from cache.manifest import Manifest, ShardRecord, check_pinned
+from cache.manifest import Manifest, ManifestHead, ShardRecord
 from cache.samples import Samples, ShardRange, num_rows_now
+from cache.segments import check_pinned
 from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
 
@@ -40,11 +41,9 @@ class Store:
         self.root = root
         self.spec = spec
         self.directory = layout.store_directory(root, spec)
-        provenance = manifest.head.get("provenance", {})
-        assert isinstance(provenance, dict)
-        self.provenance: dict[str, object] = provenance
-        self._spec_sha256 = str(manifest.head["spec_sha256"])
-        self.moments_sha256 = str(manifest.head["moments_sha256"])
+        self.provenance = manifest.head.provenance
+        self._spec_sha256 = manifest.head.spec_sha256
+        self.moments_sha256 = manifest.head.moments_sha256
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travel to other processes as root and spec, and be opened there."""
@@ -275,12 +274,12 @@ def _create(
     }
     content = json.dumps(description, indent=2, sort_keys=True).encode() + b"\n"
     described = atomic.write_once(layout.spec_file(directory), content, scratch)
-    pinned = {
-        "spec_sha256": hashlib.sha256(described).hexdigest(),
-        "moments_sha256": hashlib.sha256(measured).hexdigest(),
-        "provenance": json.loads(fp.canonical_json(dict(provenance))),
-    }
-    return Store(base, spec, Manifest.create(directory, pinned))
+    head = ManifestHead(
+        spec_sha256=hashlib.sha256(described).hexdigest(),
+        moments_sha256=hashlib.sha256(measured).hexdigest(),
+        provenance=json.loads(fp.canonical_json(dict(provenance))),
+    )
+    return Store(base, spec, Manifest.create(directory, head))
 
 
 def open_store(root: str | Path, spec: StoreSpec) -> Store:

@@ -85,8 +85,8 @@ def _check_pinned(store: Store) -> tuple[Manifest, Report]:
     while True:
         manifest, report = store.manifest(), Report()
         pinned = [
-            (layout.spec_file(store.directory), str(manifest.head["spec_sha256"])),
-            (layout.moments_file(store.directory), str(manifest.head["moments_sha256"])),
+            (layout.spec_file(store.directory), manifest.head.spec_sha256),
+            (layout.moments_file(store.directory), manifest.head.moments_sha256),
             *manifest.segment_files,
             *segment_files(store.root, store.spec.dataset.name),
         ]

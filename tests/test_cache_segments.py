@@ -1,0 +1,75 @@
+"""Segments under a HEAD: what a damaged HEAD or segment says, and the bytes that stay."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pydantic import ValidationError
+
+from cache.errors import Corrupt, NotBuilt
+from cache.manifest import ManifestHead
+from cache.samples import SamplesHead
+from cache.segments import Head, map_segment, read_head, swap_head, write_segment
+
+GOLDEN = Path(__file__).parent / "golden" / "cache_format_1"
+TABLE = pa.table({"row": pa.array([1, 2, 3], pa.int64())})
+PINNED = {"spec_sha256": "a" * 64, "moments_sha256": "b" * 64}
+
+
+def test_a_head_is_read_as_it_was_written(tmp_path):
+    head = ManifestHead(**PINNED, version=3, provenance={"compute_batch": 8, "share": 0.1})
+    written = swap_head(tmp_path, head, None, tmp_path)
+    assert read_head(tmp_path, ManifestHead) == written
+    assert read_head(tmp_path, ManifestHead).head.to_bytes() == (tmp_path / "HEAD").read_bytes()
+
+
+def test_golden_heads_keep_their_bytes():
+    for name, kind in (("toy/samples", SamplesHead), ("toy/*/*/*/manifest", ManifestHead)):
+        (directory,) = GOLDEN.glob(name)
+        there = read_head(directory, kind)
+        assert there.head.to_bytes() == there.content == (directory / "HEAD").read_bytes()
+
+
+def test_no_head_is_no_error(tmp_path):
+    assert read_head(tmp_path / "nowhere", Head) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"{", "all of it: Invalid JSON"),
+        (b"[]", "all of it"),
+        (b'{"format": 2, "segments": []}', "format: Input should be 1"),
+        (b'{"format": 1, "segments": [], "other": 0}', "other: Extra inputs"),
+        (b'{"format": 1, "segments": [{"name": "x"}]}', r"segments\.0\.rows: Field required"),
+    ],
+)
+def test_a_damaged_head_says_what_is_wrong(tmp_path, content, what):
+    (tmp_path / "HEAD").write_bytes(content)
+    with pytest.raises(Corrupt, match=rf"HEAD: no HEAD of format 1 \({what}"):
+        read_head(tmp_path, Head)
+
+
+def test_a_head_cannot_be_changed_in_place():
+    with pytest.raises(ValidationError, match="frozen"):
+        Head().format = 1
+
+
+def test_another_segment_under_the_same_name_is_refused(tmp_path):
+    segment = write_segment(tmp_path, "00000001", TABLE, tmp_path)
+    assert map_segment(tmp_path, segment, TABLE.schema, compared=True).equals(TABLE)
+    write_segment(tmp_path, "00000001", pa.table({"row": pa.array([1, 2, 4])}), tmp_path)
+    with pytest.raises(Corrupt, match="do not match the sha256 in HEAD"):
+        map_segment(tmp_path, segment, TABLE.schema, compared=True)
+    write_segment(tmp_path, "00000001", TABLE.slice(1), tmp_path)
+    with pytest.raises(Corrupt, match="not the segment its HEAD describes"):
+        map_segment(tmp_path, segment, TABLE.schema)
+    (tmp_path / segment.name).unlink()
+    with pytest.raises(NotBuilt):
+        map_segment(tmp_path, segment, TABLE.schema)
+
+
+def test_head_files_are_plain_json(tmp_path):
+    swap_head(tmp_path, Head(segments=[]), None, tmp_path)
+    assert json.loads((tmp_path / "HEAD").read_bytes()) == {"format": 1, "segments": []}
