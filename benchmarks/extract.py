@@ -31,7 +31,7 @@ from eupe.teachers import Teacher, load_teacher
 from pipelines.caching import indexing, precompute
 from pipelines.features.codec_torch import encode
 from pipelines.images import index
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe import family
 from pipelines.recipe.config import ExtractionConfig, SourceConfig
 from pipelines.recipe.stores import CacheJob

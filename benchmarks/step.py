@@ -67,7 +67,7 @@ from pipelines.features.sources import (
     Raw,
     Targets,
 )
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
 from pipelines.training.batches import Batch, Batches, Feed

@@ -24,7 +24,7 @@ from eupe.students import FAMILY
 from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
 from pipelines.images import index
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe import family
 
 SIDE = 256

@@ -14,7 +14,7 @@ from eupe.spec import CentreView, EncoderSpec
 from eupe.students import build_student
 from pipelines.features.sources import Targets
 from pipelines.images import index
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe import family
 from pipelines.training import start
 

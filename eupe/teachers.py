@@ -1,5 +1,6 @@
 """Teachers: a frozen encoder with its weights and compute dtype, as its features' spec says."""
 
+import numpy as np
 import torch
 from jaxtyping import Real
 from torch import Tensor, nn
@@ -43,6 +44,32 @@ class Teacher(nn.Module):
         """
         summary, patches = self.encoder(pixels)
         return Features(summary.float(), patches.float())
+
+    def features(self, pixels: np.ndarray, compute_batch: int) -> Features:
+        """Run over pictures in batches of one fixed size, the last one padded with black.
+
+        Kernels may round differently by batch size; with one size a picture's features do not
+        depend on how many others are asked for (DESIGN.md, law 1). Stores are filled by this
+        method, and a live run compares with it.
+
+        Args:
+            pixels: uint8 [n, R, R, 3], n at least 1, on the host.
+            compute_batch: pictures a forward pass.
+
+        Returns:
+            Features, float32 on the teacher's device: summary [n, D], patches [n, H, W, D].
+        """
+        device = next(self.parameters()).device
+        parts = []
+        for start in range(0, len(pixels), compute_batch):
+            chunk = pixels[start : start + compute_batch]
+            batch = np.zeros((compute_batch, *pixels.shape[1:]), np.uint8)
+            batch[: len(chunk)] = chunk
+            x = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).contiguous()
+            summary, patches = self(x)
+            parts.append((summary[: len(chunk)], patches[: len(chunk)]))
+        summaries, maps = zip(*parts, strict=True)
+        return Features(torch.cat(summaries), torch.cat(maps))
 
 
 def load_teacher(

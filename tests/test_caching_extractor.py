@@ -17,8 +17,8 @@ from support.small_caches import (
 )
 
 from eupe import views
+from eupe.teachers import Teacher
 from pipelines.caching import extractor, indexing, precompute
-from pipelines.forward import padded_forward
 from pipelines.machines.pool import IN_FLIGHT
 
 DECODE_SECONDS = 60.0  # 16 emoji on a busy machine
@@ -69,12 +69,14 @@ def test_the_next_shard_is_decoded_while_this_one_computes(tmp_path, images, mon
             both_decoded.set()
         return decode(data, *rest)
 
+    features = Teacher.features
+
     def late(*arguments):
         assert both_decoded.wait(DECODE_SECONDS), "the second shard waits for the first"
-        return padded_forward(*arguments)
+        return features(*arguments)
 
     monkeypatch.setattr(views, "decode", counted)
-    monkeypatch.setattr(extractor, "padded_forward", late)
+    monkeypatch.setattr(Teacher, "features", late)
     working = extractor.Extractor(work.teachers)
     with ThreadPoolExecutor(len(shards)) as calls:
         extracted = calls.map(lambda shard: working.extract({0: stores}, shard), shards)

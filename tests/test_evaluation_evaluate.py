@@ -18,7 +18,7 @@ from eupe.weights import CHECKPOINT_FILE
 from pipelines import stages
 from pipelines.evaluation import evaluate, report
 from pipelines.evaluation.compare import Constants
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import checkpoint

@@ -13,8 +13,7 @@ from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.teachers import load_teacher
 from pipelines.features.sources import CachedSource, LiveSource, Normalisers
-from pipelines.forward import padded_forward
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 
 COUNT = 24
 ZSCORE_ATOL = 1e-4  # composed modules: float64 moments applied in float32
@@ -140,8 +139,8 @@ def test_padding_reaches_no_other_row(count):
     config = teacher(weights="random:0")
     network = load_teacher("lite0", config.encoder, config.weights)
     pixels = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
-    alone = padded_forward(network, pixels[:count], COMPUTE_BATCH)
-    together = padded_forward(network, pixels, len(pixels))
+    alone = network.features(pixels[:count], COMPUTE_BATCH)
+    together = network.features(pixels, len(pixels))
     torch.testing.assert_close(
         alone.patches, together.patches[:count], rtol=PADDING_RTOL, atol=PADDING_RTOL
     )

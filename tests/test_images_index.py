@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.small_caches import index, pictures, write_folder, write_parquet, write_tar
 
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.images.walks import IMAGE_SUFFIXES, sample_id
 from pipelines.recipe.config import SourceConfig
 
@@ -100,7 +100,7 @@ def test_a_row_group_that_cannot_be_read_is_tried_again(tmp_path, images, monkey
     source = write_parquet(tmp_path / "images.parquet", images)
     sample, reader = index(source).records.row(0, named=True), ImageReader()
     moved = Path(source.path).rename(tmp_path / "elsewhere")
-    reader._starts[sample["uri"]] = [0, len(images)]
+    reader._row_groups._starts[sample["uri"]] = [0, len(images)]
     with pytest.raises(ValueError, match="cannot be read again"):
         reader.read(sample)
     moved.rename(source.path)

@@ -21,7 +21,7 @@ from cache.reader import Reader
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
 from pipelines.features.sources import Raw, Resolutions
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,

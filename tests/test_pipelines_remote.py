@@ -11,7 +11,7 @@ from support.toy_stores import files_under
 
 from cache.files import bucket, place
 from cache.files.bucket import BucketPath
-from pipelines.images import index
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import SourceConfig
 from pipelines.recipe.stores import cache_jobs
 from pipelines.training import inputs
@@ -51,12 +51,12 @@ def test_images_in_a_bucket_are_those_on_disk(root, tmp_path, emoji, kind):
     remote = source.model_copy(update={"path": str(root / inside)})
     ours, theirs = small_caches.index(remote), small_caches.index(source)
     assert ours.records.drop("uri").equals(theirs.records.drop("uri"))
-    reader = index.ImageReader()
+    reader = ImageReader()
     samples = ours.records.to_dicts()
     assert all(reader.mirrors(sample) for sample in samples)
     reader.will_need(samples)
     assert [reader.read(sample, verify=True) for sample in samples] == [
-        index.ImageReader().read(sample) for sample in theirs.records.iter_rows(named=True)
+        ImageReader().read(sample) for sample in theirs.records.iter_rows(named=True)
     ]
 
 
@@ -79,7 +79,7 @@ def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
     )
     BucketPath(sample["uri"]).unlink()
     with pytest.raises(ValueError, match=r"its image cannot be read again: .*no such object"):
-        index.ImageReader().read(sample)
+        ImageReader().read(sample)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from cache.samples import ShardRange
 from eupe import views
 from eupe.normalise import Normaliser
 from pipelines.features.sources import CachedSource, Normalisers
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
 from pipelines.training.batches import Batch, Batches, Feed

@@ -12,7 +12,7 @@ from eupe import views
 from eupe.encoders import Encoder
 from eupe.pixels import RGB
 from pipelines.features.codec_torch import encode
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import cache_jobs, open_stores, pixel_jobs
 from pipelines.training import inputs

@@ -1,1 +1,13 @@
-"""Images into stores: indexing, extraction actors, moments, building caches."""
+"""From images to stores: what is missing is computed by actors and committed as it comes.
+
+    precompute   the four steps of a build, each of which looks at what is there
+    indexing     images of a source become samples of a dataset
+    measure      moments of a teacher's tokens on a fixed sample, before its first shard
+    quality      what a lossy codec costs that teacher, before its store is made
+    extractor    the actor: holds the teachers, turns shards of images into shard files
+
+Nothing here knows of students, stages or losses.
+
+Imports features, images, recipe and machines; imported by evaluation, stages, doctor and flows.
+It and training do not import each other: they meet in the stores alone.
+"""

@@ -30,8 +30,7 @@ from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
-from pipelines.forward import padded_forward
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import TeacherConfig
 
 Output = tuple[str, int]
@@ -260,9 +259,8 @@ class Extractor:
                     pixels = {side: _stacked(drawn, side) for side in sides[view]}
                     tokens = {}
                     for name, side in outputs:
-                        tokens[name, side] = padded_forward(
-                            self._teacher(name), pixels[side], compute_batch, self._device
-                        )
+                        teacher = self._teacher(name)
+                        tokens[name, side] = teacher.features(pixels[side], compute_batch)
                     yield _Pass(start, view, drawn, tokens)
 
         return walk(decode(0))

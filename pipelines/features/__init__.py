@@ -1,1 +1,11 @@
-"""Teacher tokens: where they come from, and decoding them on the device."""
+"""Teacher tokens for a batch, normalised and on the device, from stores or from live teachers.
+
+    sources       FeatureSource (law 8): CachedSource and LiveSource
+    codec_torch   the codecs of `cache.codec` on the device, fused with the loss normaliser (law 9)
+    buffers       host memory that batches are read into, and its way to the device
+
+A source knows rows and views. Which of them a step wants is the business of training, how a
+store is filled that of caching, which encodes by `codec_torch` too.
+
+Imports images, recipe and machines; imported by caching, training and the wings above them.
+"""

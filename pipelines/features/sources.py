@@ -17,8 +17,7 @@ from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import Teacher
 from pipelines.features.buffers import Buffers
 from pipelines.features.codec_torch import Decoder
-from pipelines.forward import padded_forward
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 
 Resolutions = Mapping[str, int]
 """teacher -> resolution of its input, pixels."""
@@ -263,13 +262,12 @@ class LiveSource(FeatureSource):
     """Tokens from the teachers themselves, computed as the extraction computes them.
 
     Args:
-        teachers: by name, each on `device`.
+        teachers: by name, each on the device it shall compute on.
         samples: the dataset's sample table.
         images: reads the samples' bytes.
         policy: of the views.
         normalisers: teacher -> what is done to its tokens.
         compute_batch: pictures a forward pass, padded; that of the cache for equal tokens.
-        device: where the teachers are.
 
     Raises:
         ValueError: a teacher without normalisers.
@@ -283,12 +281,11 @@ class LiveSource(FeatureSource):
         policy: CentreView | AugmentedView,
         normalisers: Mapping[str, Normalisers],
         compute_batch: int,
-        device: str | torch.device = "cpu",
     ) -> None:
         _check_normalisers(set(teachers), normalisers)
         self._teachers, self._normalisers = dict(teachers), dict(normalisers)
         self.samples, self._images, self._policy = samples, images, policy
-        self._compute_batch, self._device = compute_batch, device
+        self._compute_batch = compute_batch
 
     def dims(self) -> dict[str, tuple[int, int]]:
         """Return teacher -> (summary width, patch width)."""
@@ -325,9 +322,7 @@ class LiveSource(FeatureSource):
         """Run the teachers and normalise (see `FeatureSource`)."""
         out = {}
         for name, pixels in raw.pixels.items():
-            summary, patches = padded_forward(
-                self._teachers[name], pixels, self._compute_batch, self._device
-            )
+            summary, patches = self._teachers[name].features(pixels, self._compute_batch)
             normalisers = self._normalisers[name]
             out[name] = _masked(
                 _normalised(summary.to(device), normalisers.summary),

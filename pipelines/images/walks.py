@@ -1,18 +1,13 @@
-"""The three forms of image sources: walks over folders, WebDataset tars and Parquet files."""
+"""Walks over folders and WebDataset tars of images, and what all walks have in common."""
 
 import glob
 import json
 import os
 import tarfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
-from urllib.parse import quote
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cache.files import place
 from cache.files.bucket import BucketPath
@@ -41,7 +36,6 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 LABEL_SUFFIXES = frozenset((".cls", ".json", ".txt"))
-PARQUET_SCHEME = "parquet"
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,8 @@ class Walk(Protocol):
         ...
 
 
-def _folder(config: SourceConfig, known: Collection[str]) -> tuple[int | None, Iterator[Candidate]]:
+def folder(config: SourceConfig, known: Collection[str]) -> tuple[int | None, Iterator[Candidate]]:
+    """List the images of a folder: see `Walk`."""
     root = place.root(config.path)
     if not root.is_dir():
         raise BadInput(f"{config.path}: no such folder; source.path wants a folder of images")
@@ -129,10 +124,11 @@ def _in_walking_order(root: Path, sizes: Mapping[BucketPath, int]) -> dict[Path,
     return {path: sizes[path] for path in sorted(shown, key=order)}
 
 
-def _webdataset(
+def webdataset(
     config: SourceConfig, known: Collection[str]
 ) -> tuple[int | None, Iterator[Candidate]]:
-    files = _files(config, ".tar")
+    """List the images of WebDataset tars: see `Walk`."""
+    files = files_of(config, ".tar")
 
     def candidates() -> Iterator[Candidate]:
         for file in files:
@@ -166,65 +162,7 @@ def _tar_candidates(tar: tarfile.TarFile, path: str, known: Collection[str]) -> 
         yield Candidate(identity, path, member.offset_data, member.size, labels, data)
 
 
-def _parquet(
-    config: SourceConfig, known: Collection[str]
-) -> tuple[int | None, Iterator[Candidate]]:
-    files = _files(config, ".parquet")
-    try:
-        total = sum(place.using(file, pq.read_metadata).num_rows for file in files)
-    except pa.ArrowException as error:
-        raise BadInput(f"{config.path}: no whole Parquet file ({error})") from error
-
-    def candidates() -> Iterator[Candidate]:
-        for file in files:
-            yield from _parquet_candidates(config, file, known)
-
-    return None if config.where else total, candidates()
-
-
-def _parquet_candidates(
-    config: SourceConfig, path: Path, known: Collection[str]
-) -> Iterator[Candidate]:
-    labels = sorted({*config.label_columns, *config.where})
-    key = config.key_column or f"{config.image_column}.path"
-    uri = f"{PARQUET_SCHEME}:{quote(config.image_column, safe='')}:{path}"
-    with place.using(path, pq.ParquetFile) as file:
-        have = {part for name in _leaves(file.schema_arrow) for part in (name, name.split(".")[0])}
-        for column in (config.image_column, key, *labels):
-            if column not in have:
-                raise BadInput(f"{path}: no column {column!r}; there are {', '.join(sorted(have))}")
-        row = 0
-        for group in range(file.num_row_groups):
-            light = file.read_row_group(group, columns=[key, *labels])
-            keys = light.column(0) if config.key_column is None else light[key]
-            if config.key_column is None:
-                keys = pc.struct_field(keys, "path")
-            names = light.select(labels).to_pylist()
-            ids = [
-                _parquet_id(config, path, n, value) for n, value in enumerate(keys.to_pylist(), row)
-            ]
-            wanted = [{name: str(value) for name, value in each.items()} for each in names]
-            images: pa.Array | None = None
-            for position, (identity, own) in enumerate(zip(ids, wanted, strict=True)):
-                data, fault = b"", None
-                if identity not in known and config.where.items() <= own.items():
-                    if images is None:
-                        column = file.read_row_group(group, columns=[config.image_column]).column(0)
-                        images = image_bytes(column)
-                    data = images[position].as_py()
-                    fault = "the row holds no image bytes" if data is None else None
-                yield Candidate(identity, uri, row, len(data or b""), own, data or b"", fault)
-                row += 1
-
-
-WALKS: dict[str, Walk] = {
-    "folder": _folder,
-    "webdataset": _webdataset,
-    "parquet": _parquet,
-}
-
-
-def _files(config: SourceConfig, suffix: str) -> list[Path]:
+def files_of(config: SourceConfig, suffix: str) -> list[Path]:
     """Return the files of a source in a fixed order: of a folder, a glob, or the one named."""
     path = place.root(config.path)
     if path.is_dir():
@@ -277,25 +215,3 @@ def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None  # only regular files are asked for
     return file.read()
-
-
-def _parquet_id(config: SourceConfig, path: Path, row: int, value: object) -> str:
-    if value is None:
-        raise BadInput(f"{path}: row {row} has no path; name source.key_column to be the sample_id")
-    return str(value) if config.key_column else sample_id(str(value))
-
-
-def _leaves(schema: pa.Schema) -> Iterable[str]:
-    for field in schema:
-        if pa.types.is_struct(field.type):
-            yield from (f"{field.name}.{inner.name}" for inner in field.type)
-        else:
-            yield field.name
-
-
-def image_bytes(column: pa.ChunkedArray) -> pa.Array:
-    """Return the binary values of an image column: itself, or the `bytes` of its structs."""
-    array = column.combine_chunks()
-    if pa.types.is_struct(array.type):
-        array = pc.struct_field(array, "bytes")
-    return array

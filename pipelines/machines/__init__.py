@@ -1,1 +1,12 @@
-"""What the work runs on: the Ray cluster, pools of actors, progress, errors at the edge."""
+"""What the work runs on, whatever the work is.
+
+    cluster    connecting to Ray: the cluster RAY_ADDRESS names, or one of our own
+    pool       restartable actors with a few calls in flight each
+    progress   how far a long step is, shown here or told to another process
+    errors     bad input is one sentence at the edge, a bug keeps its traceback
+
+Nothing here knows of images, stores, recipes or models: a file that needs one of them belongs
+higher up.
+
+Imports records alone, if anything; imported by every wing above it and by flows.
+"""

@@ -1,1 +1,15 @@
-"""Stores into a student: draws, batches, the one training loop, its workers."""
+"""From stores to a student: what is drawn, the batches of it, the one loop, its workers.
+
+    draws         the global batch of a step, a pure function of it
+    batches       pixels joined with teacher tokens by (sample, view), made ahead of need
+    inputs        what a stage trains on, opened from a recipe's caches
+    start         how a stage begins: model, optimizer, identity
+    loop          the training loop
+    meters        means between two logs, and the pace of the data
+    workers       what the loop needs of the processes that train together
+    distributed   those of a torch process group
+    launch        a stage in this process or under Ray Train
+
+Imports features, images, recipe, machines and records; imported by evaluation, release, sweeps,
+stages and flows. It and caching do not import each other: they meet in the stores alone.
+"""

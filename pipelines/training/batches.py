@@ -26,7 +26,7 @@ from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView
 from pipelines.features.buffers import Buffers
 from pipelines.features.sources import FeatureSource, Raw, Targets
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.scales import Scales
 from pipelines.training.draws import Draw, Drawn
 

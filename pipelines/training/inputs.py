@@ -13,7 +13,7 @@ from eupe.errors import BadInput
 from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features.sources import CachedSource, Normalisers
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe import scales
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.mix import Mix

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from eupe.normalise import Normaliser
 from eupe.spec import CentreView, EncoderSpec
 from pipelines.features.sources import FeatureSource, Normalisers, Raw, Targets
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe import scales
 from pipelines.recipe.config import (
     DatasetConfig,

@@ -9,7 +9,7 @@ import torch
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from eupe.teachers import load_teacher
 from pipelines.features.sources import LiveSource
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import (
     PROXY,
     DatasetConfig,

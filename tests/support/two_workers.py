@@ -27,7 +27,7 @@ from cache.samples import ShardRange
 from eupe.heads import DistillationModel
 from eupe.weights import state_digest
 from pipelines.features.sources import Normalisers, Raw, Targets
-from pipelines.images.index import ImageReader
+from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.scales import Scales
 from pipelines.training import distributed, inputs
