@@ -49,7 +49,7 @@ class Teacher(nn.Module):
         """Run over pictures in batches of one fixed size, the last one padded with black.
 
         Kernels may round differently by batch size; with one size a picture's features do not
-        depend on how many others are asked for (DESIGN.md, law 1). Stores are filled by this
+        depend on how many others are asked for (docs/design.md, law 1). Stores are filled by this
         method, and a live run compares with it.
 
         Args:
@@ -59,7 +59,7 @@ class Teacher(nn.Module):
         Returns:
             Features, float32 on the teacher's device: summary [n, D], patches [n, H, W, D].
         """
-        device = next(self.parameters()).device
+        device = self.encoder.pixel_scale.device  # an encoder of plain pixels has no weights
         parts = []
         for start in range(0, len(pixels), compute_batch):
             chunk = pixels[start : start + compute_batch]
