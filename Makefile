@@ -4,15 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS := .venv-peers
+# Empty: the newest versions that pyproject.toml allows.
+CONSTRAINTS := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check up down bench clean
+.PHONY: help install lock demo test check up down bench clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
 install: $(INSTALLED)  ## create .venv and install everything into it (about 5.5 GB with torch)
+
+# To move on to newer versions: make clean; make install CONSTRAINTS= ; make test; make lock
+lock: $(INSTALLED)  ## write constraints.txt: the exact versions that .venv has
+	$(BIN)/python .ci/lock.py constraints.txt demo dev bench
+	@touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## the whole recipe on real images in about ten minutes: two teachers, a proxy, a student
 	$(BIN)/eupe run demo
@@ -37,17 +44,19 @@ bench: $(PEERS)/installed  ## reading speed beside numpy.memmap and eight other 
 clean: down  ## remove .venv and what the tools cached; runs/ (your caches and results) stays
 	rm -rf $(VENV) $(PEERS) .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info build
 
-# Installed again when pyproject.toml has changed since.
-$(INSTALLED): pyproject.toml
+# Installed again when pyproject.toml or the versions have changed since.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "eupe needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install python3-venv (apt-get install python3-venv)" >&2; exit 2; }
-	$(BIN)/pip install -e '.[demo,dev,bench]'
+	@echo "installing into $(VENV) (pip's own words: $(VENV)/install.log)"
+	@$(BIN)/python .ci/install.py $(VENV)/install.log $(addprefix -c ,$(CONSTRAINTS)) -e '.[demo,dev,bench]'
 	@touch $@
 
 # An environment of its own: mosaicml-streaming wants an older numpy than the rest.
 $(PEERS)/installed: pyproject.toml
 	@test -x $(PEERS)/bin/pip || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install -e '.[bench,peers]'
+	@echo "installing into $(PEERS) (pip's own words: $(PEERS)/install.log)"
+	@$(PEERS)/bin/python .ci/install.py $(PEERS)/install.log -e '.[bench,peers]'
 	@touch $@
