@@ -10,7 +10,7 @@ from eupe.spec import EncoderSpec
 
 
 class Cost(NamedTuple):
-    """What an encoder weighs and how much one picture takes.
+    """Parameters of an encoder and multiply-adds of one picture.
 
     Attributes:
         parameters: of the encoder, without classifier and heads.

@@ -20,7 +20,7 @@ _RESIZABLE_MODULES = ("timm.models.eva", "timm.models.vision_transformer")
 
 
 class Features(NamedTuple):
-    """What an encoder says of a batch of pictures.
+    """The tokens that an encoder gives for a batch of pictures.
 
     A NamedTuple, so that DDP, FSDP2 and torch.compile see the tensors inside.
 
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         """Refuse a resolution (pixels) that the network does not take.
 
         Raises:
-            BadInput: naming the resolutions it does take.
+            BadInput: the network does not take it; the message names what it takes.
         """
         name, patch = self.spec.architecture, self.patch_size
         if patch is not None and not getattr(self._trunk, "dynamic_img_size", False):
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
         return Features(output["image_features"], patches)
 
     def _shape(self, resolution: int) -> Features:
-        """Features of one picture on the meta device: the architecture's own word on its shapes."""
+        """Encode one picture on the meta device: the architecture's own word on its shapes."""
         if resolution not in self._shapes:
             self.check_resolution(resolution)
             state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -269,7 +269,7 @@ def _tower(width: int, vision: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 
 def _layer_index(trunk: Any, spec: EncoderSpec) -> int | None:
-    """Which of the network's intermediates is the spec's layer."""
+    """Return which of the network's intermediates is the spec's layer; None for its last tokens."""
     if spec.layer is None:
         return None
     blocks = getattr(trunk, "blocks", None)

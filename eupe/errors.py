@@ -2,7 +2,7 @@
 
 
 class BadInput(ValueError):
-    """What was asked for cannot be done; the message says what, and what would be right.
+    """A request that cannot be met; the message says why, and what would be right.
 
     Every room raises it: for a field of a recipe, a file, images, weights or a cluster that does
     not fit. Commands show its message alone and exit with 2. It stays a ValueError for callers of

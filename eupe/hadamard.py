@@ -49,7 +49,7 @@ def _paley(order: int) -> npt.NDArray[np.float64] | None:
 
 
 def _conference(q: int, border: float) -> npt.NDArray[np.float64]:
-    """Zero diagonal, signs elsewhere: quadratic residues mod q with a border of ones."""
+    """Return quadratic residues mod q as signs, zero diagonal, with a border: [q + 1, q + 1]."""
     residue = np.full(q, -1.0)
     residue[[x * x % q for x in range(1, q)]] = 1.0
     residue[0] = 0.0

@@ -10,7 +10,7 @@ from eupe.encoders import Encoder, Features
 
 
 class AdapterHead(nn.Sequential):
-    """Linear without bias -> LayerNorm -> GELU -> Linear without bias.
+    """An adapter head: Linear without bias -> LayerNorm -> GELU -> Linear without bias.
 
     EUPE (arXiv:2603.22387), Eq. 3. Maps the student's tokens [..., in_dim] to a teacher's width
     [..., out_dim]; hidden is 1536 in Stage 1 and 3072 after.
@@ -94,5 +94,5 @@ class DistillationModel(nn.Module):
 
 
 def _module_name(teacher: str) -> str:
-    """A teacher's name without the dots that torch forbids; no teacher's name has a dash."""
+    """Return a teacher's name with a dash, which none has, for each dot, which torch forbids."""
     return teacher.replace(".", "-")

@@ -18,7 +18,7 @@ _RELEASED_MARKS = (
 
 
 def is_released(state: Mapping[str, Tensor]) -> bool:
-    """Say whether tensors carry the names of a released file instead of timm's."""
+    """True if tensors carry the names of a released file instead of timm's."""
     return any(mark in state for mark in _RELEASED_MARKS)
 
 

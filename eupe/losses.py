@@ -78,7 +78,7 @@ def teacher_loss(
     Args:
         prediction: the heads' output, summary [B, D] and patches [B, H1, W1, D2].
         target: normalised teacher features, summary [B, D] and patches [B, H2, W2, D2].
-        valid: [B]; other rows count for nothing, whatever they hold (NaN too).
+        valid: [B], True if the row counts; others weigh nothing, whatever they hold (NaN too).
         alpha: weight of the patches' cosine loss.
         beta: weight of the patches' smooth L1.
         smooth_l1_beta: where smooth L1 turns from squared to linear.

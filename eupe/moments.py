@@ -12,7 +12,7 @@ Matrix = Float[npt.NDArray[np.float64], "d d"]
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What a normaliser is made of: measured once on a sample, EUPE (arXiv:2603.22387), Fig. 3.
+    """Count, mean and scatter of tokens, measured once: EUPE (arXiv:2603.22387), Fig. 3.
 
     Attributes:
         count: tokens seen.

