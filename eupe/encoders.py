@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import open_clip
@@ -202,6 +203,42 @@ class Encoder(nn.Module):
                 self.train(mode)
             self._shapes[resolution] = shapes
         return self._shapes[resolution]
+
+
+class Shapes(NamedTuple):
+    """What an architecture says of its tokens at a resolution.
+
+    Attributes:
+        grid: (rows, columns) of the patches.
+        patch_dim: width of a patch token.
+        summary_dim: width of the summary.
+    """
+
+    grid: tuple[int, int]
+    patch_dim: int
+    summary_dim: int
+
+
+def shapes(spec: EncoderSpec, resolution: int) -> Shapes:
+    """Return an encoder's shapes at a resolution in pixels, worked out once a process.
+
+    Raises:
+        BadInput: as `Encoder`, or the network does not take that resolution.
+    """
+    return _shapes(spec.model_dump_json(), resolution)
+
+
+@cache
+def _shapes(spec: str, resolution: int) -> Shapes:
+    encoder = _weightless(spec)
+    encoder.check_resolution(resolution)
+    return Shapes(encoder.grid(resolution), encoder.patch_dim, encoder.summary_dim)
+
+
+@cache
+def _weightless(spec: str) -> Encoder:
+    with torch.device("meta"):  # shapes alone
+        return Encoder(EncoderSpec.model_validate_json(spec))
 
 
 def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:

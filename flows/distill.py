@@ -17,7 +17,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from eupe.errors import BadInput
-from flows import artifacts, summary
+from flows import artifacts
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
@@ -117,6 +117,6 @@ def distill(
         if found is None:
             make_report(arguments, seconds, address, gpus)
             found = report.read(asked)
-    artifacts.table("distill-summary", summary.rows(found), summary.steps(found))
+    artifacts.table("distill-summary", report.closing_rows(found), report.steps_line(found))
     print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
     return found

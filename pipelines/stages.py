@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from pipelines.evaluation import evaluate
+from pipelines.evaluation import during
 from pipelines.machines.errors import one_sentence
 from pipelines.recipe import recipes
 from pipelines.recipe.config import StageName
@@ -60,7 +60,7 @@ def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -
     asked = parser.parse_args(arguments)
     with one_sentence():
         recipe = recipes.get(asked.recipe, asked.overrides)
-        done = launch.train(recipe, recipe.stage(name), make_evaluate=evaluate.hook)
+        done = launch.train(recipe, recipe.stage(name), make_evaluate=during.hook)
     described = describe(done)
     if asked.json:
         print(json.dumps(described, indent=2))

@@ -16,8 +16,9 @@ from eupe.teachers import load_teacher
 from eupe.views import decode, draw, render, resize
 from eupe.weights import CHECKPOINT_FILE
 from pipelines import stages
-from pipelines.evaluation import evaluate, report
+from pipelines.evaluation import during, evaluate, report
 from pipelines.evaluation.compare import Constants
+from pipelines.evaluation.frozen import FrozenStudent
 from pipelines.images.reader import ImageReader
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import cache_jobs, open_stores
@@ -34,13 +35,13 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     made = small_run.recipe(directory)
     small_run.build(made, directory)
-    launch.train(made, made.stages[0], make_evaluate=evaluate.hook)
+    launch.train(made, made.stages[0], make_evaluate=during.hook)
     return made
 
 
 @pytest.fixture(scope="module")
 def found(run):
-    return evaluate.evaluate(run, run.stages[0])
+    return evaluate.evaluate(FrozenStudent(run, run.stages[0]))
 
 
 def targets(seed: int, count: int = 40) -> dict[str, Features]:
@@ -171,7 +172,7 @@ def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
         0, {}, opened.pins, model.encoder.network.state_dict(), model.heads.state_dict(), {}
     )
     checkpoint.save(untrained.stage_directory(stage.stage), contents, keep=1)
-    found = evaluate.evaluate(untrained, stage)
+    found = evaluate.evaluate(FrozenStudent(untrained, stage))
     assert found.knn.p_value == 1
     assert found.knn.init == found.knn.final
     assert (found.summary.init, found.patches.init) == (found.summary.final, found.patches.final)
@@ -191,15 +192,15 @@ def test_a_label_that_is_not_there_is_named(run):
         update={"evaluation": run.evaluation.model_copy(update={"label": "colour"})}
     )
     with pytest.raises(ValueError, match=r"label = 'colour': sample '.*' has none; .* label"):
-        evaluate.evaluate(asked, asked.stages[0])
+        evaluate.evaluate(FrozenStudent(asked, asked.stages[0]))
     opened = inputs.from_caches(run, run.stages[0])
     with pytest.raises(ValueError, match=r"evaluation\.label=null"):  # before a step is trained
-        evaluate.hook(asked, asked.stages[0], opened)
+        during.hook(asked, asked.stages[0], opened)
 
 
 def test_no_label_is_no_knn(run, found):
     asked = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"label": None})})
-    without = evaluate.evaluate(asked, asked.stages[0])
+    without = evaluate.evaluate(FrozenStudent(asked, asked.stages[0]))
     assert without.knn is None
     assert without.summary == found.summary
 
@@ -207,7 +208,7 @@ def test_no_label_is_no_knn(run, found):
 def test_a_stage_that_was_not_trained_says_so(run, tmp_path):
     elsewhere = run.model_copy(update={"run_directory": str(tmp_path)})
     with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
-        evaluate.evaluate(elsewhere, elsewhere.stages[0])
+        evaluate.evaluate(FrozenStudent(elsewhere, elsewhere.stages[0]))
 
 
 def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, tmp_path):
@@ -215,13 +216,13 @@ def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, 
     stage = moved.stages[0]
     shutil.copytree(run.stage_directory(stage.stage), moved.stage_directory(stage.stage))
     assert report.current(moved) is None
-    summary = report.write(moved, stage, found, {"evaluation": 1.0}, {})
+    summary = report.write(FrozenStudent(moved, stage), found, {"evaluation": 1.0}, {})
     assert report.current(moved) == summary
     other = moved.evaluation.model_copy(update={"k": 1})
     assert report.current(moved.model_copy(update={"evaluation": other})) is None
     (moved.directory / report.REPORT_FILE).unlink()
     assert report.current(moved) is None
-    report.write(moved, stage, found, {"evaluation": 1.0}, {})
+    report.write(FrozenStudent(moved, stage), found, {"evaluation": 1.0}, {})
     saved = checkpoint.require(moved.stage_directory(stage.stage))
     weights = saved.encoder()
     name = next(iter(weights))

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from support import small_stage
 
-from flows import summary as closing
 from pipelines.evaluation import figures, report
-from pipelines.evaluation.evaluate import Cosine, Evaluation, Knn
+from pipelines.evaluation.evaluate import Cosine, Evaluation
 from pipelines.evaluation.figures import TokenPicture
+from pipelines.evaluation.knn import Knn
 from pipelines.evaluation.pyramid import StageFigures
 from pipelines.evaluation.report import Caches
 
@@ -132,7 +132,7 @@ def test_what_stage_3_adds_is_shown_scale_by_scale(run):
     page = report.render(run, summary, FOUND, "<svg></svg>", PICTURE)
     for text in ("96 px", "0.825", "0.906", "+0.081", "0.836", "0.876", "+0.040"):
         assert text in page, text
-    row = closing.rows(summary)[-1]
+    row = report.closing_rows(summary)[-1]
     assert "96 px" in row["figure"]
     assert (row["before"], row["after"]) == ("0.825, 0.836", "0.906, 0.876")
 
@@ -151,7 +151,7 @@ def test_without_labels_there_is_a_report_without_knn(run):
     page = report.render(run, summary, shown, "<svg></svg>", PICTURE)
     assert "kNN" not in page
     assert "0.371" in page
-    assert all("kNN" not in row["figure"] for row in closing.rows(summary))
+    assert all("kNN" not in row["figure"] for row in report.closing_rows(summary))
 
 
 def test_names_are_escaped(run):

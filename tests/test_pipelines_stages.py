@@ -18,6 +18,7 @@ from support.stage_runs import (
 
 from cache.errors import FingerprintMismatch
 from pipelines.evaluation import pyramid
+from pipelines.evaluation.frozen import FrozenStudent
 from pipelines.recipe import scales
 from pipelines.recipe.config import PROXY, Recipe, StageConfig
 from pipelines.recipe.stores import (
@@ -124,7 +125,10 @@ def test_no_stage_begins_from_one_that_is_still_on_its_way(trained):
 
 
 def test_figures_of_a_stage_name_every_scale(trained):
-    found = {stage.stage: pyramid.stage_figures(trained, stage) for stage in trained.stages}
+    found = {
+        stage.stage: pyramid.stage_figures(FrozenStudent(trained, stage))
+        for stage in trained.stages
+    }
     every = {str(scale) for scale in PYRAMID}
     assert set(found["stage1"].cosine) == {"48"}
     assert set(found["stage2"].cosine) == set(found["stage3"].cosine) == every

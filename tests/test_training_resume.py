@@ -12,7 +12,7 @@ from cache.errors import NotBuilt
 from cache.samples import Samples
 from eupe.spec import DatasetSpec
 from pipelines.caching import indexing, precompute
-from pipelines.evaluation import evaluate, report
+from pipelines.evaluation import during, report
 from pipelines.recipe.stores import cache_jobs
 from pipelines.records import checkpoint, tracking
 from pipelines.training import inputs, launch, start
@@ -63,7 +63,7 @@ def test_a_run_that_has_begun_goes_on_while_its_datasets_grow(tmp_path, pixels):
     small_run.build(built, tmp_path)
     undisturbed = elsewhere(built, tmp_path / "undisturbed")
     stage = undisturbed.stages[0]
-    launch.train(undisturbed, stage, make_evaluate=evaluate.hook)
+    launch.train(undisturbed, stage, make_evaluate=during.hook)
     run = elsewhere(built, tmp_path / "grown")
     with pytest.raises(KeyboardInterrupt):
         launch.train(run, stage, make_evaluate=stop)
@@ -72,7 +72,7 @@ def test_a_run_that_has_begun_goes_on_while_its_datasets_grow(tmp_path, pixels):
         grow(run, name)
     with pytest.raises(NotBuilt, match=r"half built, \d+ of \d+ shards are missing"):
         inputs.from_caches(run, stage)  # a run that begins now wants all of them
-    launch.train(run, stage, make_evaluate=evaluate.hook)
+    launch.train(run, stage, make_evaluate=during.hook)
     assert losses(run, stage) == losses(undisturbed, stage)
 
 
@@ -107,13 +107,13 @@ def test_a_run_that_is_on_its_way_has_no_report_yet(built, tmp_path):
 def test_a_finished_stage_is_looked_at_and_no_network_is_built(built, tmp_path, monkeypatch):
     run = elsewhere(built, tmp_path)
     stage = run.stages[0]
-    launch.train(run, stage, make_evaluate=evaluate.hook)
+    launch.train(run, stage, make_evaluate=during.hook)
 
     def build(*arguments):
         raise AssertionError("nothing is left to train")
 
     monkeypatch.setattr(start, "initial_model", build)
-    done = launch.train(run, stage, make_evaluate=evaluate.hook)
+    done = launch.train(run, stage, make_evaluate=during.hook)
     assert (done.first_step, done.checkpoint.step) == (8, 8)
     hotter = stage.optimizer.model_copy(update={"lr": 1.0})
     with pytest.raises(ValueError, match=r"of another run .*stage\.optimizer\.lr: 1\.0 != 0\.003"):
@@ -127,7 +127,7 @@ def test_a_last_step_that_was_not_judged_is(built, tmp_path):
         launch.train(run, stage, make_evaluate=stop)
     directory = run.stage_directory(stage.stage)
     assert (checkpoint.require(directory).step, checkpoint.require(directory).score) == (8, None)
-    launch.train(run, stage, make_evaluate=evaluate.hook)
+    launch.train(run, stage, make_evaluate=during.hook)
     judged = [line for line in tracking.read(directory / tracking.METRICS_FILE) if SCORE in line]
     assert [line["step"] for line in judged] == [8]
     assert checkpoint.require(directory).score == judged[0][SCORE]
@@ -162,7 +162,7 @@ def test_an_evaluation_that_cannot_be_done_is_refused_before_a_step_is(built, ch
     asked = built.model_copy(update={"evaluation": built.evaluation.model_copy(update=changes)})
     opened = inputs.from_caches(built, built.stages[0])
     with pytest.raises(ValueError, match=sentence):
-        evaluate.hook(asked, asked.stages[0], opened)
+        during.hook(asked, asked.stages[0], opened)
 
 
 def test_who_creates_stores_for_actors_with_gpus_needs_none(tmp_path, monkeypatch):

@@ -31,11 +31,11 @@ def train(
 
     asked = recipes.get(recipe, overrides or [])
     trained = asked.stage(stage)
-    from pipelines.evaluation import evaluate
+    from pipelines.evaluation import during
     from pipelines.stages import describe
     from pipelines.training import launch
 
-    done = launch.train(asked, trained, make_evaluate=evaluate.hook)
+    done = launch.train(asked, trained, make_evaluate=during.hook)
     if as_json:
         print_json(describe(done))
     else:
@@ -61,8 +61,9 @@ def evaluate(
     asked = recipes.get(recipe, overrides or [])
     judged = asked.stage(stage) if stage else asked.stages[-1]
     from pipelines.evaluation import evaluate as evaluation
+    from pipelines.evaluation.frozen import FrozenStudent
 
-    found = evaluation.evaluate(asked, judged, evaluation.device(asked))
+    found = evaluation.evaluate(FrozenStudent(asked, judged, evaluation.device(asked)))
     path = evaluation.write(asked.directory, found)
     if as_json:
         print_json(asdict(found))
@@ -112,15 +113,15 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
 
     asked = recipes.get(recipe, overrides or [])  # refused before anything is started
     prefect_settings(recipes.home())
-    from flows import summary
     from flows.distill import distill
+    from pipelines.evaluation import report as reports
 
     found = distill(recipe, overrides or [])
     if as_json:
         print_json(found)
         return
-    print_table(summary.rows(found))
-    print(summary.steps(found))
+    print_table(reports.closing_rows(found))
+    print(reports.steps_line(found))
     print(f"{asked.directory / 'summary.json'}\n{asked.directory / 'report.html'}")
 
 

@@ -10,12 +10,11 @@ from torch import Tensor
 from eupe.encoders import Features
 from eupe.heads import DistillationModel
 from eupe.losses import match_grids
-from pipelines.features.sources import Targets
+from pipelines.features.sources import Normalisers, Targets
 from pipelines.training.batches import Batch
-from pipelines.training.inputs import Inputs
 
-BASELINE = "baseline"
-"""Who the constants are among `Seen.cosines`."""
+BASELINE, INITIAL, FINAL = "baseline", "init", "final"
+"""Names in `Seen`: the constants, the student before training, the student after."""
 
 
 class Constants:
@@ -81,7 +80,7 @@ class Seen:
 def look(
     batches: Iterable[Batch],
     models: Mapping[str, DistillationModel],
-    opened: Inputs,
+    normalisers: Mapping[str, Normalisers],
     *,
     fit: Constants | None = None,
     judge: Constants | None = None,
@@ -93,7 +92,7 @@ def look(
     Args:
         batches: of the images, each once.
         models: name -> student with its heads, on `device`.
-        opened: the stage's inputs, for its normalisers.
+        normalisers: teacher -> what is done to its tokens.
         fit: takes these images' targets.
         judge: constants whose cosines are wanted too, under the name BASELINE.
         device: to compute on.
@@ -109,11 +108,11 @@ def look(
             targets = {
                 name: _rows(target, valid)
                 for name, target in batch.targets(device).items()
-                if name in opened.dims
+                if name in normalisers
             }
             ids += [name for name, good in zip(batch.sample_ids, batch.valid, strict=True) if good]
             for name, target in targets.items():
-                restored = opened.normalisers[name].summary.inverse(target.summary)
+                restored = normalisers[name].summary.inverse(target.summary)
                 teachers.setdefault(name, []).append(restored.cpu())
             if fit is not None:
                 fit.add(targets)

@@ -14,13 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from eupe.probes import pca_rgb
-from pipelines.evaluation import evaluate
-from pipelines.recipe.config import Recipe, StageConfig
-from pipelines.records import checkpoint
-from pipelines.training import inputs, start
+from pipelines.evaluation.frozen import FrozenStudent, evaluation_scales
 
 TOKEN_IMAGES = 6
-BEFORE, AFTER = "before", "after"
 INK = "#010203"  # stands for the page's own text colour; no figure has it otherwise
 COLOURS = ("#3b7dd8", "#e08a1e", "#2a9d6f", "#b0509e", "#8a8f98")
 _STYLE = {
@@ -100,45 +96,38 @@ def loss_curves(lines: Sequence[Mapping[str, float]], teachers: Sequence[str]) -
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
 
-def token_picture(
-    recipe: Recipe, stage: StageConfig, device: str | torch.device = "cpu"
-) -> TokenPicture:
+def token_picture(student: FrozenStudent) -> TokenPicture:
     """Show what teachers and student make of a few held-out images, spread over the set.
 
     Each encoder has components of its own, fitted over these images together.
 
     Args:
-        recipe: the run.
-        stage: whose newest checkpoint is shown.
-        device: to compute on.
+        student: shown before training and after.
 
     Raises:
-        BadInput: no checkpoint.
+        BadInput: a checkpoint of another network.
         StoreError: a cache cannot be read.
     """
-    saved = checkpoint.require(recipe.stage_directory(stage.stage))
-    opened = inputs.from_caches(recipe, stage, saved.pins)
-    feed = inputs.centre_feeds(recipe, stage, opened.normalisers)[recipe.held_out.name]
-    models = {
-        title: start.untrained_model(recipe, stage, opened.dims) for title in ("before", "after")
-    }
-    start.load(models[AFTER], saved)
+    device, images, held_out = student.device, student.images, student.recipe.held_out.name
+    models = {"student before": student.initial, "student after": student.final}
     ids, shown = list[str](), list[Tensor]()
     maps: dict[str, list[Tensor]] = {}
-    batches = evaluate.sweep(recipe, stage, recipe.held_out.name, feed, TOKEN_IMAGES)[1]
+    rows = images.rows(held_out, TOKEN_IMAGES)
+    at = evaluation_scales(student.recipe, student.stage)
     with torch.inference_mode():
-        for batch in batches:
+        for batch in images.batches(held_out, rows, at):
             good = torch.from_numpy(batch.valid)
             ids += [
                 name for name, valid in zip(batch.sample_ids, batch.valid, strict=True) if valid
             ]
             shown += list(batch.pixels[good].permute(0, 2, 3, 1))
-            for name, target in batch.targets().items():
-                patches = opened.normalisers[name].patches.inverse(target.patches[good])
-                maps.setdefault(f"teacher {name}", []).extend(patches)
+            for name, target in batch.targets(device).items():
+                normaliser = student.normalisers[name].patches.to(device)
+                patches = normaliser.inverse(target.patches[good.to(device)])
+                maps.setdefault(f"teacher {name}", []).extend(patches.cpu())
             for title, model in models.items():
-                features, _ = model.eval().to(device)(batch.pixels[good].to(device))
-                maps.setdefault(f"student {title}", []).extend(features.patches.float().cpu())
+                features, _ = model(batch.pixels[good].to(device))
+                maps.setdefault(title, []).extend(features.patches.float().cpu())
     columns = {"image": [_png(pixels.numpy()) for pixels in shown]}
     for title, patches in maps.items():
         columns[title] = [_png((rgb.numpy() * 255).round()) for rgb in pca_rgb(patches)]

@@ -1,28 +1,33 @@
-"""The report of a run: summary.json for machines, report.html for people, one file each."""
+"""The report of a run: summary.json for machines, report.html and a closing table for people."""
 
 import importlib.resources
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
-import torch
 
+from cache.files import atomic
+from cache.format import layout
 from cache.store import Store
 from eupe import fingerprint as fp
 from pipelines.evaluation import evaluate, figures
 from pipelines.evaluation.evaluate import Cosine, Evaluation
 from pipelines.evaluation.figures import TokenPicture
+from pipelines.evaluation.frozen import FrozenStudent
 from pipelines.evaluation.pyramid import StageFigures, stage_figures
-from pipelines.recipe.config import Recipe, StageConfig
-from pipelines.recipe.stores import job_groups, open_stores
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stores import Opened, job_groups, open_stores
 from pipelines.records import checkpoint, tracking
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 TEMPLATE = "report.html.j2"
 SIGNIFICANT = 0.05
+FIGURES = ("figure", "before", "after", "compare")
+"""Columns of the closing table."""
 FORMAT = 1
 """Of a summary: raised with a change of what stands in it."""
 
@@ -42,8 +47,8 @@ class Caches:
     bytes: int
 
 
-def caches(recipe: Recipe) -> Caches:
-    """Count what a recipe's caches hold.
+def caches(recipe: Recipe, opened: Opened | None = None) -> Caches:
+    """Count what a recipe's caches hold; `opened`: stores that are open already.
 
     Raises:
         BadInput: weights that cannot be read.
@@ -51,7 +56,7 @@ def caches(recipe: Recipe) -> Caches:
     """
     images: dict[str, int] = {}
     rows = num_bytes = 0
-    for store in _stores(recipe):
+    for store in _stores(recipe, opened):
         images[store.spec.dataset.name] = len(store.samples)
         for record in store.manifest().records():
             rows += record.stop - record.start
@@ -59,8 +64,12 @@ def caches(recipe: Recipe) -> Caches:
     return Caches(sum(images.values()), rows, num_bytes)
 
 
-def fingerprint(recipe: Recipe) -> str:
+def fingerprint(recipe: Recipe, opened: Opened | None = None) -> str:
     """Hash what a run's figures depend on: the recipe, its newest checkpoints and its stores.
+
+    Args:
+        recipe: the run.
+        opened: stores that are open already; those opened here are added.
 
     Raises:
         BadInput: a stage without a checkpoint, or weights that cannot be read.
@@ -73,7 +82,8 @@ def fingerprint(recipe: Recipe) -> str:
             "recipe": recipe.model_dump(mode="json"),
             "weights": [each.weights_digest() for each in saved],
             "stores": {
-                str(store.spec.directory()): store.manifest().version for store in _stores(recipe)
+                str(store.spec.directory()): store.manifest().version
+                for store in _stores(recipe, opened)
             },
         }
     )
@@ -94,20 +104,29 @@ def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
             that cannot be read.
         StoreError: a cache cannot be read.
     """
-    found = current(recipe)
-    if found is not None:
-        return found
     for stage in recipe.stages:
         checkpoint.finished(recipe.stage_directory(stage.stage), stage.steps)
-    started, device, last = time.monotonic(), evaluate.device(recipe), recipe.stages[-1]
-    evaluation = evaluate.evaluate(recipe, last, device)
-    stages = {stage.stage: stage_figures(recipe, stage, device) for stage in recipe.stages}
+    opened = Opened()
+    found = current(recipe, opened)
+    if found is not None:
+        return found
+    started, device = time.monotonic(), evaluate.device(recipe)
+    last = FrozenStudent(recipe, recipe.stages[-1], device, opened)
+    evaluation = evaluate.evaluate(last)
+    stages: dict[str, StageFigures] = {}
+    for stage in recipe.stages:  # one after the other: a proxy fills gigabytes
+        own = last if stage is last.stage else FrozenStudent(recipe, stage, device, opened)
+        stages[stage.stage] = stage_figures(own)
     took = {**seconds, "evaluation": time.monotonic() - started}
-    return write(recipe, last, evaluation, took, stages, device)
+    return write(last, evaluation, took, stages, opened)
 
 
-def current(recipe: Recipe) -> dict[str, object] | None:
+def current(recipe: Recipe, opened: Opened | None = None) -> dict[str, object] | None:
     """Return the summary that is there, if nothing it depends on has changed since.
+
+    Args:
+        recipe: the run.
+        opened: stores that are open already; those opened here are added.
 
     Raises:
         BadInput: as `fingerprint`.
@@ -117,7 +136,7 @@ def current(recipe: Recipe) -> dict[str, object] | None:
     if not all(path.is_file() for path in files):
         return None
     summary = read(recipe)
-    return summary if summary.get("fingerprint") == fingerprint(recipe) else None
+    return summary if summary.get("fingerprint") == fingerprint(recipe, opened) else None
 
 
 def read(recipe: Recipe) -> dict[str, object]:
@@ -127,8 +146,10 @@ def read(recipe: Recipe) -> dict[str, object]:
     return found
 
 
-def _stores(recipe: Recipe) -> list[Store]:
-    return [store for jobs in job_groups(recipe) for job in jobs for store in open_stores(job)]
+def _stores(recipe: Recipe, opened: Opened | None) -> list[Store]:
+    opened = opened or Opened()
+    jobs = (job for group in job_groups(recipe) for job in group)
+    return [store for job in jobs for store in open_stores(job, opened=opened)]
 
 
 def summarise(
@@ -174,38 +195,36 @@ def summarise(
 
 
 def write(
-    recipe: Recipe,
-    stage: StageConfig,
+    student: FrozenStudent,
     evaluation: Evaluation,
     seconds: Mapping[str, float],
     stages: Mapping[str, StageFigures],
-    device: str | torch.device = "cpu",
+    opened: Opened | None = None,
 ) -> dict[str, object]:
     """Write summary.json and report.html into the run directory; return the summary.
 
     Args:
-        recipe: the run.
-        stage: the one that is reported.
-        evaluation: of its newest checkpoint.
+        student: the one that is reported, whose tokens are drawn.
+        evaluation: of it.
         seconds: step of the run -> how long it took, as its caller measured.
         stages: stage -> what it did.
-        device: to draw patch tokens on.
+        opened: stores that are open already.
 
     Raises:
-        BadInput: no checkpoint, or weights that cannot be read.
-        StoreError: a cache cannot be read.
+        BadInput: weights that cannot be read.
+        StoreError: a cache cannot be read, or a file not written.
     """
-    summary = summarise(recipe, caches(recipe), evaluation, seconds, stages)
-    summary["fingerprint"] = fingerprint(recipe)
+    recipe, stage, opened = student.recipe, student.stage, opened or Opened()
+    summary = summarise(recipe, caches(recipe, opened), evaluation, seconds, stages)
+    summary["fingerprint"] = fingerprint(recipe, opened)
     lines = tracking.read(recipe.stage_directory(stage.stage) / tracking.METRICS_FILE)
     page = render(
         recipe,
         summary,
         evaluation,
         figures.loss_curves(lines, stage.teachers),
-        figures.token_picture(recipe, stage, device),
+        figures.token_picture(student),
     )
-    recipe.directory.mkdir(parents=True, exist_ok=True)
     evaluate.write(recipe.directory, evaluation)
     _replace(recipe.directory / REPORT_FILE, page)
     # Last: its fingerprint says that all of it is there.
@@ -255,6 +274,62 @@ def render(
     )
 
 
+def closing_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the closing table of a run: rows of text with the columns FIGURES.
+
+    Args:
+        summary: the contents of summary.json.
+    """
+    knn, cosine = summary["knn_top1"], summary["cosine"]
+    closing = []
+    if knn is not None:
+        teachers = ", ".join(f"{name} {_percent(value)}" for name, value in knn["teacher"].items())
+        closing.append(
+            (
+                f"kNN top-1 ({knn['label']}, k = {knn['k']}, {knn['queries']} held-out queries)",
+                _percent(knn["student_init"]),
+                _percent(knn["student_final"]),
+                f"{teachers}; p = {knn['p_value']:.2g}",
+            )
+        )
+    whole = {"stage2", "stage3"} <= summary.keys()
+    whose = "the proxy's" if whole else "teachers'"
+    closing += [
+        (
+            f"cosine to {whose} {kind}, held out",
+            f"{cosine[kind]['init']:.3f}",
+            f"{cosine[kind]['final']:.3f}",
+            f"ignoring the image {cosine[kind]['baseline']:.3f}",
+        )
+        for kind in ("summary", "patches")
+    ]
+    if whole:
+        second, third = summary["stage2"]["cosine"], summary["stage3"]["cosine"]
+        closing += [
+            (
+                f"cosine to the proxy, both at {scale} px: summary, patches",
+                _both(second[scale]),
+                _both(third[scale]),
+                "before: after stage 2",
+            )
+            for scale in third
+        ]
+    return [dict(zip(FIGURES, row, strict=True)) for row in closing]
+
+
+def steps_line(summary: Mapping[str, Any]) -> str:
+    """Return in one line what was done and how long each step took.
+
+    Args:
+        summary: the contents of summary.json.
+    """
+    seconds: Sequence[str] = [f"{name} {value:.0f} s" for name, value in summary["seconds"].items()]
+    return (
+        f"{summary['images']:,} images, {summary['rows']:,} cached rows, "
+        f"{summary['cache_bytes'] / 1e6:,.0f} MB; {', '.join(seconds)}"
+    )
+
+
 def _bar(cosine: Cosine) -> dict[str, float]:
     """Return where a cosine's three marks stand on a scale from 0 to 1, in per cent."""
     return {name: 100 * min(max(value, 0.0), 1.0) for name, value in asdict(cosine).items()}
@@ -269,7 +344,14 @@ def _size(num_bytes: int) -> str:
     raise AssertionError("unreachable")
 
 
+def _both(kinds: Mapping[str, float]) -> str:
+    return f"{kinds['summary']:.3f}, {kinds['patches']:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a file whole or not at all."""
+    atomic.write(path, [text.encode()], layout.scratch_directory(path.parent))

@@ -1,11 +1,12 @@
 """Cache jobs: which stores a recipe needs, and opening those that are built (loads no Ray)."""
 
-import torch
+from pathlib import Path
 
 from cache.codec.known import default_codec, row_bytes
 from cache.errors import NotBuilt
+from cache.reader import Reader
 from cache.store import Store, open_store
-from eupe.encoders import Encoder
+from eupe.encoders import shapes
 from eupe.errors import BadInput
 from eupe.pixels import RGB
 from eupe.spec import DatasetSpec, Spec, StoreSpec, TeacherSpec, ViewPolicy
@@ -18,6 +19,7 @@ from pipelines.recipe.config import (
     Recipe,
     StageConfig,
     TeacherConfig,
+    WorkersConfig,
 )
 from pipelines.records import checkpoint
 from pipelines.records.checkpoint import Checkpoint
@@ -162,27 +164,83 @@ def store_specs(job: CacheJob) -> list[StoreSpec]:
     return specs
 
 
-def open_stores(job: CacheJob, begun: bool = False) -> list[Store]:
+class Opened:
+    """Stores and readers that are open, for all who look at them: each is opened once.
+
+    Whoever shares one of these reads one state of the caches, whatever is added meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._stores: dict[tuple[str, str], Store] = {}
+        self._readers: dict[tuple[Path, int, int | None, str, int], Reader] = {}
+        self._whole: set[tuple[Path, int]] = set()
+
+    def store(self, root: str, spec: StoreSpec) -> Store:
+        """Return the store of a spec.
+
+        Raises:
+            StoreError: it is absent, or of another spec.
+        """
+        key = root, spec.fingerprint()
+        if key not in self._stores:
+            self._stores[key] = open_store(root, spec)
+        return self._stores[key]
+
+    def check_whole(self, store: Store, num_views: int) -> None:
+        """Refuse a store with shards missing among its first views.
+
+        Raises:
+            NotBuilt: naming how many.
+        """
+        if (store.directory, num_views) in self._whole:
+            return
+        if missing := store.todo(num_views):
+            wanted = len(store.samples.shards()) * num_views
+            raise NotBuilt(
+                f"{store.directory}: half built, {len(missing)} of {wanted} shards are missing; "
+                "run `eupe cache build` (it computes only those)"
+            )
+        self._whole.add((store.directory, num_views))
+
+    def reader(
+        self, store: Store, num_views: int, version: int | None, workers: WorkersConfig
+    ) -> Reader:
+        """Return a reader of a store's first views.
+
+        Args:
+            store: from `store`.
+            num_views: views, from view 0.
+            version: manifest version to read; None is the newest when first asked for.
+            workers: how stores are read.
+
+        Raises:
+            StoreError: a view has no shard yet.
+        """
+        access, threads = workers.store_access, workers.copy_threads
+        key = store.directory, num_views, version, access, threads
+        if key not in self._readers:
+            self._readers[key] = Reader(store, num_views, version, access, threads)
+        return self._readers[key]
+
+
+def open_stores(job: CacheJob, begun: bool = False, opened: Opened | None = None) -> list[Store]:
     """Open a job's stores for training: every wanted shard must be there.
 
     Args:
         job: whose stores.
         begun: for a run that has begun, with every shard there was: shards of samples that were
             added to the dataset since may be missing.
+        opened: stores that are open already; those opened here are added. None opens all anew.
 
     Raises:
         BadInput: weights that cannot be read.
         StoreError: a store is absent, of another spec, or half built.
     """
-    stores = [open_store(job.root, spec) for spec in store_specs(job)]
-    for store in stores:
-        missing = [] if begun else store.todo(job.num_views)
-        if missing:
-            wanted = len(store.samples.shards()) * job.num_views
-            raise NotBuilt(
-                f"{store.directory}: half built, {len(missing)} of {wanted} shards are missing; "
-                "run `eupe cache build` (it computes only those)"
-            )
+    opened = opened or Opened()
+    stores = [opened.store(job.root, spec) for spec in store_specs(job)]
+    if not begun:
+        for store in stores:
+            opened.check_whole(store, job.num_views)
     return stores
 
 
@@ -198,18 +256,16 @@ def _teacher_spec(config: TeacherConfig) -> TeacherSpec:
 def _store_spec(
     job: CacheJob, config: TeacherConfig, teacher: TeacherSpec, resolution: int
 ) -> StoreSpec:
-    with torch.device("meta"):  # shapes alone
-        encoder = Encoder(config.encoder)
-    encoder.check_resolution(resolution)
+    shape = shapes(config.encoder, resolution)
     return StoreSpec(
         dataset=DatasetSpec(name=job.dataset.name),
         views=job.views,
         teacher=teacher,
         codec=default_codec(config.codec),
         resolution=resolution,
-        grid=encoder.grid(resolution),
-        patch_dim=encoder.patch_dim,
-        summary_dim=encoder.summary_dim,
+        grid=shape.grid,
+        patch_dim=shape.patch_dim,
+        summary_dim=shape.summary_dim,
     )
 
 
@@ -217,9 +273,7 @@ def rows_per_shard(job: CacheJob) -> int:
     """Return how many rows make the largest patches array's shards about SHARD_BYTES."""
     largest = 1
     for config in job.teachers:
-        with torch.device("meta"):
-            encoder = Encoder(config.encoder)
         for resolution in config.resolutions:
-            rows, columns = encoder.grid(resolution)
-            largest = max(largest, row_bytes(config.codec, rows * columns, encoder.patch_dim))
+            (rows, columns), patch_dim, _ = shapes(config.encoder, resolution)
+            largest = max(largest, row_bytes(config.codec, rows * columns, patch_dim))
     return max(1, SHARD_BYTES // largest)

@@ -1,7 +1,7 @@
 """Inputs: what a stage trains on, as the loop sees it, opened from a recipe's caches."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial, reduce
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipelines.images.reader import ImageReader
 from pipelines.recipe import scales
 from pipelines.recipe.config import Recipe, StageConfig
 from pipelines.recipe.mix import Mix
-from pipelines.recipe.stores import CacheJob, jobs_of, open_stores, pixel_jobs
+from pipelines.recipe.stores import CacheJob, Opened, jobs_of, open_stores, pixel_jobs
 from pipelines.records import checkpoint
 from pipelines.training.batches import Batch, Batches, Feed
 from pipelines.training.draws import TrainingDraw
@@ -35,6 +35,7 @@ class Inputs:
         normalisers: teacher -> what its tokens went through; kept in checkpoints.
         identity: what the tokens depend on, plain data; a run goes on only with the same.
         pins: store directory -> manifest version that is read.
+        opened: the stores it reads, for an evaluation beside the training.
     """
 
     batches: Callable[[range], Iterable[Batch]]
@@ -42,6 +43,7 @@ class Inputs:
     normalisers: Mapping[str, Normalisers]
     identity: Mapping[str, object]
     pins: Mapping[str, int]
+    opened: Opened = field(default_factory=Opened)
 
 
 def from_caches(
@@ -65,21 +67,15 @@ def from_caches(
         BadInput: weights that cannot be read, or a proxy that stage 1 has not made yet.
         StoreError: a store is absent, half built or of another spec.
     """
-    opened = {
-        job.dataset.name: (job, _stores(stage, job, begun=pins is not None))
-        for job in jobs_of(recipe, stage)
-        if job.dataset in recipe.train and job.views == recipe.views
-    }
-    normalisers = normalisers_of(stage, [stores for _, stores in opened.values()])
-    saved = checkpoint.latest(recipe.stage_directory(stage.stage))
-    if pins is not None and saved is not None:
-        normalisers = _as_saved(normalisers, saved.normalisers())
+    opened, resuming = Opened(), pins is not None
+    training = _training_stores(recipe, stage, opened, resuming)
+    normalisers = fixed_normalisers(recipe, stage, opened, resuming)
     feeds = {
-        name: _feed(recipe, stage, job, stores, normalisers, pins or {}, pins is not None)
-        for name, (job, stores) in opened.items()
+        name: _feed(recipe, stage, job, stores, normalisers, pins or {}, resuming, opened)
+        for name, (job, stores) in training.items()
     }
     identity: dict[str, dict[str, Any]] = {}
-    for dataset, (_, stores) in opened.items():
+    for dataset, (_, stores) in training.items():
         for store in stores:
             own = identity.setdefault(
                 store.spec.teacher.name,
@@ -90,7 +86,40 @@ def from_caches(
                 },
             )
             own["moments"][f"{dataset} at {store.spec.resolution}"] = store.moments_sha256
-    return of_feeds(recipe, stage, feeds, normalisers, identity, rank, world)
+    given = of_feeds(recipe, stage, feeds, normalisers, identity, rank, world)
+    return replace(given, opened=opened)
+
+
+def fixed_normalisers(
+    recipe: Recipe, stage: StageConfig, opened: Opened, resuming: bool = True
+) -> dict[str, Normalisers]:
+    """Return a stage's normalisers, of its training caches.
+
+    Args:
+        recipe: the run.
+        stage: one of its stages.
+        opened: stores that are open already; those opened here are added.
+        resuming: True for a stage that has begun: those of its newest checkpoint, where it has one.
+
+    Raises:
+        BadInput: as for `from_caches`.
+        StoreError: as for `from_caches`.
+    """
+    training = _training_stores(recipe, stage, opened, resuming)
+    normalisers = normalisers_of(stage, [stores for _, stores in training.values()])
+    saved = checkpoint.latest(recipe.stage_directory(stage.stage)) if resuming else None
+    return normalisers if saved is None else _as_saved(normalisers, saved.normalisers())
+
+
+def _training_stores(
+    recipe: Recipe, stage: StageConfig, opened: Opened, resuming: bool
+) -> dict[str, tuple[CacheJob, list[Store]]]:
+    """Return train set -> its job and stores."""
+    return {
+        job.dataset.name: (job, _stores(stage, job, resuming, opened))
+        for job in jobs_of(recipe, stage)
+        if job.dataset in recipe.train and job.views == recipe.views
+    }
 
 
 def of_feeds(
@@ -154,6 +183,7 @@ def centre_feeds(
     stage: StageConfig,
     normalisers: Mapping[str, Normalisers],
     begun: bool = False,
+    opened: Opened | None = None,
 ) -> dict[str, Feed]:
     """Open the centre views of the bank's sets and of the held-out set, for evaluation.
 
@@ -162,6 +192,7 @@ def centre_feeds(
         stage: whose teachers and scales are wanted.
         normalisers: those the stage trained with.
         begun: for a run that goes on: as in `open_stores`.
+        opened: stores that are open already; those opened here are added.
 
     Returns:
         dataset -> how it is read.
@@ -170,9 +201,10 @@ def centre_feeds(
         BadInput: as for `from_caches`.
         StoreError: as for `from_caches`.
     """
+    opened = opened or Opened()
     return {
         job.dataset.name: _feed(
-            recipe, stage, job, _stores(stage, job, begun), normalisers, {}, begun
+            recipe, stage, job, _stores(stage, job, begun, opened), normalisers, {}, begun, opened
         )
         for job in jobs_of(recipe, stage)
         if job.views == recipe.held_out_views
@@ -200,7 +232,7 @@ def normalisers_of(stage: StageConfig, stores: Sequence[Sequence[Store]]) -> dic
     return out
 
 
-def _stores(stage: StageConfig, job: CacheJob, begun: bool) -> list[Store]:
+def _stores(stage: StageConfig, job: CacheJob, begun: bool, opened: Opened) -> list[Store]:
     """Open the stores of a stage's teachers, by teacher and then resolution.
 
     All resolutions, drawn from or not: a teacher has one normaliser over all of them (law 9), so
@@ -212,7 +244,7 @@ def _stores(stage: StageConfig, job: CacheJob, begun: bool) -> list[Store]:
         for teacher in job.teachers
         if teacher.name == name
     )
-    return open_stores(job.model_copy(update={"teachers": wanted}), begun)
+    return open_stores(job.model_copy(update={"teachers": wanted}), begun, opened)
 
 
 def _feed(
@@ -223,15 +255,11 @@ def _feed(
     normalisers: Mapping[str, Normalisers],
     pins: Mapping[str, int],
     begun: bool,
+    opened: Opened,
 ) -> Feed:
     def reader(store: Store) -> Reader:
-        return Reader(
-            store,
-            job.num_views,
-            pins.get(str(store.spec.directory())),
-            recipe.workers.store_access,
-            recipe.workers.copy_threads,
-        )
+        version = pins.get(str(store.spec.directory()))
+        return opened.reader(store, job.num_views, version, recipe.workers)
 
     readers = {
         (store.spec.teacher.name, store.spec.resolution): reader(store)
@@ -242,7 +270,7 @@ def _feed(
         store.spec.resolution: reader(store)
         for other in pixel_jobs(recipe, stage)
         if (other.dataset, other.views) == (job.dataset, job.views)
-        for store in open_stores(other, begun)
+        for store in open_stores(other, begun, opened)
     }
     source = CachedSource(readers, normalisers)
     whole = {

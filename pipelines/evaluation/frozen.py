@@ -1,0 +1,147 @@
+"""A trained student, frozen, and the images it is judged by: each is opened and built once."""
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from eupe.heads import DistillationModel
+from pipelines.features.sources import Normalisers
+from pipelines.recipe.config import PROXY, Recipe, StageConfig
+from pipelines.recipe.scales import Scales
+from pipelines.recipe.stores import Opened
+from pipelines.records import checkpoint
+from pipelines.training import inputs, start
+from pipelines.training.batches import Batches
+from pipelines.training.draws import Sweep
+
+
+class CentreViews:
+    """The bank's sets and the held-out set, each image in its centre view.
+
+    Attributes:
+        recipe: the run.
+        normalisers: teacher -> what is done to its tokens.
+        feeds: dataset -> how it is read.
+
+    Args:
+        recipe: the run.
+        stage: whose teachers are read, at the resolutions it learns from.
+        normalisers: those the stage trained with.
+        opened: stores that are open already; those opened here are added.
+        resuming: True when training goes on; shards of samples added since may be missing.
+
+    Raises:
+        BadInput: weights that cannot be read, or a proxy that stage 1 has not made yet.
+        StoreError: a store is absent, half built or of another spec.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: StageConfig,
+        normalisers: dict[str, Normalisers],
+        opened: Opened,
+        resuming: bool = False,
+    ) -> None:
+        self.recipe, self.normalisers = recipe, normalisers
+        self.feeds = inputs.centre_feeds(recipe, stage, normalisers, resuming, opened)
+
+    def rows(self, dataset: str, limit: int | None = None) -> np.ndarray:
+        """Return rows of a dataset, int64 [n]: all, or at most `limit`, spread evenly."""
+        rows = np.concatenate(
+            [np.arange(s.start, s.stop) for s in self.feeds[dataset].source.shards()]
+        )
+        if limit is not None and len(rows) > limit:
+            rows = rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
+        return rows
+
+    def batches(self, dataset: str, rows: np.ndarray, at: Scales) -> Batches:
+        """Return batches of a dataset that show each of the rows, int64 [n], at fixed sizes."""
+        draw = Sweep(dataset, rows, self.recipe.evaluation.batch)
+        return Batches(
+            {dataset: self.feeds[dataset]},
+            draw,
+            lambda step: at,
+            lambda scale, count: count,
+            range(draw.num_steps),
+            threads=self.recipe.workers.loader_threads,
+            prefetch=self.recipe.workers.prefetch_batches,
+        )
+
+
+class FrozenStudent:
+    """What a stage's newest checkpoint holds, and all that judging it takes.
+
+    kNN, pyramid, figures and report are handed the same one: its caches are opened once, each of
+    its two networks is built once, and its checkpoint is loaded once.
+
+    Attributes:
+        recipe: the run.
+        stage: the stage that trained it.
+        saved: its newest checkpoint.
+        device: where it computes.
+        images: what it is shown, at every resolution of the pyramid.
+        normalisers: teacher -> what its tokens went through in training.
+
+    Args:
+        recipe: the run.
+        stage: one of its stages.
+        device: to compute on.
+        opened: stores that are open already, by other stages' students; those opened here are
+            added.
+
+    Raises:
+        BadInput: no checkpoint, weights that cannot be read, or no proxy where one teaches.
+        StoreError: a store is absent, half built or of another spec.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: StageConfig,
+        device: str | torch.device = "cpu",
+        opened: Opened | None = None,
+    ) -> None:
+        opened = opened or Opened()
+        self.recipe, self.stage, self.device = recipe, stage, device
+        self.saved = checkpoint.require(recipe.stage_directory(stage.stage))
+        self.normalisers = inputs.fixed_normalisers(recipe, stage, opened)
+        self.images = CentreViews(recipe, over_pyramid(recipe, stage), self.normalisers, opened)
+
+    @cached_property
+    def initial(self) -> DistillationModel:
+        """The student before any stage trained it, in evaluation mode on the device."""
+        return self._untrained().eval().to(self.device)
+
+    @cached_property
+    def final(self) -> DistillationModel:
+        """The student as the checkpoint has it, in evaluation mode on the device.
+
+        Raises:
+            BadInput: the checkpoint does not fit the recipe's network.
+        """
+        model = self._untrained()
+        start.load(model, self.saved)
+        return model.eval().to(self.device)
+
+    def _untrained(self) -> DistillationModel:
+        widths = self.images.feeds[self.recipe.held_out.name].source.dims()
+        dims = {teacher: widths[teacher] for teacher in self.stage.teachers}
+        return start.untrained_model(self.recipe, self.stage, dims)
+
+
+def evaluation_scales(recipe: Recipe, stage: StageConfig) -> Scales:
+    """Return the resolutions of an evaluation: the student's own, teachers' largest cached."""
+    teachers = {name: max(sides) for name, sides in stage.teacher_scales.items()}
+    return Scales(recipe.evaluation.resolution, teachers)
+
+
+def over_pyramid(recipe: Recipe, stage: StageConfig) -> StageConfig:
+    """Return a stage that learns from the proxy as if it drew from all of the proxy's scales."""
+    if PROXY not in stage.teachers:
+        return stage
+    scales = tuple(
+        sorted({side for s in recipe.stages for side in s.teacher_scales.get(PROXY, ())})
+    )
+    return stage.model_copy(update={"teacher_scales": {PROXY: scales}, "student_scales": scales})

@@ -1,0 +1,116 @@
+"""kNN top-1: held-out images' labels predicted from their neighbours among the bank's."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from eupe.errors import BadInput
+from eupe.probes import knn_predict, paired_test
+from pipelines.evaluation.compare import FINAL, INITIAL, Seen
+from pipelines.evaluation.frozen import CentreViews
+
+
+@dataclass(frozen=True)
+class Knn:
+    """What the kNN probe found; figures of encoders are shares of the queries, 0 to 1.
+
+    Attributes:
+        label: what it predicts.
+        k: neighbours.
+        bank: images it looks among.
+        queries: images it predicts.
+        teacher: teacher -> with its cached summaries.
+        init: with the summaries of the student before training.
+        final: with those of the student after.
+        p_value: exact paired test that both students are right equally often.
+    """
+
+    label: str
+    k: int
+    bank: int
+    queries: int
+    teacher: dict[str, float]
+    init: float
+    final: float
+    p_value: float
+
+
+def probe(
+    images: CentreViews,
+    banks: Mapping[str, Seen],
+    queries: Seen,
+    device: str | torch.device,
+) -> Knn | None:
+    """Predict the held-out images' labels with the teachers' and both students' summaries.
+
+    Args:
+        images: which the labels are of.
+        banks: train set -> what was seen of it.
+        queries: what was seen of the held-out set.
+        device: to compute on.
+
+    Returns:
+        None if the recipe asks for no label.
+
+    Raises:
+        BadInput: an image without the label.
+    """
+    label, k = images.recipe.evaluation.label, images.recipe.evaluation.k
+    if label is None:
+        return None
+    named = [labels(images, name, bank.sample_ids, label) for name, bank in banks.items()]
+    known, truth = numbered(
+        list(chain.from_iterable(named)),
+        labels(images, images.recipe.held_out.name, queries.sample_ids, label),
+    )
+
+    def right(kind: str, name: str) -> Tensor:
+        summaries = torch.cat([getattr(bank, kind)[name] for bank in banks.values()]).to(device)
+        asked = getattr(queries, kind)[name].to(device)
+        return knn_predict(summaries, known.to(device), asked, k).cpu() == truth
+
+    before, after = right("students", INITIAL), right("students", FINAL)
+    return Knn(
+        label=label,
+        k=k,
+        bank=len(known),
+        queries=len(truth),
+        teacher={name: _share(right("teachers", name)) for name in queries.teachers},
+        init=_share(before),
+        final=_share(after),
+        p_value=paired_test(before, after),
+    )
+
+
+def labels(images: CentreViews, dataset: str, sample_ids: Sequence[str], label: str) -> list[str]:
+    """Return a label of samples of a dataset.
+
+    Raises:
+        BadInput: a sample has none.
+    """
+    samples = images.feeds[dataset].source.samples
+    table = samples.take(samples.rows_of(sample_ids))
+    found = [json.loads(text).get(label) for text in table["labels"].to_list()]
+    if None in found:
+        example = json.loads(table["labels"][found.index(None)])
+        raise BadInput(
+            f"evaluation.label = {label!r}: sample {sample_ids[found.index(None)]!r} has none; its "
+            f"labels are {', '.join(sorted(example)) or 'none at all'}; evaluation.label=null "
+            "leaves kNN out"
+        )
+    return found
+
+
+def numbered(bank: Sequence[str], queries: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Number the classes of two lists of labels alike, int64 [n] and [m]."""
+    classes = {label: number for number, label in enumerate(sorted({*bank, *queries}))}
+    known, asked = (torch.tensor([classes[label] for label in each]) for each in (bank, queries))
+    return known, asked
+
+
+def _share(correct: Tensor) -> float:
+    return float(correct.double().mean())
