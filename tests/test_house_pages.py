@@ -1,6 +1,7 @@
 """The pages are held to the code: laws, tests and files that one names exist in the other."""
 
 import ast
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ FOLDERS = (
 )
 NAMED_LAWS = re.compile(r"\blaws?[ \n]+(\d+(?:(?:, | and |, and )\d+)*)")
 NAMED_TEST = re.compile(r"\b(tests/\w+\.py)::(test_\w+)")
+NAMED_FILE = re.compile(
+    r"`((?:eupe|cache|pipelines|flows|tests|benchmarks|examples|recipes)/[\w./]*)`"
+)
+NAMED_CODE = re.compile(r"`((?:eupe|cache|pipelines|flows)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")  # a colon: an address, not a file
 
 
@@ -62,7 +67,23 @@ def texts() -> dict[str, str]:
 
 
 def pages() -> dict[str, str]:
+    """The Markdown pages, by path."""
     return {path: text for path, text in texts().items() if path.endswith(".md")}
+
+
+def missing_code(text: str) -> list[str]:
+    """The files, modules and their attributes that a text names and that are not there."""
+    files = [name for name in NAMED_FILE.findall(text) if not (ROOT / name).exists()]
+    return files + [name for name in NAMED_CODE.findall(text) if not is_code(name)]
+
+
+def is_code(name: str) -> bool:
+    """True if the dotted name is a module, or reached by attributes from one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_the_laws_are_numbered_without_a_gap():
@@ -98,6 +119,21 @@ def test_every_test_that_a_page_names_exists():
 def test_a_test_that_is_gone_is_noticed(name: str):
     text = f"`tests/{name}`, `tests/test_house_pages.py::test_a_test_that_is_gone_is_noticed`"
     assert missing_tests(text) == [f"tests/{name}"]
+
+
+def test_files_and_code_that_a_page_names_exist():
+    missing = {
+        path: gone
+        for path, text in pages().items()
+        if path != "docs/log.md" and (gone := missing_code(text))  # dated: named as it was then
+    }
+    assert missing == {}
+
+
+def test_code_that_is_gone_is_noticed():
+    there = "`eupe.spec`, `eupe.spec.StoreSpec.directory`, `cache/codec/`, `cache/store.py`, "
+    gone = ["cache/no_such.py", "eupe.no_such", "eupe.spec.NoSuch"]
+    assert missing_code(there + ", ".join(f"`{name}`" for name in gone)) == gone
 
 
 def dead_links(path: str, text: str) -> list[str]:
