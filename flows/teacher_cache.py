@@ -7,7 +7,6 @@ the flow again computes what is missing, and nothing else.
 """
 
 import sys
-import time
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -19,7 +18,7 @@ from flows import artifacts
 from flows.parameters import Overrides, RecipeName
 from pipelines.caching import indexing, precompute
 from pipelines.caching.indexing import Indexed
-from pipelines.caching.precompute import Built, Extracted
+from pipelines.caching.precompute import Built, Extracted, Steps
 from pipelines.machines.pool import Pool
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import CacheJob, job_groups
@@ -75,25 +74,15 @@ def teacher_cache(
 
 
 def build(groups: list[list[CacheJob]], title: str, deep_verify: bool = False) -> Built:
-    """Build or extend the stores of some jobs, inside a flow.
+    """Build or extend the stores of some jobs, inside a flow: each step is a task.
 
     Args:
-        groups: jobs of the same teachers.
+        groups: as for `precompute.build`.
         title: of the table that the flow run shows.
         deep_verify: also read every byte again and compare checksums.
     """
-    started = time.monotonic()
-    indexed = [index_samples(job) for job in precompute.datasets(groups)]
-    extracted: dict[str, Extracted] = {}
-    stores: list[Store] = []
-    for jobs in groups:
-        with precompute.extractors(jobs[0]) as pool:  # starts Ray when there is work
-            for job in jobs:
-                own = resolve_stores(job, pool)
-                extracted[str(job)] = extract_missing(job, own, pool)
-                stores += own
-    verify_stores(stores, deep_verify)
-    built = Built(indexed, extracted, stores, time.monotonic() - started)
-    artifacts.table("teacher-cache-stores", store_lines(groups[0][0].root, stores), title)
+    tasks = Steps(index_samples, resolve_stores, extract_missing, verify_stores)
+    built = precompute.build(groups, deep_verify, tasks)
+    artifacts.table("teacher-cache-stores", store_lines(groups[0][0].root, built.stores), title)
     print(built, file=sys.stderr)
     return built

@@ -33,7 +33,7 @@ from cache.samples import Samples
 from cache.store import find_stores, open_store
 from eupe.spec import CentreView
 from pipelines.caching import indexing, precompute
-from pipelines.machines.pool import num_that_fit
+from pipelines.machines.pool import Pool, num_that_fit
 from pipelines.recipe.stores import open_stores
 
 START_SECONDS = 240.0  # Ray, torch and a teacher on a busy machine
@@ -83,6 +83,25 @@ def test_folder_tar_and_parquet_give_the_same_features(tmp_path, images):
     ]
     assert len(found[0]) == len(images)
     assert found[0] == found[1] == found[2]
+
+
+def test_a_build_calls_the_steps_it_is_given_in_order(tmp_path, images):
+    called = []
+
+    def told(name, step):
+        def wrapped(*arguments):
+            called.append(name)
+            # The pool it is handed starts Ray with the first work; this one works here.
+            return step(*(HerePool(work) if isinstance(a, Pool) else a for a in arguments))
+
+        return wrapped
+
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+    plain = vars(precompute.PLAIN)
+    steps = precompute.Steps(**{name: told(name, step) for name, step in plain.items()})
+    built = precompute.build([[work]], steps=steps)
+    assert called == ["index_samples", "resolve_stores", "extract_missing", "verify_stores"]
+    assert built.num_shards == len(open_stores(work)[0].manifest().records())
 
 
 def test_a_second_build_computes_nothing(tmp_path, images):

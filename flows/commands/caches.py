@@ -36,8 +36,9 @@ def build(
 
     asked = recipes.get(recipe, overrides or [])
     from pipelines.caching.precompute import build
+    from pipelines.recipe.stores import job_groups
 
-    built = build(asked)
+    built = build(job_groups(asked))
     if not as_json:
         print(built)
         return

@@ -1,15 +1,13 @@
-"""Precomputing: what one orchestration task each calls to get from images to feature stores.
+"""Precomputing: the steps from images to feature stores, and `build`, which calls them in a row.
 
     indexing.index_samples -> resolve_stores -> extract_missing -> verify_stores
-
-in a row in `build`.
 
 Each step looks at what is there and does what is missing: it may be killed and called again.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -29,8 +27,7 @@ from pipelines.caching.indexing import REASONS_SHOWN, Indexed, check_share, inde
 from pipelines.caching.measure import measure
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
-from pipelines.recipe.config import Recipe
-from pipelines.recipe.stores import CacheJob, job_groups, store_specs
+from pipelines.recipe.stores import CacheJob, store_specs
 
 VIEWS_TOGETHER = 4
 """Views of a shard that one call draws from one decode; it holds the patches of all of them."""
@@ -214,41 +211,57 @@ class Built:
         return "\n".join([*lines, f"{self.num_shards} shards computed in {self.seconds:.1f} s"])
 
 
-def build(recipe: Recipe, deep: bool = False) -> Built:
-    """Build or extend every cache of a recipe that can be built now (`jobs.job_groups`).
+@dataclass(frozen=True)
+class Steps:
+    """The steps that `build` calls, in this order. Whoever orchestrates a build wraps them."""
+
+    index_samples: Callable[[CacheJob], Indexed] = index_samples
+    resolve_stores: Callable[[CacheJob, Pool], list[Store]] = resolve_stores
+    extract_missing: Callable[[CacheJob, list[Store], Pool], Extracted] = extract_missing
+    verify_stores: Callable[[list[Store], bool], list[Report]] = verify_stores
+
+
+PLAIN = Steps()
+"""Calls of plain functions."""
+
+
+def build(groups: Sequence[Sequence[CacheJob]], deep: bool = False, steps: Steps = PLAIN) -> Built:
+    """Build or extend the stores of some jobs.
 
     Args:
-        recipe: the run.
+        groups: jobs of the same teachers together, as `stores.job_groups` lists them: actors are
+            started once a group, with the first work there is.
         deep: verify every byte at the end, not only sizes and indexes.
+        steps: what to call for each step.
 
     Raises:
         BadInput: bad input, see the steps.
         StoreError: a store that cannot be used or written, see the steps.
     """
     started = time.monotonic()
-    groups = job_groups(recipe)
-    indexed = [index_samples(job) for job in datasets(groups)]
-    extracted, stores = {}, []
+    indexed = [steps.index_samples(job) for job in _datasets(groups)]
+    extracted: dict[str, Extracted] = {}
+    stores: list[Store] = []
     for jobs in groups:
         with extractors(jobs[0]) as pool:
             for job in jobs:
-                own = resolve_stores(job, pool)
-                extracted[str(job)] = extract_missing(job, own, pool)
+                own = steps.resolve_stores(job, pool)
+                extracted[str(job)] = steps.extract_missing(job, own, pool)
                 stores += own
-    verify_stores(stores, deep)
+    steps.verify_stores(stores, deep)
     return Built(indexed, extracted, stores, time.monotonic() - started)
 
 
-def datasets(groups: Sequence[Sequence[CacheJob]]) -> list[CacheJob]:
+# ------------------------------------------------------------------------------ steps of the steps
+
+
+def _datasets(groups: Sequence[Sequence[CacheJob]]) -> list[CacheJob]:
     """Return the first job of each dataset, whose images are to be indexed.
 
     The expert teachers' come first: their patches set how many rows a shard has (law 4).
     """
     jobs = [job for group in groups for job in group]
     return list({job.dataset.name: job for job in reversed(jobs)}.values())[::-1]
-
-
-# ------------------------------------------------------------------------------ steps of the steps
 
 
 def _borrowed(pool: Pool | None, job: CacheJob) -> AbstractContextManager[Pool]:
