@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.records import tracking
 from pipelines.records.tracking import JsonLines
@@ -49,9 +51,25 @@ def test_what_is_not_finite_is_null_not_invalid_json(tmp_path):
     assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "lr": None}
 
 
-def test_tensorboard_files_are_written(tmp_path):
+def test_tensorboard_reads_what_the_lines_say(tmp_path):
+    """Read by TensorBoard's own reader; its values are float32."""
+    logged = {1: {"loss/total": 1.25, "lr": 3e-3}, 3: {"loss/total": 0.5}, 4: {"score": -7.0}}
     trackers = tracking.open_trackers(tmp_path, 1)
-    trackers.log(1, {"loss/total": 1.0})
+    for step, figures in logged.items():
+        trackers.log(step, figures)
     trackers.close()
-    assert list((tmp_path / tracking.EVENTS_DIRECTORY).iterdir())
-    assert tracking.read(tmp_path / tracking.METRICS_FILE) == [{"step": 1, "loss/total": 1.0}]
+    lines = tracking.read(tmp_path / tracking.METRICS_FILE)
+    assert lines == [{"step": step, **figures} for step, figures in logged.items()]
+    events = EventAccumulator(str(tmp_path / tracking.EVENTS_DIRECTORY)).Reload()
+    shown = {
+        (event.step, name): event.value
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
+    wanted = {
+        (line["step"], name): np.float32(value)
+        for line in lines
+        for name, value in line.items()
+        if name != "step"
+    }
+    assert shown == wanted

@@ -1,6 +1,7 @@
 """Batches: pure functions of the step, whoever makes them, and never the wrong pixels."""
 
 import dataclasses
+import time
 from functools import partial
 from itertools import chain
 
@@ -81,6 +82,20 @@ def test_a_draw_is_a_pure_function_of_the_step():
             np.testing.assert_array_equal(ours, theirs)
     other = [training_draw(seed=1)(step).rows.tolist() for step in range(12)]
     assert other != [drawn.rows.tolist() for drawn in forwards]
+
+
+def test_every_dataset_of_a_mix_is_walked_in_an_order_of_its_own():
+    """Three of one size: the same places of an epoch hold other rows."""
+    names = ("a", "b", "c")
+    mix = Mix(dict.fromkeys(names, 1.0), {}, 3 * COUNT, 0)  # a step is an epoch of all three
+    draw = TrainingDraw(mix, dict.fromkeys(names, SHARDS), dict.fromkeys(names, 1), 0)
+    drawn, slots = draw(0), mix.slots(0)
+    orders = []
+    for number in range(len(names)):
+        ours = slots.datasets == number
+        orders.append(tuple(drawn.rows[ours][np.argsort(slots.positions[ours])].tolist()))
+        assert sorted(orders[-1]) == list(range(COUNT))
+    assert len(set(orders)) == len(names)
 
 
 def test_a_mix_without_its_shards_is_refused():
@@ -238,10 +253,22 @@ def test_pixels_that_render_otherwise_are_refused(feeds):
         list(batches({"emoji": other}, range(1)))
 
 
-def test_waiting_is_measured(feeds):
-    waited = [batch.wait_seconds for batch in batches(feeds, range(2), threads=1, prefetch=1)]
+def test_waiting_is_measured(feeds, monkeypatch):
+    """A source that takes its time, one batch after the other, and a loop that takes none."""
+    slow = 0.2
+    source = feeds["emoji"].source
+    fetch = source.fetch
+
+    def late(*arguments):
+        time.sleep(slow)
+        return fetch(*arguments)
+
+    monkeypatch.setattr(source, "fetch", late)
+    started = time.perf_counter()
+    waited = [batch.wait_seconds for batch in batches(feeds, range(4), threads=1, prefetch=1)]
+    passed = time.perf_counter() - started
     assert min(waited) >= 0
-    assert waited[0] > 0  # the first batch cannot have been there already
+    assert 2 * slow < sum(waited) < passed  # two at most are made at once
 
 
 def test_a_batch_too_small_for_the_workers_is_refused(feeds):

@@ -1,5 +1,6 @@
 """The training loop: exact resume, exact accumulation, addressed draws, honest refusals."""
 
+import dataclasses
 import json
 import os
 import random
@@ -304,6 +305,29 @@ def test_figures_name_every_teacher_and_term(tmp_path):
     )
     assert line["images_per_second"] > 0
     assert 0 <= line["data_wait_share"] <= 1
+
+
+def test_the_share_of_waiting_is_that_of_a_slow_source(tmp_path):
+    """The source knows how long it took, and how long the loop was away between two batches."""
+    run = small_stage.recipe(tmp_path, steps=6, log_every=6, checkpoint_every=6, micro_batch=64)
+    made = small_stage.inputs(run)
+    pause, busy = 0.1, 0.0
+
+    def slowly(steps):
+        nonlocal busy
+        for batch in made.batches(steps):
+            time.sleep(pause)
+            left = time.perf_counter()
+            yield dataclasses.replace(batch, wait_seconds=pause)
+            busy += time.perf_counter() - left if batch.step < 5 else 0.0
+
+    slow = dataclasses.replace(made, batches=slowly)
+    result = train_stage(run, run.stages[0], slow, tmp_path / "stage2")
+    (line,) = tracking.read(tmp_path / "stage2" / tracking.METRICS_FILE)
+    share = 6 * pause / (6 * pause + busy * 6 / 5)  # what the last step took is not known here
+    for found in (line["data_wait_share"], result.wait_share):
+        assert found == pytest.approx(share, abs=0.15)
+    assert share > 0.3, "the loop was so slow that waiting hardly counts: the test proves little"
 
 
 def test_scales_are_drawn_independently_uniformly_and_by_address():
