@@ -21,7 +21,7 @@ SESSION = secrets.token_hex(8)
 PRIVATE = Path(tempfile.mkdtemp(prefix="eupe-tests-"))  # Prefect's and Ray's homes, never yours
 GRACE_SECONDS = 20.0  # Ray's and Prefect's children need a moment to follow their parent
 
-# Set before anything imports Ray or Prefect: both read their settings once, at import.
+# Set before anything imports torch, Ray or Prefect: they read their settings once, at import.
 # A variable that every child inherits also finds those that were re-parented (see `survivors`).
 os.environ.update(
     EUPE_TEST_SESSION=SESSION,
@@ -34,6 +34,8 @@ os.environ.update(
     RAY_AUTH_TOKEN_PATH=str(PRIVATE / "ray_token"),
     HF_HUB_OFFLINE="1",
     MPLBACKEND="Agg",
+    # Sums of several threads come in another order; and on busy cores they wait for each other.
+    OMP_NUM_THREADS="1",
     PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))),  # for children: this checkout
 )
 for name in ("PREFECT_API_URL", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "EUPE_HOME"):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
 from support import precompute_child
 from support.small_caches import (
@@ -38,15 +37,6 @@ from pipelines.recipe.stores import open_stores
 
 START_SECONDS = 240.0  # Ray, torch and a teacher on a busy machine
 END_SECONDS = 60.0  # Ray's processes after their driver's death
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Compute on one thread, as the actors of these tests do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,6 @@ ROT4_LOSS_RTOL = 0.02
 a loss of 1 - cosine moves by at most 1 - 0.994 = 0.006, of losses that start near 1."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread, as the extractor of these tests has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def two_kinds(ratio: float, count: int = 600) -> np.ndarray:
     """Tokens [count, DIM] that live in one half of the channels or in the other.
 

@@ -20,15 +20,6 @@ ZSCORE_ATOL = 1e-4  # composed modules: float64 moments applied in float32
 PADDING_RTOL = 1e-5  # float32 parity: what pads a batch must not reach its other rows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Compute on one thread, as the extractor of these tests does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory, emoji):
     """Two views at two resolutions; the first image is cut in the middle."""

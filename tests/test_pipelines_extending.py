@@ -5,14 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_caches, small_run
-from support.stage_runs import from_cache, live, losses, one_thread
+from support.stage_runs import from_cache, live, losses
 from timm.models import register_model
 from torch import Tensor, nn
 
 from eupe.spec import EncoderSpec
 from pipelines.recipe.config import Recipe, TeacherConfig
-
-__all__ = ["one_thread"]  # a fixture, used by itself
 
 
 class ToyNetwork(nn.Module):

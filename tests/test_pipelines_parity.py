@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.small_caches import COMPUTE_BATCH, build, pictures, teacher, write_parquet
-from support.stage_runs import from_cache, live, losses, one_thread, training_job
+from support.stage_runs import from_cache, live, losses, training_job
 
 from cache.errors import StoreError
 from cache.format import layout
@@ -35,8 +35,6 @@ from pipelines.recipe.config import (
 from pipelines.recipe.stores import open_stores
 from pipelines.training import inputs
 from pipelines.training.batches import Feed
-
-__all__ = ["one_thread"]  # a fixture, used by itself
 
 STEPS, IMAGES, SIDE = 20, 40, 64
 EPOCH = 5  # steps: the same images, so that their losses compare

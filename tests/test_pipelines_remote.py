@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import small_caches, small_run
 from support.bucket_server import NAME
-from support.stage_runs import from_cache, one_thread
+from support.stage_runs import from_cache
 from support.toy_stores import files_under
 
 from cache.files import bucket, place
@@ -15,8 +15,6 @@ from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import SourceConfig
 from pipelines.recipe.stores import cache_jobs
 from pipelines.training import inputs
-
-__all__ = ["one_thread"]  # a fixture, used by itself
 
 NUM_IMAGES = 20
 STEPS = range(3)

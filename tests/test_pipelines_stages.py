@@ -11,7 +11,6 @@ from support.stage_runs import (
     from_cache,
     live,
     losses,
-    one_thread,
     three_stages,
     training_job,
 )
@@ -30,8 +29,6 @@ from pipelines.recipe.stores import (
     store_specs,
 )
 from pipelines.training import inputs, launch
-
-__all__ = ["one_thread"]  # a fixture, used by itself
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 from support.small_caches import build
-from support.stage_runs import one_thread
 
 from pipelines.recipe import family, recipes
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import cache_jobs, proxy_jobs
 from pipelines.records import checkpoint, tracking
 from pipelines.training import launch
-
-__all__ = ["one_thread"]  # a fixture, used by itself
 
 TINY = [f"{name}_tiny" for name in (*family.STUDENTS, "proxy_vitg")]
 TRAIN, HELD_OUT = 16, 4

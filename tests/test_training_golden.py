@@ -40,15 +40,6 @@ def small(directory: Path, **stage: object) -> Recipe:
     return small_stage.recipe(directory, drop_path=0.0, **{**SETTINGS, **stage})
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread: on a busy machine two wait for each other more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def trained(
     directory: Path, invalid: Sequence[int] = INVALID, **stage: object
 ) -> list[dict[str, float]]:

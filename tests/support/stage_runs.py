@@ -1,10 +1,6 @@
 """Stages in small: the same steps from a cache and from live teachers, and a run of all three."""
 
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-import torch
 
 from eupe.spec import AugmentedView, CentreView, EncoderSpec
 from eupe.teachers import load_teacher
@@ -31,15 +27,6 @@ from pipelines.training.loop import train_stage
 from support import small_caches
 
 PYRAMID = (32, 48, 64)  # with patch 16: grids of 2, 3 and 4 tokens a side
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread: on a busy machine the losses must not hang on who gets which core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def training_job(run: Recipe, stage: StageConfig) -> CacheJob:

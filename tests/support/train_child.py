@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from pipelines.training.batches import Batch
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import StageResult, train_stage
@@ -31,5 +29,4 @@ def train(directory: Path, pause: float, **stage: object) -> StageResult:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     train(Path(sys.argv[1]), float(sys.argv[2]), **json.loads(sys.argv[3]))
