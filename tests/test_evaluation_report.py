@@ -1,6 +1,7 @@
 """The report: the figures that were measured, in one page that loads nothing."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -8,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 from support import small_stage
 
-from pipelines.evaluation import figures, report
+from cache.errors import StoreError
+from pipelines.evaluation import evaluate, figures, report
 from pipelines.evaluation.evaluate import Cosine, Evaluation
 from pipelines.evaluation.figures import TokenPicture
 from pipelines.evaluation.knn import Knn
@@ -174,6 +176,24 @@ def test_curves_follow_the_colour_of_the_page_and_do_not_change_from_run_to_run(
 
 def test_curves_of_a_single_line_are_drawn():
     assert figures.loss_curves(LINES[:1], ("near", "far")).startswith("<svg")
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+    path = evaluate.write(tmp_path, FOUND)
+    whole = path.read_text()
+    synced, does = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), does(handle)))
+    evaluate.write(tmp_path, FOUND)
+    assert len(synced) == 2  # the file, and after the rename its folder
+
+    def cut(source, target):
+        raise OSError("the power went")
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(StoreError, match="cannot be written"):
+        evaluate.write(tmp_path, replace(FOUND, step=301))
+    assert path.read_text() == whole
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
 @pytest.mark.parametrize(

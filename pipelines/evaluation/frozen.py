@@ -81,6 +81,7 @@ class FrozenStudent:
         stage: the stage that trained it.
         saved: its newest checkpoint.
         device: where it computes.
+        opened: the stores it reads.
         images: what it is shown, at every resolution of the pyramid.
         normalisers: teacher -> what its tokens went through in training.
 
@@ -103,11 +104,12 @@ class FrozenStudent:
         device: str | torch.device = "cpu",
         opened: Opened | None = None,
     ) -> None:
-        opened = opened or Opened()
         self.recipe, self.stage, self.device = recipe, stage, device
+        self.opened = opened or Opened()
         self.saved = checkpoint.require(recipe.stage_directory(stage.stage))
-        self.normalisers = inputs.fixed_normalisers(recipe, stage, opened)
-        self.images = CentreViews(recipe, over_pyramid(recipe, stage), self.normalisers, opened)
+        self.normalisers = inputs.fixed_normalisers(recipe, stage, self.opened)
+        whole = over_pyramid(recipe, stage)
+        self.images = CentreViews(recipe, whole, self.normalisers, self.opened)
 
     @cached_property
     def initial(self) -> DistillationModel:

@@ -48,7 +48,11 @@ class Caches:
 
 
 def caches(recipe: Recipe, opened: Opened | None = None) -> Caches:
-    """Count what a recipe's caches hold; `opened`: stores that are open already.
+    """Count what a recipe's caches hold.
+
+    Args:
+        recipe: the run.
+        opened: stores that are open already; those opened here are added.
 
     Raises:
         BadInput: weights that cannot be read.
@@ -118,7 +122,7 @@ def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
         own = last if stage is last.stage else FrozenStudent(recipe, stage, device, opened)
         stages[stage.stage] = stage_figures(own)
     took = {**seconds, "evaluation": time.monotonic() - started}
-    return write(last, evaluation, took, stages, opened)
+    return write(last, evaluation, took, stages)
 
 
 def current(recipe: Recipe, opened: Opened | None = None) -> dict[str, object] | None:
@@ -199,7 +203,6 @@ def write(
     evaluation: Evaluation,
     seconds: Mapping[str, float],
     stages: Mapping[str, StageFigures],
-    opened: Opened | None = None,
 ) -> dict[str, object]:
     """Write summary.json and report.html into the run directory; return the summary.
 
@@ -208,13 +211,12 @@ def write(
         evaluation: of it.
         seconds: step of the run -> how long it took, as its caller measured.
         stages: stage -> what it did.
-        opened: stores that are open already.
 
     Raises:
         BadInput: weights that cannot be read.
         StoreError: a cache cannot be read, or a file not written.
     """
-    recipe, stage, opened = student.recipe, student.stage, opened or Opened()
+    recipe, stage, opened = student.recipe, student.stage, student.opened
     summary = summarise(recipe, caches(recipe, opened), evaluation, seconds, stages)
     summary["fingerprint"] = fingerprint(recipe, opened)
     lines = tracking.read(recipe.stage_directory(stage.stage) / tracking.METRICS_FILE)
@@ -225,6 +227,7 @@ def write(
         figures.loss_curves(lines, stage.teachers),
         figures.token_picture(student),
     )
+    atomic.sweep(layout.scratch_directory(recipe.directory))  # of killed reports
     evaluate.write(recipe.directory, evaluation)
     _replace(recipe.directory / REPORT_FILE, page)
     # Last: its fingerprint says that all of it is there.
