@@ -23,7 +23,7 @@ import zarr
 from PIL import Image
 from safetensors.torch import load_file
 from support.small_caches import build
-from support.stage_runs import PYRAMID, one_thread, three_stages
+from support.stage_runs import PYRAMID, three_stages
 
 from cache.reader import Reader
 from cache.store import Store
@@ -34,8 +34,6 @@ from pipelines.evaluation import during, report
 from pipelines.recipe.config import PROXY, Recipe, StudentConfig
 from pipelines.recipe.stores import cache_jobs, proxy_jobs
 from pipelines.training import inputs, launch, start
-
-__all__ = ["one_thread"]  # a fixture, used by itself
 
 # Composed modules in float32 on batches of another size.
 COMPOSED = 1e-4
