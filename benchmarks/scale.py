@@ -117,16 +117,16 @@ def open_and_read(root: Path) -> dict[str, float]:
     rows = np.random.default_rng(0).integers(0, len(reader), BATCH)
     out = np.empty((BATCH, *reader.row_shape), reader.dtype)
     before = time.perf_counter()
-    reader.take(rows, 0, out)
-    reader.summaries(rows)
-    reader.sample_ids(rows)
+    selected = reader.select(rows)
+    selected.patches(out)
+    summaries, _ = selected.summaries, reader.sample_ids(rows)
     taken = time.perf_counter()
     status = Path("/proc/self/status").read_text()
     anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return {
         "open_seconds": opened - start,
         "first_batch_seconds": taken - before,
-        "rss_mb": int(anonymous.split()[1]) / 1024 - out.nbytes / 2**20,
+        "rss_mb": int(anonymous.split()[1]) / 1024 - (out.nbytes + summaries.nbytes) / 2**20,
         "shards": len(reader.shards()),
     }
 

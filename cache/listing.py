@@ -118,6 +118,6 @@ def invalid_of(store: Store, info: StoreInfo) -> dict[str, int]:
     for record in store.manifest().records():
         if record.num_invalid:
             rows = np.arange(record.start, record.stop)
-            found = Reader(store, [record.view]).reasons(rows, record.view)
+            found = Reader(store, [record.view]).select(rows, record.view).reasons
             reasons.update(reason for reason in found if reason)
     return dict(reasons.most_common())

@@ -6,22 +6,20 @@ few pages each. Shards are kept open, the most recently used of all readers of t
 (`mapped.Recent`). Thread-safe.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from cache.codec.encoded import Escapes
 from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError, WrongSize
 from cache.files.bucket import BucketPath
 from cache.files.mapped import Bytes, Recent, major_faults
 from cache.files.place import using, will_need
-from cache.format import arrow_tables, layout, rows_table
+from cache.format import arrow_tables, layout
 from cache.samples import Rows, ShardRange
+from cache.selection import Group, Selection, Views, grouped
 from cache.shard_rows import (
     MappedRows,
     Piece,
@@ -29,24 +27,15 @@ from cache.shard_rows import (
     ShardRows,
     TableRows,
     copy_all,
+    mapped_rows,
     read_all,
 )
 from cache.store import Store
 
-Views = int | Sequence[int] | Rows
 Kind = Literal["patches", "rows"]
 T = TypeVar("T")
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
-
-
-class Group(NamedTuple):
-    """The rows of a batch that lie in one shard: their places in the batch and inside the shard."""
-
-    view: int
-    shard: int
-    places: list[int]
-    inside: list[int]
 
 
 class Reader:
@@ -54,7 +43,7 @@ class Reader:
 
     Attributes:
         store: the store.
-        views: the views it reads.
+        views: numbers of the views it reads, rising.
         version: the manifest version it reads.
         row_shape: shape of a row in storage dtype, (N, D) for plain codecs.
         dtype: storage dtype.
@@ -63,7 +52,7 @@ class Reader:
     def __init__(
         self,
         store: Store,
-        views: int | Sequence[int] = 1,
+        views: Sequence[int] = (0,),
         version: int | None = None,
         access: Literal["map", "read"] = "map",
         threads: int = 1,
@@ -72,7 +61,7 @@ class Reader:
 
         Args:
             store: from `open_store`.
-            views: how many views, from view 0, or which.
+            views: numbers of the views to read.
             version: manifest version to read; None is the newest.
             access: "map" for local disks, "read" (positioned reads) where maps are slow.
             threads: threads that copy one batch, the caller's included; numpy copies without the
@@ -83,7 +72,7 @@ class Reader:
             ValueError: no view, no thread, or another access.
         """
         self.store = store
-        self.views = list(range(views)) if isinstance(views, int) else sorted(set(views))
+        self.views = sorted(set(views))
         if not self.views or threads < 1 or access not in ("map", "read"):
             raise ValueError(
                 f"views = {views}, threads = {threads}, access = {access!r}: wants at least one "
@@ -134,155 +123,63 @@ class Reader:
         shared = np.asarray((self._lengths > 0).all(axis=0))
         return [shard for shard in self.store.samples.shards() if shared[shard.shard]]
 
-    def take(
-        self,
-        rows: Sequence[int] | Rows,
-        views: Views = 0,
-        out: npt.NDArray[np.generic] | None = None,
-    ) -> npt.NDArray[np.generic]:
-        """Copy rows, in the given order, into one buffer: one copy, whatever the order.
+    def select(self, rows: Sequence[int] | Rows, views: Views = 0) -> Selection:
+        """Find rows in their shards, once for all that will be asked about them.
 
         Args:
             rows: int64 [n].
-            views: view of each row, [n], or one for all.
-            out: [n, *row_shape] in storage dtype, C-contiguous; made if None.
-
-        Returns:
-            `out`. Invalid rows hold the array's fill value (NaN, or 0 for codes).
+            views: view number of each row, [n], or one for all.
 
         Raises:
-            ValueError: `out` does not fit.
+            ValueError: rows of another shape, or views of another length.
             MissingSamples: a row is not in the store, or not in that view.
-            Corrupt: a shard is not what its record says.
         """
-        asked = np.asarray(rows, np.int64)
-        shape = (*asked.shape, *self.row_shape)
-        if out is None:
-            out = np.empty(shape, self.dtype)
-        elif out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
-            raise ValueError(
-                f"out: {out.dtype}{list(out.shape)}, wants C-contiguous {self.dtype}{list(shape)}"
-            )
-        if not len(asked):
-            return out
-        into = np.frombuffer(out, np.uint8)
-        if self._undisturbed() or self._resident(self._pieces(asked, views)):
-            copy_all(self._mapped_rows(asked, views), into, self._pool, self._threads)
-        else:
-            read_all(self._pieces(asked, views), into.reshape(-1, self._row_bytes))
-        return out
-
-    def read_ahead(self, rows: Sequence[int] | Rows, views: Views = 0) -> None:
-        """Start bringing rows that will be taken soon: a hint.
-
-        From a local disk the kernel is asked for those that are not in memory; of a bucket the
-        rows' shards are mirrored by threads, and this returns at once.
-        """
-        asked = np.asarray(rows, np.int64)
-        if not self.mirrored:
-            if not self._undisturbed():
-                pieces = self._pieces(asked, views)
-                if not self._resident(pieces):
-                    for piece in pieces:
-                        piece.shard.will_need(piece.inside)
-            return
-        for view, shard, _, _ in self._groups(asked, views):
-            if (view, shard) not in self._patches or (view, shard) not in self._tables:
-                will_need([self._file(view, shard, "rows"), self._file(view, shard, "patches")])
-
-    def summaries(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.float32]:
-        """Return summaries as float32 [n, D]; NaN for invalid rows."""
-        asked = np.asarray(rows, np.int64)
-        out = np.empty((*asked.shape, self.store.spec.summary_dim), np.float32)
-        for view, shard, places, inside in self._groups(asked, views):
-            out[places] = self._tables.get(view, shard).summary[inside]
-        return out
-
-    def valid(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.bool_]:
-        """Return validity as bool [n]."""
-        asked = np.asarray(rows, np.int64)
-        out = np.empty(asked.shape, bool)
-        for view, shard, places, inside in self._groups(asked, views):
-            out[places] = self._tables.get(view, shard).valid[inside]
-        return out
-
-    def escapes(self, rows: Sequence[int] | Rows, views: Views = 0) -> Escapes:
-        """Return the escaped tokens of a batch, by place in the batch; what decode wants."""
-        asked = np.asarray(rows, np.int64)
-        dim = self.store.spec.patch_dim
-        parts, places_of = [Escapes.none(dim)], [0]
-        if self.store.codec.has_escapes:
-            for view, shard, places, inside in self._groups(asked, views):
-                table = self._tables.get(view, shard)
-                for place, local in zip(places, inside, strict=True):
-                    if table.num_escapes[local]:
-                        token, values = rows_table.escapes_of(table.table, local, dim)
-                        parts.append(Escapes(np.zeros(len(token), np.int64), token, values))
-                        places_of.append(place)
-        return Escapes.joined(parts, places_of)
-
-    def decoded(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.float32]:
-        """Return features as float32 [n, N, D], escapes put in; NaN for invalid rows."""
-        out = self.store.codec.decode(self.take(rows, views), self.escapes(rows, views))
-        out[~self.valid(rows, views)] = np.nan
-        return out
-
-    def view_digests(self, rows: Sequence[int] | Rows, views: Views = 0) -> list[str | None]:
-        """Return the digest of each view's canvas, None where there was no canvas."""
-        return self._texts("view_digest", rows, views)
-
-    def reasons(self, rows: Sequence[int] | Rows, views: Views = 0) -> list[str | None]:
-        """Return why each row is invalid, None where it is valid."""
-        return self._texts("reason", rows, views)
-
-    def parameters(self, rows: Sequence[int] | Rows, views: Views = 0) -> list[str | None]:
-        """Return each view's parameters as JSON text."""
-        return self._texts("parameters", rows, views)
+        groups = grouped(rows, views, self.store.samples.rows_per_shard)
+        for group in groups:
+            self._require(group.view, group.shard, max(group.inside))
+        return Selection(self, groups, len(rows))
 
     def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return sample ids, in the given order."""
         return self.store.samples.sample_ids(rows)
 
-    def _texts(self, column: str, rows: Sequence[int] | Rows, views: Views) -> list[str | None]:
-        asked = np.asarray(rows, np.int64)
-        out: list[str | None] = [None] * len(asked)
-        for view, shard, places, inside in self._groups(asked, views):
-            values = self._tables.get(view, shard).table[column]
-            for place, local in zip(places, inside, strict=True):
-                out[place] = values[local].as_py()
-        return out
+    def table(self, view: int, shard: int) -> TableRows:
+        """Return the table of a shard's rows; see `select`.
 
-    def _mapped_rows(self, rows: Rows, views: Views) -> list[Bytes]:
-        """Return each row [row_bytes] of a batch where it is mapped.
-
-        What runs between two gathers runs from cold caches: so few and plain steps.
+        Raises:
+            Corrupt: it is not what its record says.
         """
-        per_shard = self.store.samples.rows_per_shard
-        shards: dict[tuple[int, int], ShardRows] = {}
-        found: list[Bytes] = []
-        for row, view in self._each(rows, views):
-            number, inside = divmod(row, per_shard)
-            shard = shards.get((view, number))
-            if shard is None:
-                if (view, number) not in self._patches:
-                    self._require(view, number, inside)
-                shard = shards[view, number] = self._patches.get(view, number)
-            try:
-                found.append(shard.row(inside))
-            except IndexError:
-                self._require(view, number, inside)
-                raise
-        return found
+        return self._tables.get(view, shard)
 
-    def _pieces(self, rows: Rows, views: Views) -> list[Piece]:
-        """Find a batch's rows in their files."""
+    def copy(self, groups: Sequence[Group], into: Bytes) -> None:
+        """Copy the patches of rows into a batch [n * row_bytes]; see `Selection.patches`."""
+        pieces = self._pieces(groups)
+        if self._undisturbed() or self._resident(pieces):
+            copy_all(mapped_rows(pieces), into, self._pool, self._threads)
+        else:
+            read_all(pieces, into.reshape(-1, self._row_bytes))
+
+    def read_ahead(self, groups: Sequence[Group]) -> None:
+        """Start bringing rows that will be copied soon; see `Selection.read_ahead`."""
+        if self.mirrored:
+            for view, shard, _, _ in groups:
+                if (view, shard) not in self._patches or (view, shard) not in self._tables:
+                    will_need([self._file(view, shard, "rows"), self._file(view, shard, "patches")])
+        elif not self._undisturbed():
+            pieces = self._pieces(groups)
+            if not self._resident(pieces):
+                for piece in pieces:
+                    piece.shard.will_need(piece.inside)
+
+    def _pieces(self, groups: Sequence[Group]) -> list[Piece]:
+        """Open the shards that the rows lie in."""
         return [
             Piece(self._patches.get(view, shard), inside, places)
-            for view, shard, places, inside in self._groups(rows, views)
+            for view, shard, places, inside in groups
         ]
 
     def _undisturbed(self) -> bool:
-        """Whether the last rows were in memory and no fault of this process went to disk since."""
+        """True if the last rows were in memory and no fault of this process went to disk since."""
         return self._faults == major_faults()
 
     def _resident(self, pieces: list[Piece]) -> bool:
@@ -299,29 +196,6 @@ class Reader:
         )
         self._faults = faults if resident else -1  # -1: the next batch is asked about too
         return resident
-
-    def _groups(self, rows: Rows, views: Views) -> list[Group]:
-        """Sort a batch's rows by shard; places rise inside each."""
-        per_shard = self.store.samples.rows_per_shard
-        groups: dict[tuple[int, int], Group] = {}
-        for place, (row, view) in enumerate(self._each(rows, views)):
-            shard, inside = divmod(row, per_shard)
-            group = groups.get((view, shard))
-            if group is None:
-                group = groups[view, shard] = Group(view, shard, [], [])
-            group.places.append(place)
-            group.inside.append(inside)
-        for group in groups.values():
-            self._require(group.view, group.shard, max(group.inside))
-        return list(groups.values())
-
-    def _each(self, rows: Rows, views: Views) -> Iterable[tuple[int, int]]:
-        """Return each row with its view, as plain integers."""
-        if rows.ndim != 1:
-            raise ValueError(f"rows: shape {rows.shape}, wants one dimension")
-        if isinstance(views, int):
-            return zip(rows.tolist(), repeat(views), strict=False)
-        return zip(rows.tolist(), np.broadcast_to(views, len(rows)).tolist(), strict=True)
 
     def _require(self, view: int, shard: int, inside: int) -> None:
         """Refuse a row that the store does not have in that view."""

@@ -28,7 +28,8 @@ def compare(store: Store, view: int) -> str:
     rows = np.random.default_rng(0).permutation(known)[:SAMPLES]
     directory = layout.view_directory(store.directory, view)
 
-    ours = reader.take(rows, view)
+    selected = reader.select(rows, view)
+    ours = selected.patches()
     by_zarr = zarr.open_array(str(directory), mode="r").oindex[rows]
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(directory)}}
     by_tensorstore = tensorstore.open(spec, read=True).result()[rows].read().result()
@@ -45,12 +46,12 @@ def compare(store: Store, view: int) -> str:
         how="right",
         maintain_order="right",
     )
-    np.testing.assert_array_equal(by_polars["summary"].to_numpy(), reader.summaries(rows, view))
+    np.testing.assert_array_equal(by_polars["summary"].to_numpy(), selected.summaries)
     return (
         f"view {view}: patches {ours.dtype}{list(ours.shape)} equal through our reader, "
         f"zarr-python {zarr.__version__} and tensorstore; summaries "
         f"[{len(rows)}, {store.spec.summary_dim}] equal through our reader and polars; "
-        f"{int((~reader.valid(rows, view)).sum())} rows invalid"
+        f"{int((~selected.valid).sum())} rows invalid"
     )
 
 

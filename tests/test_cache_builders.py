@@ -118,11 +118,13 @@ def test_what_was_added_and_built_since_a_store_was_opened_is_not_there_yet(tmp_
     assert len(opened.samples) == 5
     toy.add_samples([*ids(5), *ids(3, "b")])
     grown = toy.build()
-    reader = Reader(opened, 2)
+    reader = Reader(opened, range(2))
     assert len(reader) == 5
-    np.testing.assert_array_equal(reader.take([0, 4]), Reader(grown, 2).take([0, 4]))
+    np.testing.assert_array_equal(
+        reader.select([0, 4]).patches(), Reader(grown, range(2)).select([0, 4]).patches()
+    )
     with pytest.raises(MissingSamples, match="row 8 holds no sample"):
-        reader.take([8])
+        reader.select([8]).patches()
     report = verify(opened)  # looks at what is there now
     assert (report.problems, report.num_rows) == ([], 16)
 

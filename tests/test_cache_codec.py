@@ -209,21 +209,24 @@ def test_a_store_keeps_codes_and_escapes(tmp_path, name):
     store = toy.build(num_views=2)
     assert verify(store).problems == []
     assert Toy(tmp_path, name).store().todo(2) == []
-    reader = Reader(store, 2)
+    reader = Reader(store, range(2))
     rows = [5, 0, 2, 4, 0]
-    got = reader.decoded(rows, 1)
+    got = reader.select(rows, 1).decoded()
     records = store.manifest().records()
     # Eight channels are too few for Gaussian statistics: escapes do occur, and are counted.
-    assert sum(r.num_escapes for r in records) == len(reader.escapes(range(6), 0).row) + len(
-        reader.escapes(range(6), 1).row
-    )
+    escapes = [reader.select(range(6), view).escapes for view in (0, 1)]
+    assert sum(r.num_escapes for r in records) == sum(len(part.row) for part in escapes)
     for place, sample in enumerate(reader.sample_ids(rows)):
         if sample == "a/002":
             assert np.isnan(got[place]).all()
             continue
         wanted, _ = features(sample, 1)
         assert relative_error(got[place], wanted).max() <= WORST_ERROR[name] * (1 + BOUND_RTOL)
-    assert reader.take(rows, 1).shape == (5, 1, GRID[0] * GRID[1] * (store.codec.token_bytes + 2))
+    assert reader.select(rows, 1).patches().shape == (
+        5,
+        1,
+        GRID[0] * GRID[1] * (store.codec.token_bytes + 2),
+    )
     assert got.shape[2] == PATCH_DIM
 
 

@@ -54,13 +54,14 @@ def test_an_index_that_points_elsewhere_is_refused(entry):
 def test_the_golden_root_still_reads():
     store = open_store(GOLDEN, store_spec())
     assert verify(store).problems == []
-    reader = Reader(store, 2)
+    reader = Reader(store, range(2))
     rows = store.samples.table["row"].to_numpy()
     for view in (0, 1):
-        got, summaries = reader.take(rows, view), reader.summaries(rows, view)
+        selected = reader.select(rows, view)
+        got, summaries = selected.patches(), selected.summaries
         for n, name in enumerate(reader.sample_ids(rows)):
             if name == "a/001":
-                assert reader.reasons([rows[n]], view) == ["no image"]
+                assert reader.select([rows[n]], view).reasons == ["no image"]
                 continue
             patches, summary = features(name, view)
             np.testing.assert_array_equal(got[n], patches.astype(np.float16))

@@ -62,12 +62,13 @@ def test_readers_share_one_bound(store, monkeypatch, access, limit, count):
     monkeypatch.setattr(mapped, limit, 8)
     rows = np.flatnonzero(np.arange(len(store.samples)) % ROWS_PER_SHARD == 0)
     readers = [Reader(store, access=access) for _ in range(3)]
-    wanted = Reader(store).take(rows)
+    wanted = Reader(store).select(rows).patches()
     for _ in range(2):
         for row, patches in zip(rows, wanted, strict=True):
             for reader in readers:  # one shard a batch: a batch holds what it reads
-                np.testing.assert_array_equal(reader.take([row])[0], patches)
-                reader.summaries([row])
+                selected = reader.select([row])
+                np.testing.assert_array_equal(selected.patches()[0], patches)
+                assert selected.summaries.shape[0] == 1
                 assert count(store.directory) <= 8
 
 
@@ -92,14 +93,14 @@ def test_descriptors_make_room_for_each_other_where_there_are_no_more(store):
     rows = range(0, NUM_SHARDS * ROWS_PER_SHARD, ROWS_PER_SHARD)
     readers = [Reader(store, access="read") for _ in range(2)]
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    wanted = Reader(store).take(list(rows))
+    wanted = Reader(store).select(list(rows)).patches()
     spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(highest)]  # whatever lies below
     with limited(resource.RLIMIT_NOFILE, max(spare) + 6):
         for row, patches in zip(rows, wanted, strict=True):
             for reader in readers:
-                np.testing.assert_array_equal(reader.take([row])[0], patches)
+                np.testing.assert_array_equal(reader.select([row]).patches()[0], patches)
         with pytest.raises(StoreError, match=r"cannot be opened: Too many open files"):
-            readers[0].take(list(rows))
+            readers[0].select(list(rows)).patches()
     for handle in spare:
         os.close(handle)
 

@@ -55,14 +55,14 @@ def local_build(folder: Path) -> dict[str, bytes]:
 def check_reads(root: BucketPath, store=None) -> None:
     """Every feature reads back as it was made."""
     store = store or open_store(root, store_spec())
-    reader = Reader(store, views=2)
+    reader = Reader(store, views=range(2))
     rows = store.samples.rows_of([*ids(5), *ids(2, "b")])
     for view in range(2):
-        valid = reader.valid(rows, view)
+        valid = reader.select(rows, view).valid
         assert valid.tolist() == [True, False, True, True, True, True, True]
         names = reader.sample_ids(rows[valid])
         made = np.stack([features(name, view)[0] for name in names]).astype(np.float16)
-        np.testing.assert_array_equal(reader.take(rows[valid], view), made)
+        np.testing.assert_array_equal(reader.select(rows[valid], view).patches(), made)
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -125,15 +125,15 @@ def test_what_was_mirrored_once_is_not_fetched_again(s3, root):
 
 def test_hints_bring_shards_before_they_are_asked_for(s3, root):
     bucket_child.build(root)
-    reader = Reader(open_store(root, store_spec()), views=2)
+    reader = Reader(open_store(root, store_spec()), views=range(2))
     rows = [0, 4, 8]
     s3.behave()
-    reader.read_ahead(rows, 1)
+    reader.select(rows, 1).read_ahead()
     wait_until(lambda: not mirror.default()._hinted)
     assert {request.method for request in s3.requests} == {"GET"}
     s3.behave()
-    reader.take(rows, 1)
-    reader.summaries(rows, 1)
+    selected = reader.select(rows, 1)
+    assert len(selected.patches()) == len(selected.summaries) == len(rows)
     assert s3.requests == []
 
 
@@ -147,7 +147,7 @@ def test_growth_in_a_bucket_only_adds(root):
     after = contents(root)
     changed = {name for name in before if after[name] != before[name]}
     assert {Path(name).name for name in changed} == {"zarr.json", "HEAD"}
-    assert len(Reader(store, 2)) == 7
+    assert len(Reader(store, range(2))) == 7
 
 
 # ------------------------------------------------------------------------------- killed, and again
@@ -282,11 +282,11 @@ def test_a_segment_of_somebody_else_is_not_replaced(root, tmp_path):
 def test_a_missing_object_is_named(root):
     bucket_child.build(root)
     store = open_store(root, store_spec())
-    reader = Reader(store, 2)
+    reader = Reader(store, range(2))
     lost = store.directory / "view-0001" / "c" / "1" / "0" / "0"
     lost.unlink()
     with pytest.raises(Corrupt, match=f"{lost}: no such object, though the manifest has it"):
-        reader.take([4], 1)
+        reader.select([4], 1).patches()
     assert [str(problem) for problem in verify(store).problems] == [f"{lost}: missing"]
     assert [(view, shard.shard) for view, shard in store.todo(2)] == [(1, 1)]
     bucket_child.build(root)
@@ -302,13 +302,13 @@ def test_a_changed_object_is_refused(root, tmp_path):
     (tmp_path / "f").write_bytes(content)
     bucket.send(tmp_path / "f", changed)
     with pytest.raises(Corrupt, match="contents do not match the recorded sha256"):
-        Reader(store, 2).take([0], 0)
+        Reader(store, range(2)).select([0], 0).patches()
     (problem,) = verify(store).problems
     assert problem.path == changed
     (tmp_path / "f").write_bytes(content[:-1])
     bucket.send(tmp_path / "f", changed)
     with pytest.raises(Corrupt, match="bytes, its record says"):
-        Reader(store, 2).take([0], 0)
+        Reader(store, range(2)).select([0], 0).patches()
 
 
 def test_what_is_not_there_is_said(root):
@@ -424,9 +424,11 @@ def test_an_epoch_through_a_mirror_smaller_than_the_store(root, monkeypatch, tmp
     order = np.random.default_rng(0).permutation(num_shards * ROWS_PER_SHARD)
     for start in range(0, len(order), 2):
         batch = order[start : start + 2]
-        reader.read_ahead(order[start + 2 : start + 4])
+        reader.select(order[start + 2 : start + 4]).read_ahead()
         made = [features(name, 0)[0] for name in reader.sample_ids(batch)]
-        np.testing.assert_array_equal(reader.take(batch), np.stack(made).astype(np.float16))
+        np.testing.assert_array_equal(
+            reader.select(batch).patches(), np.stack(made).astype(np.float16)
+        )
         assert held(mirror.default()) <= bound
 
 

@@ -39,10 +39,10 @@ def test_three_readers_agree(tmp_path, codec):
     toy.add_samples(ids(6))
     toy.add_samples(ids(3, "b"))
     store = toy.build(num_views=2)
-    reader = Reader(store, 2)
+    reader = Reader(store, range(2))
     rows = store.samples.table["row"].to_numpy()
     for view in (0, 1):
-        ours = reader.take(rows, view)
+        ours = reader.select(rows, view).patches()
         directory = layout.view_directory(store.directory, view)
         by_zarr = zarr.open_array(str(directory), mode="r")[:]
         by_tensorstore = (
@@ -62,7 +62,9 @@ def test_three_readers_agree(tmp_path, codec):
             [pl.read_ipc(path) for path in sorted(directory.glob("rows-*.arrow"))]
         )
         assert by_polars["sample_id"].to_list() == reader.sample_ids(rows)
-        np.testing.assert_array_equal(by_polars["summary"].to_numpy(), reader.summaries(rows, view))
+        np.testing.assert_array_equal(
+            by_polars["summary"].to_numpy(), reader.select(rows, view).summaries
+        )
 
 
 @settings(max_examples=50, deadline=None)
@@ -77,7 +79,7 @@ def test_take_in_any_order_gives_the_rows_asked_for(shared_store, data):
 def check_a_batch(store, data):
     reader = Reader(
         store,
-        2,
+        range(2),
         access=data.draw(st.sampled_from(["map", "read"])),
         threads=data.draw(st.integers(1, 3)),
     )
@@ -87,10 +89,9 @@ def check_a_batch(store, data):
     rows = data.draw(st.lists(st.sampled_from(all_rows), max_size=30))
     views = data.draw(st.lists(st.integers(0, 1), min_size=len(rows), max_size=len(rows)))
     out = np.empty((len(rows), 6, PATCH_DIM), np.float16)
-    assert reader.take(rows, views, out) is out
-    summaries = reader.summaries(rows, views)
-    valid = reader.valid(rows, views)
-    digests = reader.view_digests(rows, views)
+    selected = reader.select(rows, views)
+    assert selected.patches(out) is out
+    summaries, valid, digests = selected.summaries, selected.valid, selected.digests
     for n, (name, view) in enumerate(zip(reader.sample_ids(rows), views, strict=True)):
         patches, summary = features(name, view)
         assert valid[n] == (name != "a/005")
@@ -113,8 +114,8 @@ def shared_store(tmp_path_factory):
 
 @pytest.mark.parametrize("rows", [[0, 2, 1, 3], [3, 2, 1, 0], [3, 0, 2, 1], [1, 1, 0, 3]])
 def test_rows_of_one_shard_keep_their_places(shared_store, rows):
-    reader = Reader(shared_store, 2)
-    got = reader.take(rows, 1)
+    reader = Reader(shared_store, range(2))
+    got = reader.select(rows, 1).patches()
     for place, name in enumerate(reader.sample_ids(rows)):
         np.testing.assert_array_equal(got[place], features(name, 1)[0].astype(np.float16))
 
@@ -124,11 +125,11 @@ def test_a_mapped_shard_is_read_after_its_file_is_gone(tmp_path):
     toy.add_samples(ids(6))
     store = toy.build(num_views=1)
     reader = Reader(store)
-    before = reader.take(range(6))
+    before = reader.select(range(6)).patches()
     for path in store.directory.glob("view-0000/c/*/0/0"):
         path.unlink()  # as another process does that makes room in a mirror
     reader._resident = lambda pieces: False
-    np.testing.assert_array_equal(reader.take(range(6)), before)
+    np.testing.assert_array_equal(reader.select(range(6)).patches(), before)
 
 
 def test_a_mapped_shard_is_read_after_it_was_built_anew_with_other_rows(tmp_path):
@@ -136,19 +137,19 @@ def test_a_mapped_shard_is_read_after_it_was_built_anew_with_other_rows(tmp_path
     toy.add_samples(ids(4))
     store = toy.build(num_views=1)
     reader = Reader(store)
-    before = reader.take(range(4))
+    before = reader.select(range(4)).patches()
     toy.bad["a/001"] = "no image"  # so that rows 2 and 3 move up in the file
     store.commit([toy.write(store, 0, store.samples.shard_range(0))])
     reader._resident = lambda pieces: False
-    np.testing.assert_array_equal(reader.take(range(4)), before)
+    np.testing.assert_array_equal(reader.select(range(4)).patches(), before)
 
 
 def test_reader_counts_and_reasons(shared_store):
     reader = Reader(shared_store, [1])
     assert len(reader) == 15
     assert reader.shards() == shared_store.samples.shards()
-    assert reader.reasons([4, 5], 1) == [None, "no image"]
-    assert reader.parameters([4], 1) == ['{"flip": false}']
+    assert reader.select([4, 5], 1).reasons == [None, "no image"]
+    assert reader.select([4], 1).parameters == ['{"flip": false}']
     assert find_stores(shared_store.root)[0].num_valid == 2 * 14
 
 
@@ -164,12 +165,12 @@ def test_what_is_not_committed_does_not_exist(tmp_path):
     reader = Reader(store)
     assert len(reader) == ROWS_PER_SHARD
     with pytest.raises(MissingSamples, match="row 4 of view 0 is not built"):
-        reader.take([0, 4])
+        reader.select([0, 4]).patches()
     with pytest.raises(MissingSamples, match="view 1 was not opened"):
-        reader.take([0], 1)
+        reader.select([0], 1).patches()
     for row in (-1, 10):
         with pytest.raises(MissingSamples, match=f"row {row} holds no sample"):
-            reader.take([row])
+            reader.select([row]).patches()
     store.commit(records[1:])
     assert store.todo(1) == []
     assert len(reader) == ROWS_PER_SHARD  # a reader keeps its version
@@ -196,18 +197,18 @@ def test_gap_rows_are_refused(tmp_path):
     toy.add_samples(ids(2))
     toy.add_samples(ids(2, "b"))
     with pytest.raises(MissingSamples, match="row 3 holds no sample"):
-        Reader(toy.build(1)).take([1, 3])
+        Reader(toy.build(1)).select([1, 3]).patches()
 
 
 def test_bad_buffers_are_refused(shared_store):
-    reader = Reader(shared_store, 2)
+    reader = Reader(shared_store, range(2))
     for bad in (
         np.empty((1, 6, PATCH_DIM), np.float32),
         np.empty((2, 6, PATCH_DIM), np.float16),
         np.empty((1, PATCH_DIM, 6), np.float16).transpose(0, 2, 1),
     ):
         with pytest.raises(ValueError, match="wants C-contiguous float16"):
-            reader.take([0], 0, bad)
+            reader.select([0], 0).patches(bad)
 
 
 def test_growth_only_adds_files(tmp_path):
@@ -221,7 +222,7 @@ def test_growth_only_adds_files(tmp_path):
     changed = {name for name in before if after[name] != before[name]}
     relative = store.directory.relative_to(tmp_path)
     assert changed == {"toy/samples/HEAD", str(relative / "view-0000/zarr.json")}
-    assert len(Reader(grown, 2)) == 9
+    assert len(Reader(grown, range(2))) == 9
     assert len(Reader(grown, version=2)) == 6  # the version from before growth
 
 
@@ -257,7 +258,7 @@ def test_deleted_or_cut_files_are_to_do_again(tmp_path):
     rows.write_bytes(rows.read_bytes()[:-1])
     assert [shard.shard for _, shard in store.todo(1)] == [1, 2]
     with pytest.raises(Corrupt, match="no such file, though the manifest has it"):
-        Reader(store).take([4])
+        Reader(store).select([4]).patches()
     toy.build(1)
     assert store.todo(1) == []
     assert files_under(tmp_path) == before
@@ -276,9 +277,9 @@ def test_features_of_other_images_are_refused(tmp_path):
     Samples.append(tmp_path, DATASET, sample_table(ids(4)[::-1]), ROWS_PER_SHARD)
     reader = Reader(open_store(tmp_path, store.spec))
     with pytest.raises(StoreError, match="made of other samples"):
-        reader.take([0])
+        reader.select([0]).patches()
     with pytest.raises(StoreError, match="made of other samples"):
-        reader.summaries([0])
+        len(reader.select([0]).summaries)
 
 
 def test_writer_refuses_what_does_not_fit(tmp_path):
@@ -316,8 +317,8 @@ def test_a_summary_that_is_not_finite_makes_its_row_invalid(tmp_path):
     patches = np.zeros((2, 6, PATCH_DIM), np.float16)
     store.commit([write_shard(store, 0, shard, patches, rows, {})])
     reader = Reader(store)
-    assert reader.valid([0, 1]).tolist() == [True, False]
-    assert reader.reasons([1]) == ["summary is not finite"]
+    assert reader.select([0, 1]).valid.tolist() == [True, False]
+    assert reader.select([1]).reasons == ["summary is not finite"]
 
 
 def test_create_is_idempotent_and_keeps_the_first_moments(tmp_path):

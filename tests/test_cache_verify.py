@@ -110,7 +110,10 @@ def test_a_swapped_shard_is_found_even_without_checksums(store):
 
 @pytest.mark.parametrize(
     ("file", "read"),
-    [(layout.patches_file, Reader.take), (layout.rows_file, Reader.summaries)],
+    [
+        (layout.patches_file, lambda selected: selected.patches()),
+        (layout.rows_file, lambda selected: selected.summaries),
+    ],
 )
 def test_a_damaged_file_of_the_right_size_says_what_helps(tmp_path, file, read):
     """A build looks at sizes, so `build again` alone would find nothing to do, each time."""
@@ -120,7 +123,7 @@ def test_a_damaged_file_of_the_right_size_says_what_helps(tmp_path, file, read):
     path = file(store.directory, 0, 1)
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(Corrupt, match=rf"^{path}: .*; delete the file and build again$"):
-        read(Reader(store), [4])
+        read(Reader(store).select([4]))
     (problem,) = verify(store).problems
     assert problem.what.endswith("; delete the file and build again")
     path.unlink()

@@ -48,7 +48,8 @@ def tokens(store, view: int = 0) -> dict[str, tuple[bytes, bytes]]:
     """sample_id -> bytes of its summary and patches."""
     reader = Reader(store, [view])
     rows = np.concatenate([np.arange(s.start, s.stop) for s in reader.shards()])
-    summaries, patches = reader.summaries(rows, view), reader.take(rows, view)
+    selected = reader.select(rows, view)
+    summaries, patches = selected.summaries, selected.patches()
     return {
         name: (summary.tobytes(), own.tobytes())
         for name, summary, own in zip(reader.sample_ids(rows), summaries, patches, strict=True)
@@ -177,10 +178,10 @@ def test_an_image_that_is_cut_is_an_invalid_row(tmp_path, images):
     reader = Reader(store)
     rows = np.arange(len(images))
     bad = store.samples.rows_of([str(Path(first).with_suffix(""))])
-    assert set(rows[~reader.valid(rows)]) == set(bad)
-    assert "cannot be decoded" in reader.reasons(bad)[0]
-    assert np.isnan(reader.take(bad)).all()
-    assert np.isfinite(reader.take(np.setdiff1d(rows, bad))).all()
+    assert set(rows[~reader.select(rows).valid]) == set(bad)
+    assert "cannot be decoded" in reader.select(bad).reasons[0]
+    assert np.isnan(reader.select(bad).patches()).all()
+    assert np.isfinite(reader.select(np.setdiff1d(rows, bad)).patches()).all()
 
 
 def test_too_many_unusable_images_fail_the_build_and_lose_nothing(tmp_path, images):
@@ -230,7 +231,9 @@ def test_another_teacher_view_or_weights_is_another_store(tmp_path, images):
 def test_moments_are_those_of_the_stored_features(tmp_path, images):
     source = write_folder(tmp_path / "images", images)
     (store,) = build(job(tmp_path / "root", source, moments_samples=1000))
-    stored = Reader(store).take(np.arange(len(images))).reshape(-1, store.spec.patch_dim)
+    stored = (
+        Reader(store).select(np.arange(len(images))).patches().reshape(-1, store.spec.patch_dim)
+    )
     count, mean, scatter = store.moments()["patches"]
     assert count == len(stored)
     np.testing.assert_allclose(mean, stored.mean(0, dtype=np.float64), rtol=1e-9, atol=1e-12)
@@ -241,10 +244,10 @@ def test_moments_are_those_of_the_stored_features(tmp_path, images):
 def test_rows_carry_the_digest_and_parameters_of_their_view(tmp_path, images):
     source = write_folder(tmp_path / "images", images)
     (store,) = build(job(tmp_path / "root", source, num_views=2))
-    reader = Reader(store, 2)
-    digests = {view: reader.view_digests(np.arange(24), view) for view in (0, 1)}
+    reader = Reader(store, range(2))
+    digests = {view: reader.select(np.arange(24), view).digests for view in (0, 1)}
     assert len(set(digests[0]) | set(digests[1])) == 48
-    assert '"blur_sigma"' in reader.parameters([3], 1)[0]
+    assert '"blur_sigma"' in reader.select([3], 1).parameters[0]
 
 
 def test_a_changed_image_is_refused_by_the_index(tmp_path, images):

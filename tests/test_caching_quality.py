@@ -129,14 +129,15 @@ def test_a_rot4_store_is_sound_and_says_what_it_keeps(runs):
 
 def test_a_rot4_store_keeps_the_features_of_a_float32_one(runs):
     readers = [
-        Reader(open_stores(cache_jobs(run)[0])[0], 2) for run in (runs["float32"], runs["rot4"])
+        Reader(open_stores(cache_jobs(run)[0])[0], range(2))
+        for run in (runs["float32"], runs["rot4"])
     ]
     rows, views = np.arange(32), np.arange(32) % 2
-    exact, lossy = (reader.decoded(rows, views).reshape(-1, DIM) for reader in readers)
+    exact, lossy = (reader.select(rows, views).decoded().reshape(-1, DIM) for reader in readers)
     cosine = torch.nn.functional.cosine_similarity(torch.tensor(exact), torch.tensor(lossy))
     assert cosine.mean() >= MEAN_COSINE["rot4"]
     np.testing.assert_array_equal(  # summaries are never quantised
-        *(reader.summaries(rows, views) for reader in readers)
+        *(reader.select(rows, views).summaries for reader in readers)
     )
 
 

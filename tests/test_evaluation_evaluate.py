@@ -112,9 +112,9 @@ def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
         for name, reader in readers.items()
     }
     guessed = knn_predict(
-        torch.from_numpy(bank.summaries(range(32))),
+        torch.from_numpy(bank.select(range(32)).summaries),
         labels["train"].long(),
-        torch.from_numpy(queries.summaries(range(16))),
+        torch.from_numpy(queries.select(range(16)).summaries),
         run.evaluation.k,
     )
     assert found.knn.teacher == {"lite0": top1(guessed, labels["held-out"].long())}

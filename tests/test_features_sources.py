@@ -49,7 +49,7 @@ def normalisers(stores):
 @pytest.fixture(scope="module")
 def cached(stores, normalisers):
     return CachedSource(
-        {("lite0", store.spec.resolution): Reader(store, 2) for store in stores}, normalisers
+        {("lite0", store.spec.resolution): Reader(store, range(2)) for store in stores}, normalisers
     )
 
 
@@ -120,7 +120,7 @@ def test_what_is_not_there_is_refused(cached, normalisers, stores):
     with pytest.raises(StoreError, match="view 7 was not opened"):
         cached.targets(ids, views + 7, {"lite0": 64})
     with pytest.raises(ValueError, match="no normalisers of teacher lite0"):
-        CachedSource({("lite0", 64): Reader(stores[0], 2)}, {})
+        CachedSource({("lite0", 64): Reader(stores[0], range(2))}, {})
     with pytest.raises(ValueError, match="at least one store"):
         CachedSource({}, normalisers)
 

@@ -190,7 +190,7 @@ def test_one_wrong_view_number_is_refused(float32, tmp_path):
     stage = float32.stages[0]
     (store,) = open_stores(training_job(float32, stage))
     normalisers = inputs.normalisers_of(stage, [[store]])
-    feed = inputs.CachedSource({("lite0", SIDE): Reader(store, 2)}, normalisers)
+    feed = inputs.CachedSource({("lite0", SIDE): Reader(store, range(2))}, normalisers)
     right = Feed(feed, ImageReader(), float32.views)
     wrong = dataclasses.replace(right, source=OffByOne(feed))
     given = inputs.of_feeds(float32, stage, {"emoji": wrong}, normalisers, {})

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.small_caches import POLICY, build, job, pictures, teacher, write_folder, write_parquet
 
+from cache import reader
 from cache.errors import StoreError
 from cache.reader import Reader
 from cache.samples import ShardRange
@@ -135,7 +136,7 @@ def feeds(tmp_path_factory, emoji) -> dict[str, Feed]:
 
 def feed(stores) -> Feed:
     identity = Normaliser(torch.zeros(1280), torch.ones(1280))
-    readers = {("lite0", store.spec.resolution): Reader(store, 2) for store in stores}
+    readers = {("lite0", store.spec.resolution): Reader(store, range(2)) for store in stores}
     source = CachedSource(readers, {"lite0": Normalisers(identity, identity)})
     return Feed(source, ImageReader(), POLICY)
 
@@ -183,6 +184,17 @@ def test_ranks_share_out_the_global_batch(feeds):
         [b.sample_ids for b in batches(feeds, range(4), rank=rank, world=3)] for rank in range(3)
     ]
     assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == together
+
+
+def test_a_batch_groups_its_rows_once_a_reader(feeds, monkeypatch):
+    group, asked = reader.grouped, []
+    monkeypatch.setattr(reader, "grouped", lambda *args: asked.append(args) or group(*args))
+    made = list(batches(feeds, range(4)))
+    for batch in made:
+        batch.targets()
+    # Each part is one dataset's rows, read from the one store of its one teacher.
+    assert len(asked) == sum(len(batch.parts) for batch in made) > 0
+    assert sum(len(rows) for rows, *_ in asked) == sum(map(len, made))
 
 
 def test_micro_batches_are_the_batch_in_stretches(feeds):

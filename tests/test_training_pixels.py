@@ -32,15 +32,15 @@ def test_pixels_are_those_of_the_view_resized(run):
     stage = run.stage("stage1")
     job = next(job for job in pixel_jobs(run, stage) if job.views == run.views)
     (store,) = open_stores(job)
-    reader, images = Reader(store, run.num_views), ImageReader()
+    reader, images = Reader(store, range(run.num_views)), ImageReader()
     sample = store.samples.table.row(3, named=True)
     view = views.make_view(images.read(sample), run.views, sample["sample_id"], 1)
-    kept = reader.take([3], 1)
+    kept = reader.select([3], 1).patches()
     assert kept.dtype == np.uint8
     np.testing.assert_array_equal(kept.reshape(48, 48, 3), views.resize(view.canvas, 48))
-    assert reader.view_digests([3], 1) == [view.digest]
+    assert reader.select([3], 1).digests == [view.digest]
     mean = views.resize(view.canvas, 48).mean((0, 1))
-    np.testing.assert_allclose(reader.summaries([3], 1)[0], mean, rtol=1e-5)
+    np.testing.assert_allclose(reader.select([3], 1).summaries[0], mean, rtol=1e-5)
 
 
 def test_training_on_cached_pixels_is_training_on_drawn_views(run, monkeypatch):

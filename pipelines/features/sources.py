@@ -206,7 +206,7 @@ class CachedSource(FeatureSource):
         for teacher, resolution in resolutions.items():
             reader = self._reader(teacher, resolution)
             if reader.mirrored:
-                reader.read_ahead(rows, views)
+                reader.select(rows, views).read_ahead()
 
     def fetch(
         self,
@@ -225,14 +225,15 @@ class CachedSource(FeatureSource):
         tokens = {}
         for teacher, resolution in resolutions.items():
             reader = self._reader(teacher, resolution)
-            valid &= reader.valid(rows, view_numbers)
-            of_store = reader.view_digests(rows, view_numbers)
+            selected = reader.select(rows, view_numbers)
+            valid &= selected.valid
+            of_store = selected.digests
             digests = of_store if digests is None else _agreeing(digests, of_store, reader)
             buffer = self._buffers.take((len(rows), *reader.row_shape), reader.dtype)
             tokens[teacher] = StoredTokens(
-                reader.summaries(rows, view_numbers),
-                reader.take(rows, view_numbers, buffer),
-                reader.escapes(rows, view_numbers),
+                selected.summaries,
+                selected.patches(buffer),
+                selected.escapes,
                 resolution,
             )
         return Raw(valid, digests, tokens, {})

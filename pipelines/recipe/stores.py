@@ -1,5 +1,6 @@
 """Cache jobs: which stores a recipe needs, and opening those that are built (loads no Ray)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cache.codec.known import default_codec, row_bytes
@@ -172,7 +173,7 @@ class Opened:
 
     def __init__(self) -> None:
         self._stores: dict[tuple[str, str], Store] = {}
-        self._readers: dict[tuple[Path, int, int | None, str, int], Reader] = {}
+        self._readers: dict[tuple[Path, tuple[int, ...], int | None, str, int], Reader] = {}
         self._whole: set[tuple[Path, int]] = set()
 
     def store(self, root: str, spec: StoreSpec) -> Store:
@@ -203,13 +204,13 @@ class Opened:
         self._whole.add((store.directory, num_views))
 
     def reader(
-        self, store: Store, num_views: int, version: int | None, workers: WorkersConfig
+        self, store: Store, views: Sequence[int], version: int | None, workers: WorkersConfig
     ) -> Reader:
-        """Return a reader of a store's first views.
+        """Return a reader of views of a store.
 
         Args:
             store: from `store`.
-            num_views: views, from view 0.
+            views: numbers of the views to read.
             version: manifest version to read; None is the newest when first asked for.
             workers: how stores are read.
 
@@ -217,9 +218,9 @@ class Opened:
             StoreError: a view has no shard yet.
         """
         access, threads = workers.store_access, workers.copy_threads
-        key = store.directory, num_views, version, access, threads
+        key = store.directory, tuple(views), version, access, threads
         if key not in self._readers:
-            self._readers[key] = Reader(store, num_views, version, access, threads)
+            self._readers[key] = Reader(store, views, version, access, threads)
         return self._readers[key]
 
 

@@ -76,7 +76,7 @@ class Feed:
         """
         self.source.will_need(rows, view_numbers, scales.teachers)
         if (stored := self.pixels.get(scales.student)) is not None:
-            stored.read_ahead(rows, view_numbers)
+            stored.select(rows, view_numbers).read_ahead()
         elif self._mirrors_images:
             self.images.will_need(self.source.samples.take(rows).iter_rows(named=True))
 
@@ -313,8 +313,8 @@ def _stored(
     reader: Reader, rows: np.ndarray, view_numbers: np.ndarray, side: int
 ) -> tuple[np.ndarray, list[str | None]]:
     """Read cached pixels, uint8 [n, R, R, 3], and the digests of the canvases they came from."""
-    pixels = reader.take(rows, view_numbers).reshape(len(rows), side, side, 3)
-    return pixels, reader.view_digests(rows, view_numbers)
+    selected = reader.select(rows, view_numbers)
+    return selected.patches().reshape(len(rows), side, side, 3), selected.digests
 
 
 def _check_digests(

@@ -259,7 +259,7 @@ def _feed(
 ) -> Feed:
     def reader(store: Store) -> Reader:
         version = pins.get(str(store.spec.directory()))
-        return opened.reader(store, job.num_views, version, recipe.workers)
+        return opened.reader(store, range(job.num_views), version, recipe.workers)
 
     readers = {
         (store.spec.teacher.name, store.spec.resolution): reader(store)
