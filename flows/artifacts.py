@@ -40,9 +40,9 @@ def progress(key: str) -> Iterator[None]:
         if reading.description in shown:
             update_progress_artifact(shown[reading.description], percent, description=str(reading))
         else:
-            shown[reading.description] = create_progress_artifact(
-                percent, key=key, description=str(reading)
-            )
+            created = create_progress_artifact(percent, key=key, description=str(reading))
+            assert isinstance(created, UUID)  # a coroutine in an event loop, which this is not
+            shown[reading.description] = created
 
     set_listener(listen)
     try:

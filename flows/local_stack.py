@@ -23,9 +23,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -170,13 +171,15 @@ def deploy() -> None:
             raise StackError(f"`prefect {' '.join(words)}` failed")
 
 
-def wait_until_healthy(manager: subprocess.Popen, environment: dict[str, str], log: Path) -> None:
+def wait_until_healthy(
+    manager: subprocess.Popen[bytes], environment: Mapping[str, str], log: Path
+) -> None:
     """Wait for every part in the order in which they become healthy.
 
     Raises:
         StackError: naming the part and the log.
     """
-    parts: dict[str, Callable[[dict[str, str]], bool]] = {
+    parts: dict[str, Callable[[Mapping[str, str]], bool]] = {
         "Prefect server": server_answers,
         "deployments": deployments_are_there,
         "Prefect worker": worker_is_online,
@@ -200,12 +203,12 @@ def wait_until_healthy(manager: subprocess.Popen, environment: dict[str, str], l
             console.print(f"{part}: up after {time.monotonic() - started:.0f} s")
 
 
-def server_answers(environment: dict[str, str]) -> bool:
+def server_answers(environment: Mapping[str, str]) -> bool:
     """Say whether the Prefect API is healthy."""
     return ask(f"{environment['PREFECT_API_URL']}/health") is True
 
 
-def deployments_are_there(environment: dict[str, str]) -> bool:
+def deployments_are_there(environment: Mapping[str, str]) -> bool:
     """Say whether both flows are deployed."""
     url = f"{environment['PREFECT_API_URL']}/deployments/filter"
     flows = ask(f"{environment['PREFECT_API_URL']}/flows/filter", {}) or []
@@ -214,13 +217,13 @@ def deployments_are_there(environment: dict[str, str]) -> bool:
     return found >= DEPLOYMENTS
 
 
-def worker_is_online(environment: dict[str, str]) -> bool:
+def worker_is_online(environment: Mapping[str, str]) -> bool:
     """Say whether a worker of the pool sends heartbeats."""
     url = f"{environment['PREFECT_API_URL']}/work_pools/{POOL}/workers/filter"
     return any(worker["status"] == "ONLINE" for worker in ask(url, {}) or [])
 
 
-def ray_answers(environment: dict[str, str]) -> bool:
+def ray_answers(environment: Mapping[str, str]) -> bool:
     """Say whether the Ray head takes jobs, by giving it one that does nothing."""
     token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     headers = {"Authorization": f"Bearer {token}"}
@@ -228,7 +231,7 @@ def ray_answers(environment: dict[str, str]) -> bool:
     return ask(f"{url}/api/jobs/", {"entrypoint": "true"}, headers) is not None
 
 
-def ask(url: str, body: object = None, headers: dict[str, str] | None = None) -> object:
+def ask(url: str, body: object = None, headers: dict[str, str] | None = None) -> Any:
     """Return the JSON that a local service answers, None while it does not answer."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(

@@ -129,8 +129,8 @@ def token_picture(student: FrozenStudent) -> TokenPicture:
                 features, _ = model(batch.pixels[good].to(device))
                 maps.setdefault(title, []).extend(features.patches.float().cpu())
     columns = {"image": [_png(pixels.numpy()) for pixels in shown]}
-    for title, patches in maps.items():
-        columns[title] = [_png((rgb.numpy() * 255).round()) for rgb in pca_rgb(patches)]
+    for title, grids in maps.items():
+        columns[title] = [_png((rgb.numpy() * 255).round()) for rgb in pca_rgb(grids)]
     return TokenPicture(ids, columns)
 
 

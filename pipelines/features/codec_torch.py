@@ -117,6 +117,7 @@ class Dequantiser:
             tokens = self.butterfly.inverse(tokens)
         if self.mix is not None:
             return torch.addmm(self.offset, tokens, self.mix)
+        assert self.gain is not None  # one of the two is there
         return torch.addcmul(self.offset, tokens, self.gain, out=tokens)
 
 

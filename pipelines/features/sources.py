@@ -6,13 +6,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cache.codec.encoded import Escapes
 from cache.errors import StoreError
 from cache.reader import Reader
 from cache.samples import Samples, ShardRange
 from eupe import views
+from eupe.normalise import Normaliser
 from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import Teacher
 from pipelines.features.buffers import Buffers
@@ -26,8 +27,8 @@ Resolutions = Mapping[str, int]
 class Normalisers(NamedTuple):
     """What is done to one teacher's tokens before the loss (EUPE, arXiv:2603.22387, Fig. 3)."""
 
-    summary: nn.Module
-    patches: nn.Module
+    summary: Normaliser
+    patches: Normaliser
 
 
 class Targets(NamedTuple):
@@ -333,7 +334,7 @@ class LiveSource(FeatureSource):
         return out
 
 
-def _normalised(tokens: Tensor, normaliser: nn.Module) -> Tensor:
+def _normalised(tokens: Tensor, normaliser: Normaliser) -> Tensor:
     with torch.no_grad():
         normalised: Tensor = normaliser.to(tokens.device)(tokens)
     return normalised

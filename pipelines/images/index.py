@@ -10,13 +10,13 @@ import io
 import json
 import struct
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
 import polars as pl
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cache.files import place
 from eupe.errors import BadInput
@@ -85,7 +85,7 @@ def index(
     known: Collection[str] = frozenset(),
     threads: int = 4,
     part_rows: Callable[[int], int] = lambda there: sys.maxsize,
-) -> Iterator[Part]:
+) -> Generator[Part, None, None]:
     """List the samples of a source, reading every image's bytes once for digest and header.
 
     Args:
@@ -172,7 +172,7 @@ def _upright_size(data: bytes) -> tuple[int, int]:
             # The base class's: PNG's own decodes all pixels in search of EXIF data after them.
             exif = Image.Image.getexif(image)
             turned = exif.get(_EXIF_ORIENTATION, 1) in _EXIF_TURNED
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f"{len(data)} bytes are in no image format known here") from error
     except _HEADER_ERRORS as error:
         raise ImageError(f"the image's header cannot be read: {error}") from error

@@ -165,6 +165,7 @@ def _tar_candidates(tar: tarfile.TarFile, path: str, known: Collection[str]) -> 
 def files_of(config: SourceConfig, suffix: str) -> list[Path]:
     """Return the files of a source in a fixed order: of a folder, a glob, or the one named."""
     path = place.root(config.path)
+    found: list[Path]
     if path.is_dir():
         found = (
             [file for file, _ in path.files_below() if file.suffix == suffix]

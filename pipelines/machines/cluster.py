@@ -1,5 +1,6 @@
 """Connecting to Ray, in one place: the cluster RAY_ADDRESS names, or a local one for the moment."""
 
+import logging
 import os
 import secrets
 import sys
@@ -32,14 +33,14 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, logging_level="warning")
+            ray.init(address=address, logging_level=logging.WARNING)
         else:
             ray.init(
                 address="local",
                 include_dashboard=dashboard_port is not None,
                 dashboard_host="127.0.0.1",
                 dashboard_port=dashboard_port,
-                logging_level="warning",
+                logging_level=logging.WARNING,
             )
         yield None if dashboard_port is None else f"http://127.0.0.1:{dashboard_port}"
     finally:

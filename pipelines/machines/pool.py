@@ -66,7 +66,7 @@ class Pool:
         import ray  # after `connect` has settled its environment
 
         waiting = iter(enumerate(tasks))
-        running: dict[ray.ObjectRef, tuple[int, Any]] = {}
+        running: dict[ray.ObjectRef[Any], tuple[int, Any]] = {}
 
         def feed(handle: Any) -> None:
             for number, task in islice(waiting, 1):
@@ -96,13 +96,14 @@ class Pool:
                 file=sys.stderr,
             )
             self._actors = count = room
-        remote = ray.remote(
-            num_cpus=self._cpus,
-            num_gpus=self._gpus,
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_TASK_RETRIES,
-            max_concurrency=IN_FLIGHT,
-        )(self._make)
+        options: dict[str, Any] = {  # Ray's annotations have not all of them
+            "num_cpus": self._cpus,
+            "num_gpus": self._gpus,
+            "max_restarts": MAX_RESTARTS,
+            "max_task_retries": MAX_TASK_RETRIES,
+            "max_concurrency": IN_FLIGHT,
+        }
+        remote: Any = ray.remote(**options)(self._make)
         for _ in range(count - len(self._handles)):
             handle = remote.remote(**self._arguments)
             self._connected.callback(ray.kill, handle)

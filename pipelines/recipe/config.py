@@ -261,7 +261,7 @@ class Recipe(Spec):
             raise BadInput(f"num_views = {self.num_views}: a centre view has only view 0")
         return self
 
-    def stage(self, name: StageName) -> StageConfig:
+    def stage(self, name: str) -> StageConfig:
         """Return the stage of that name.
 
         Raises:

@@ -26,10 +26,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     **{name: partial(family.full, name) for name in family.STUDENTS},
     "proxy_vitg": family.proxy,
 }
-RECIPES |= {
-    f"{name}_tiny": lambda whole=RECIPES[name]: family.tiny(whole())
-    for name in (*family.STUDENTS, "proxy_vitg")
-}
+
+
+def _tiny(name: str) -> Recipe:
+    return family.tiny(RECIPES[name]())
+
+
+RECIPES |= {f"{name}_tiny": partial(_tiny, name) for name in (*family.STUDENTS, "proxy_vitg")}
 
 
 def get(name: str, overrides: Sequence[str] = ()) -> Recipe:

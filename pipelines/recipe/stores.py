@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cache.codec.known import default_codec, row_bytes
 from cache.errors import NotBuilt
@@ -113,8 +114,9 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
 def _proxy_steps(recipe: Recipe, saved: Checkpoint) -> int:
     """Return how long stage 1 trains: here, or in the recipe whose proxy this one shares."""
     ours = [stage.model_dump() for stage in recipe.stages]
-    theirs = saved.recipe.get("stages", [])
-    return next(stage["steps"] for stage in (*ours, *theirs) if stage["stage"] == "stage1")
+    theirs: Any = saved.recipe.get("stages", [])
+    steps: int = next(stage["steps"] for stage in (*ours, *theirs) if stage["stage"] == "stage1")
+    return steps
 
 
 def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...]:

@@ -272,9 +272,10 @@ def _prune(stage_directory: Path, keep: int) -> None:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        found: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
+    return found
 
 
 def _sync(path: Path) -> None:

@@ -24,7 +24,7 @@ _SPREAD = StateDictOptions(full_state_dict=True)
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's parameters and buffers on the CPU; on ranks other than 0, nothing."""
-    found: dict[str, Tensor] = get_model_state_dict(module, options=_GATHER)
+    found: dict[str, Any] = get_model_state_dict(module, options=_GATHER)
     return found
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from eupe.errors import BadInput
+from eupe.heads import DistillationModel
 from pipelines.recipe.config import StageConfig
 from pipelines.records import whole_state
 from pipelines.training.workers import Workers
@@ -60,7 +61,7 @@ class _ProcessGroup:
 class Copies(_ProcessGroup):
     """Each worker holds the whole model; gradients are averaged during backward (DDP)."""
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: DistillationModel) -> nn.Module:
         """Return the model in DDP; every parameter must get a gradient at every step."""
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
@@ -69,7 +70,7 @@ class Copies(_ProcessGroup):
         assert isinstance(model, DistributedDataParallel)
         return nullcontext() if last else model.no_sync()
 
-    def whole(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+    def whole(self, model: DistillationModel) -> AbstractContextManager[DistillationModel]:
         """Return the model: it is whole on every worker."""
         return nullcontext(model)
 
@@ -95,9 +96,9 @@ class Shards(_ProcessGroup):
             if gathered is None
             else MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
         )
-        self._unsharded: nn.Module | None = None
+        self._unsharded: DistillationModel | None = None
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: DistillationModel) -> nn.Module:
         """Shard the model where it stands, block by block, and return it."""
         if self.rank == 0:
             self._unsharded = deepcopy(model).cpu()
@@ -113,7 +114,7 @@ class Shards(_ProcessGroup):
         return nullcontext()
 
     @contextmanager
-    def whole(self, model: nn.Module) -> Iterator[nn.Module]:
+    def whole(self, model: DistillationModel) -> Iterator[DistillationModel]:
         """Gather the float32 weights into an unsharded copy, on rank 0.
 
         A copy, because a forward of the sharded model is work for all: it gathers, and leaves the

@@ -94,8 +94,8 @@ class TrainingDraw:
                 own[there] = order.rows(epoch, first, last + 1)[places[there] - first]
             rows[ours] = own
             shards = np.searchsorted(self._shards[number], own, side="right") - 1
-            first = self._shards[number][shards]
-            views[ours] = view_numbers(self._seed, epochs, first, self._num_views[number])
+            starts = self._shards[number][shards]
+            views[ours] = view_numbers(self._seed, epochs, starts, self._num_views[number])
         return Drawn(datasets, rows, views)
 
 
@@ -137,4 +137,5 @@ def view_numbers(seed: int, epochs: np.ndarray, shards: np.ndarray, num_views: i
         num_views: views there are.
     """
     start = hashed(shards, f"pipelines.draws/view/{seed}") % np.uint64(num_views)
-    return (start.astype(np.int64) + epochs) % num_views
+    views: np.ndarray = (start.astype(np.int64) + epochs) % num_views
+    return views

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -126,7 +127,8 @@ def _train_distributed(job: _Job) -> StageResult:
         from ray.train.torch import TorchTrainer
 
         trainer = TorchTrainer(
-            _worker,
+            # Ray hands on what it returns, though it asks for a function of no result.
+            _worker,  # type: ignore[arg-type]
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
                 num_workers=job.recipe.workers.count, use_gpu=job.recipe.workers.use_gpu
@@ -140,7 +142,7 @@ def _train_distributed(job: _Job) -> StageResult:
         )
         try:
             with _own_interrupts(), _followed(job):
-                result = trainer.fit()
+                result: Any = trainer.fit()  # Ray's annotations lack return_value
         except WorkerGroupError as error:
             fault = _fault(error.worker_failures)
             if fault is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -118,7 +119,8 @@ class _Run:
         model = start.initial_model(recipe, stage, inputs.dims)
         self.model = model.to(device).train()
         if stage.activation_checkpointing:
-            model.encoder.network.set_grad_checkpointing(True)
+            network: Any = model.encoder.network  # timm's and open_clip's have it
+            network.set_grad_checkpointing(True)
         self.wrapped = workers.wrap(self.model)
         if stage.compile:
             self.wrapped.compile()
@@ -133,15 +135,16 @@ class _Run:
             self._restore(saved, resume)
         first = saved.step if saved is not None else 0
         # Killed between saving and judging: what an undisturbed run has is made up for.
-        unjudged = evaluate is not None and saved is not None and self._due(first)
-        unjudged = unjudged and self._on_any(saved.score is None)
+        unjudged = None
+        if evaluate is not None and saved is not None and self._due(first):
+            unjudged = saved if self._on_any(saved.score is None) else None
         trackers = tracking.Trackers()
-        if self.workers.rank == 0 and (unjudged or first < stage.steps):
+        if self.workers.rank == 0 and (unjudged is not None or first < stage.steps):
             trackers = tracking.open_trackers(self.directory, first + 1)
         pace = Pace()
         try:
-            if unjudged:
-                saved = self._judged(evaluate, saved, trackers)
+            if evaluate is not None and unjudged is not None:
+                saved = self._judged(evaluate, unjudged, trackers)
             with (
                 track(stage.steps, f"Training {stage.stage}", "steps", first) as progress,
                 closing(_steps(self.inputs.batches(range(first, stage.steps)))) as steps,
@@ -154,11 +157,11 @@ class _Run:
                         figures = self._figures(done, pace)
                         trackers.log(done, figures)
                         progress.note(in_words(figures, self.inputs.dims))
-                    due = evaluate is not None and self._due(done)
-                    if due or last or done % stage.checkpoint_every == 0:
+                    judge = evaluate if self._due(done) else None
+                    if judge is not None or last or done % stage.checkpoint_every == 0:
                         saved = self._save(done)
-                    if due:  # after saving: what an evaluation raises must lose nothing
-                        saved = self._judged(evaluate, saved, trackers)
+                        if judge is not None:  # what it raises must lose nothing
+                            saved = self._judged(judge, saved, trackers)
                     pace.mark()
         finally:
             trackers.close()

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from eupe.heads import DistillationModel
+
 
 class Workers(Protocol):
     """The processes that train one model, seen from one of them.
@@ -24,7 +26,7 @@ class Workers(Protocol):
     @property
     def size(self) -> int: ...  # noqa: D102
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: DistillationModel) -> nn.Module:
         """Return the module to call; its gradients are the mean over workers after `backward`."""
         ...
 
@@ -32,7 +34,7 @@ class Workers(Protocol):
         """Hold back the exchange of gradients until the `last` micro-batch of a step."""
         ...
 
-    def whole(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+    def whole(self, model: DistillationModel) -> AbstractContextManager[DistillationModel]:
         """Give rank 0 the model with all of its weights, to look at; every worker must enter."""
         ...
 
@@ -51,7 +53,7 @@ class OneProcess:
     rank = 0
     size = 1
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: DistillationModel) -> nn.Module:
         """Return the model itself."""
         return model
 
@@ -59,7 +61,7 @@ class OneProcess:
         """Do nothing: gradients add up where they are."""
         return nullcontext()
 
-    def whole(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+    def whole(self, model: DistillationModel) -> AbstractContextManager[DistillationModel]:
         """Return the model."""
         return nullcontext(model)
 
