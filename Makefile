@@ -9,7 +9,7 @@ CONSTRAINTS := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test check up down bench clean
+.PHONY: help install lock demo test check mutants up down bench clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -31,6 +31,9 @@ check: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+mutants: $(INSTALLED)  ## plant known faults in a copy, one at a time: a test must notice each
+	$(BIN)/python tests/mutants/run.py
 
 up: $(INSTALLED)  ## start Prefect, a worker and a Ray head here; then: . runs/local/env
 	@$(BIN)/python -m flows.local_stack up

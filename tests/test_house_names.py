@@ -92,7 +92,7 @@ def test_tests_are_flat_and_named_after_what_they_test():
         if not (
             named.fullmatch(path.name) or path.name == "conftest.py"
             if path.parent == ROOT / "tests"
-            else path.parent == ROOT / "tests/support" and not path.name.startswith("test_")
+            else path.parent.name in ("support", "mutants") and not path.name.startswith("test_")
         )
     ]
     assert stray == []

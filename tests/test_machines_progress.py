@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
+from pipelines.machines import progress
 from pipelines.machines.progress import Reading, Relay, set_listener, track
 
 CHILD = """
@@ -50,12 +52,24 @@ def test_another_process_is_shown_as_if_it_were_here(heard, size, monkeypatch):
     assert (heard[-1].done, heard[-1].finished) == (3, True)
 
 
-def test_a_process_that_dies_halfway_ends_its_step(heard, capsys):
+def test_a_process_that_dies_halfway_ends_its_step(heard, monkeypatch):
+    """What shows the step, a bar say, is left: else it would spin on for ever."""
+    seen: list[object] = []
+
+    @contextmanager
+    def shown(total, description, unit):
+        seen.append(("begun", total, description, unit))
+        yield lambda reading: seen.append(reading.done)
+        seen.append("ended")
+
+    monkeypatch.setattr(progress, "_shown", shown)
     with Relay(lambda line: None) as relay:
         relay.feed(
             '@progress {"description": "Counting", "unit": "sheep", "done": 1, "total": 3, '
             '"seconds": 0.5, "finished": false}\n'
         )
+        assert "ended" not in seen
+    assert seen == [("begun", 3, "Counting", "sheep"), 1, "ended"]
     assert [reading.done for reading in heard] == [1]
 
 
