@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+import warnings
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -98,11 +99,39 @@ def test_tests_are_flat_and_named_after_what_they_test():
     assert stray == []
 
 
-def test_no_file_is_longer_than_anyone_reads():
-    ceiling = 400  # house rule 1
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for path in modules()
-        if (lines := len(path.read_text().splitlines())) > ceiling
-    }
-    assert long == {}
+FUNCTIONS_A_CLASS = 20
+STATEMENTS_A_FUNCTION = 50
+LINES_TO_THINK_AT = 400
+
+
+def too_large(source: str) -> list[str]:
+    """Name the classes with too many functions and the functions with too many statements."""
+    function = ast.FunctionDef | ast.AsyncFunctionDef
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            functions = sum(isinstance(each, function) for each in node.body)
+            if functions > FUNCTIONS_A_CLASS:
+                found.append(f"{node.name}: {functions} functions")
+        elif isinstance(node, function):
+            statements = sum(isinstance(each, ast.stmt) for each in ast.walk(node)) - 1
+            if statements > STATEMENTS_A_FUNCTION:
+                found.append(f"{node.name}: {statements} statements")
+    return found
+
+
+def test_no_class_and_no_function_is_larger_than_anyone_reads():
+    """A file above the lines to think at only warns: no comment is folded for a count."""
+    found = {str(path.relative_to(ROOT)): path.read_text() for path in modules()}
+    for name, source in found.items():
+        if (lines := len(source.splitlines())) > LINES_TO_THINK_AT:
+            warnings.warn(f"{name} has {lines} lines: two responsibilities?", stacklevel=1)
+    assert {name: large for name, source in found.items() if (large := too_large(source))} == {}
+
+
+def test_a_large_class_and_a_long_function_are_noticed():
+    methods = "".join(f"    def f{number}(self): pass\n" for number in range(21))
+    assert too_large(f"class Large:\n{methods}") == ["Large: 21 functions"]
+    body = "    if x:\n" + "        x = 1\n" * 50
+    assert too_large(f"def long(x):\n{body}") == ["long: 51 statements"]
+    assert too_large(f"def long(x):\n{body.removesuffix('        x = 1' + chr(10))}") == []
