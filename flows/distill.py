@@ -106,13 +106,13 @@ def distill(
         build([cache_jobs(asked)], f"Stores of recipe {recipe}")
         clock("teacher caches")
         cached = False
-        for stage in asked.stages:
+        for stage in asked.stages.values():
             if PROXY in stage.teachers and not cached:
                 build([proxy_jobs(asked)], f"Stores of the proxy of recipe {recipe}")
                 cached = True
                 clock("proxy caches")
-            train(stage.stage, arguments, address, gpus if asked.workers.count == 1 else 0)
-            clock(stage.stage)
+            train(stage.name, arguments, address, gpus if asked.workers.count == 1 else 0)
+            clock(stage.name)
         found = report.current(asked)
         if found is None:
             make_report(arguments, seconds, address, gpus)

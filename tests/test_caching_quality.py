@@ -18,6 +18,7 @@ from eupe.moments import Moments
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Measured
 from pipelines.caching.quality import quality
+from pipelines.recipe.config import by_name
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import tracking
 from pipelines.training import inputs
@@ -106,7 +107,7 @@ def runs(tmp_path_factory):
     for codec in ("float32", "rot4"):
         directory = tmp_path_factory.mktemp(codec)
         whole = small_run.recipe(directory)
-        teachers = (small_caches.teacher(codec=codec),)
+        teachers = by_name(small_caches.teacher(codec=codec))
         extraction = whole.extraction.model_copy(update={"moments_samples": 32})
         run = whole.model_copy(update={"teachers": teachers, "extraction": extraction})
         small_run.build(run, directory)
@@ -144,7 +145,7 @@ def test_a_rot4_store_keeps_the_features_of_a_float32_one(runs):
 def test_a_student_trains_from_rot4_as_from_float32(runs, tmp_path):
     losses = {}
     for codec, run in runs.items():
-        stage = run.stages[0].model_copy(update={"log_every": 1})
+        stage = run.stage("stage2").model_copy(update={"log_every": 1})
         train_stage(run, stage, inputs.from_caches(run, stage), tmp_path / codec)
         lines = tracking.read(tmp_path / codec / tracking.METRICS_FILE)
         losses[codec] = [line["loss/total"] for line in lines if "loss/total" in line]

@@ -21,6 +21,7 @@ from pipelines.evaluation.compare import Constants
 from pipelines.evaluation.frozen import FrozenStudent
 from pipelines.images.reader import ImageReader
 from pipelines.recipe import recipes
+from pipelines.recipe.config import by_name
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import checkpoint
 from pipelines.records.checkpoint import Contents
@@ -35,13 +36,13 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     made = small_run.recipe(directory)
     small_run.build(made, directory)
-    launch.train(made, made.stages[0], make_evaluate=during.hook)
+    launch.train(made, made.stage("stage2"), make_evaluate=during.hook)
     return made
 
 
 @pytest.fixture(scope="module")
 def found(run):
-    return evaluate.evaluate(FrozenStudent(run, run.stages[0]))
+    return evaluate.evaluate(FrozenStudent(run, run.stage("stage2")))
 
 
 def targets(seed: int, count: int = 40) -> dict[str, Features]:
@@ -122,12 +123,12 @@ def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
 
 
 def test_cosines_are_those_of_the_student_and_the_live_teacher_image_by_image(run, found):
-    stage = run.stages[0]
-    saved = checkpoint.require(run.stage_directory(stage.stage))
+    stage = run.stage("stage2")
+    saved = checkpoint.require(run.stage_directory(stage.name))
     opened = inputs.from_caches(run, stage)
     model = start.initial_model(run, stage, opened.dims)
     start.load(model, saved)
-    config = run.teachers[0]
+    (config,) = run.teachers.values()
     teacher = load_teacher(config.name, config.encoder, config.weights)
     feed = inputs.centre_feeds(run, stage, opened.normalisers)["held-out"]
     reader, figures = ImageReader(), []
@@ -164,14 +165,14 @@ def test_training_moved_the_student_from_where_it_began(found):
 
 
 def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
-    stage = run.stages[0]
+    stage = run.stage("stage2")
     opened = inputs.from_caches(run, stage)
     model = start.initial_model(run, stage, opened.dims)
     untrained = run.model_copy(update={"run_directory": str(tmp_path)})
     contents = Contents(
         0, {}, opened.pins, model.encoder.network.state_dict(), model.heads.state_dict(), {}
     )
-    checkpoint.save(untrained.stage_directory(stage.stage), contents, keep=1)
+    checkpoint.save(untrained.stage_directory(stage.name), contents, keep=1)
     found = evaluate.evaluate(FrozenStudent(untrained, stage))
     assert found.knn.p_value == 1
     assert found.knn.init == found.knn.final
@@ -179,7 +180,7 @@ def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
 
 
 def test_the_evaluation_during_training_agrees_with_the_one_after(run, found):
-    lines = loop.tracking.read(run.stage_directory(run.stages[0].stage) / "metrics.jsonl")
+    lines = loop.tracking.read(run.stage_directory(run.stage("stage2").name) / "metrics.jsonl")
     seen = {line["step"]: line for line in lines if loop.SCORE in line}
     assert sorted(seen) == [4, 8]
     assert seen[8]["held_out/cosine_summary"] == pytest.approx(found.summary.final, abs=1e-6)
@@ -192,15 +193,15 @@ def test_a_label_that_is_not_there_is_named(run):
         update={"evaluation": run.evaluation.model_copy(update={"label": "colour"})}
     )
     with pytest.raises(ValueError, match=r"label = 'colour': sample '.*' has none; .* label"):
-        evaluate.evaluate(FrozenStudent(asked, asked.stages[0]))
-    opened = inputs.from_caches(run, run.stages[0])
+        evaluate.evaluate(FrozenStudent(asked, asked.stage("stage2")))
+    opened = inputs.from_caches(run, run.stage("stage2"))
     with pytest.raises(ValueError, match=r"evaluation\.label=null"):  # before a step is trained
-        during.hook(asked, asked.stages[0], opened)
+        during.hook(asked, asked.stage("stage2"), opened)
 
 
 def test_no_label_is_no_knn(run, found):
     asked = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"label": None})})
-    without = evaluate.evaluate(FrozenStudent(asked, asked.stages[0]))
+    without = evaluate.evaluate(FrozenStudent(asked, asked.stage("stage2")))
     assert without.knn is None
     assert without.summary == found.summary
 
@@ -208,13 +209,13 @@ def test_no_label_is_no_knn(run, found):
 def test_a_stage_that_was_not_trained_says_so(run, tmp_path):
     elsewhere = run.model_copy(update={"run_directory": str(tmp_path)})
     with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
-        evaluate.evaluate(FrozenStudent(elsewhere, elsewhere.stages[0]))
+        evaluate.evaluate(FrozenStudent(elsewhere, elsewhere.stage("stage2")))
 
 
 def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, tmp_path):
     moved = run.model_copy(update={"run_directory": str(tmp_path)})
-    stage = moved.stages[0]
-    shutil.copytree(run.stage_directory(stage.stage), moved.stage_directory(stage.stage))
+    stage = moved.stage("stage2")
+    shutil.copytree(run.stage_directory(stage.name), moved.stage_directory(stage.name))
     assert report.current(moved) is None
     summary = report.write(FrozenStudent(moved, stage), found, {"evaluation": 1.0}, {})
     assert report.current(moved) == summary
@@ -223,7 +224,7 @@ def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, 
     (moved.directory / report.REPORT_FILE).unlink()
     assert report.current(moved) is None
     report.write(FrozenStudent(moved, stage), found, {"evaluation": 1.0}, {})
-    saved = checkpoint.require(moved.stage_directory(stage.stage))
+    saved = checkpoint.require(moved.stage_directory(stage.name))
     weights = saved.encoder()
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, saved.directory / CHECKPOINT_FILE)
@@ -231,18 +232,18 @@ def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, 
 
 
 def test_a_bank_of_some_sets_is_all_that_is_cached_and_looked_among(run):
-    (train_set,) = run.train
+    (train_set,) = run.train.values()
     more = train_set.model_copy(update={"name": "more"})
     asked = run.model_copy(
         update={
-            "train": (more, train_set),
+            "train": by_name(more, train_set),
             "evaluation": run.evaluation.model_copy(update={"bank": (train_set.name,)}),
         }
     )
     centred = [job.dataset.name for job in cache_jobs(asked) if job.views == run.held_out_views]
     assert centred == [train_set.name, run.held_out.name]
-    opened = inputs.from_caches(run, run.stages[0])
-    feeds = inputs.centre_feeds(asked, asked.stages[0], opened.normalisers)
+    opened = inputs.from_caches(run, run.stage("stage2"))
+    feeds = inputs.centre_feeds(asked, asked.stage("stage2"), opened.normalisers)
     assert sorted(feeds) == sorted(centred)
 
 
@@ -263,7 +264,7 @@ def test_the_command_goes_on_from_where_it_was(named, capsys):
     [
         ("stage2", ["--recipe", "smal_run"], "did you mean 'small_run'?"),
         ("stage2", ["--set", "stages.stage2.stepps=3"], "did you mean 'steps'?"),
-        ("stage2", ["--set", "stages.stage2.steps=none"], "stages.0.steps"),
+        ("stage2", ["--set", "stages.stage2.steps=none"], "stages.stage2.steps"),
         ("stage2", ["--set", "stages.stage2.optimizer.lr=1.0"], "stage.optimizer.lr: 1.0 != 0.003"),
         ("stage2", ["--set", "views.seed=6"], "views"),
         ("stage2", ["--set", "cache_root=/nowhere"], "/nowhere"),

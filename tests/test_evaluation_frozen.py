@@ -239,7 +239,7 @@ def cosines(run: Recipe, name: str, side: int) -> dict[str, float]:
     """Return a stage's mean held-out cosine to its teachers, its student reading `side` pixels."""
     plain, summaries, patches = trained(run, name), [], []
     for teacher in run.stage(name).teachers:
-        configs = {config.name: config for config in run.teachers}
+        configs = {config.name: config for config in run.teachers.values()}
         at = side if teacher == PROXY else max(configs[teacher].resolutions)
         ids, summary, patch = stored(run, teacher, at)
         ours, our_patches = tokens(plain.network, pictures(run, ids, side))

@@ -10,7 +10,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from eupe.spec import EncoderSpec
-from pipelines.recipe.config import Recipe, TeacherConfig
+from pipelines.recipe.config import Recipe, TeacherConfig, by_name
 
 
 class ToyNetwork(nn.Module):
@@ -44,7 +44,7 @@ def with_toy_teacher(directory: Path) -> Recipe:
         resolutions=(64,),
         codec="float32",
     )
-    stage = run.stages[0].model_copy(
+    stage = run.stage("stage2").model_copy(
         update={
             "teachers": ("toy",),
             "teacher_scales": {"toy": (64,)},
@@ -53,9 +53,7 @@ def with_toy_teacher(directory: Path) -> Recipe:
             "evaluate_every": None,
         }
     )
-    return Recipe.model_validate(
-        {**run.model_dump(), "teachers": [toy.model_dump()], "stages": [stage.model_dump()]}
-    )
+    return Recipe.model_validate({**dict(run), "teachers": by_name(toy), "stages": by_name(stage)})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def test_a_toy_teacher_is_cached_and_taught_from(built: Recipe, tmp_path: Path):
-    stage = built.stages[0]
+    stage = built.stage("stage2")
     cached = from_cache(built, stage, tmp_path / "cached")
     given = live(built, stage, small_caches.COMPUTE_BATCH)
     assert cached == losses(built, stage, given, tmp_path / "live")

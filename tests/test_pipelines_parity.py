@@ -31,6 +31,7 @@ from pipelines.recipe.config import (
     StageConfig,
     StudentConfig,
     WorkersConfig,
+    by_name,
 )
 from pipelines.recipe.stores import open_stores
 from pipelines.training import inputs
@@ -59,7 +60,7 @@ def images(tmp_path_factory, emoji) -> Path:
 def recipe(root: Path, images: Path, codec: CodecName) -> Recipe:
     source = {"kind": "parquet", "path": str(images), "label_columns": ("label",)}
     stage = StageConfig(
-        stage="stage2",
+        name="stage2",
         teachers=("lite0",),
         teacher_scales={"lite0": (SIDE,)},
         student_scales=(SIDE,),
@@ -78,14 +79,14 @@ def recipe(root: Path, images: Path, codec: CodecName) -> Recipe:
         run_directory=str(root / "run"),
         cache_root=str(root),
         seed=3,
-        train=(DatasetConfig(name="emoji", source=source),),
+        train=by_name(DatasetConfig(name="emoji", source=source)),
         held_out=DatasetConfig(name="held-out", source=source),
         views=AugmentedView(seed=11, canvas=SIDE),
         num_views=2,
         held_out_views=CentreView(canvas=SIDE),
-        teachers=(teacher((SIDE,), codec),),
+        teachers=by_name(teacher((SIDE,), codec)),
         student=StudentConfig(name="student", encoder=NETWORK),
-        stages=(stage,),
+        stages=by_name(stage),
         extraction=ExtractionConfig(
             rows_per_shard=12, moments_samples=IMAGES, compute_batch=COMPUTE_BATCH
         ),
@@ -97,7 +98,7 @@ def recipe(root: Path, images: Path, codec: CodecName) -> Recipe:
 def cached(root: Path, images: Path, codec: CodecName) -> Recipe:
     """Build a recipe's training cache in this process."""
     run = recipe(root, images, codec)
-    build(training_job(run, run.stages[0]))
+    build(training_job(run, run.stage("stage2")))
     return run
 
 
@@ -111,13 +112,13 @@ def spoilt(tmp_path, images, float32) -> tuple[Recipe, Store]:
     """Give a copy of the float32 cache, to be damaged."""
     shutil.copytree(float32.cache_root, tmp_path, dirs_exist_ok=True)
     run = recipe(tmp_path, images, "float32")
-    (store,) = open_stores(training_job(run, run.stages[0]))
+    (store,) = open_stores(training_job(run, run.stage("stage2")))
     return run, store
 
 
 @pytest.fixture(scope="module")
 def live_losses(float32, tmp_path_factory) -> list[float]:
-    stage = float32.stages[0]
+    stage = float32.stage("stage2")
     given = live(float32, stage, COMPUTE_BATCH)
     return losses(float32, stage, given, tmp_path_factory.mktemp("live"))
 
@@ -127,13 +128,13 @@ def check_equal(ours: Sequence[float], theirs: Sequence[float]) -> None:
 
 
 def test_a_float32_cache_gives_the_losses_of_the_live_teacher(float32, live_losses, tmp_path):
-    check_equal(from_cache(float32, float32.stages[0], tmp_path), live_losses)
+    check_equal(from_cache(float32, float32.stage("stage2"), tmp_path), live_losses)
     first, last = np.mean(live_losses[:EPOCH]), np.mean(live_losses[-EPOCH:])
     assert last < 0.98 * first  # something was learnt, so something is compared
 
 
 def test_another_compute_batch_agrees(float32, live_losses, tmp_path):
-    stage = float32.stages[0]
+    stage = float32.stage("stage2")
     other = losses(float32, stage, live(float32, stage, OTHER_BATCH), tmp_path)
     np.testing.assert_allclose(other, live_losses, rtol=OTHER_BATCH_RTOL, atol=0)
 
@@ -143,7 +144,7 @@ def test_another_compute_batch_agrees(float32, live_losses, tmp_path):
 )
 def test_a_narrower_codec_stays_within_its_bound(codec, rtol, images, live_losses, tmp_path):
     run = cached(tmp_path, images, codec)
-    narrow = from_cache(run, run.stages[0], tmp_path / "run")
+    narrow = from_cache(run, run.stage("stage2"), tmp_path / "run")
     np.testing.assert_allclose(narrow, live_losses, rtol=rtol, atol=0)
     with pytest.raises(AssertionError):  # it is narrower: the comparison can tell
         check_equal(narrow, live_losses)
@@ -156,7 +157,7 @@ def test_two_swapped_rows_are_noticed(spoilt, live_losses, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[size : 2 * size] + whole[:size] + whole[2 * size :])
     with pytest.raises(AssertionError):
-        check_equal(from_cache(run, run.stages[0], tmp_path / "run"), live_losses)
+        check_equal(from_cache(run, run.stage("stage2"), tmp_path / "run"), live_losses)
 
 
 def test_one_view_in_the_place_of_another_is_noticed(spoilt, live_losses, tmp_path):
@@ -164,7 +165,7 @@ def test_one_view_in_the_place_of_another_is_noticed(spoilt, live_losses, tmp_pa
     first, second = (layout.patches_file(store.directory, view, 1) for view in (0, 1))
     first.write_bytes(second.read_bytes())
     with pytest.raises(AssertionError):
-        check_equal(from_cache(run, run.stages[0], tmp_path / "run"), live_losses)
+        check_equal(from_cache(run, run.stage("stage2"), tmp_path / "run"), live_losses)
 
 
 def test_one_wrong_view_number_is_refused(float32, tmp_path):
@@ -187,7 +188,7 @@ def test_one_wrong_view_number_is_refused(float32, tmp_path):
             wrong = np.where(np.array(sample_ids) == sample_ids[0], 1 - view_numbers, view_numbers)
             return self._source.fetch(sample_ids, wrong, resolutions, canvases)  # type: ignore[attr-defined]
 
-    stage = float32.stages[0]
+    stage = float32.stage("stage2")
     (store,) = open_stores(training_job(float32, stage))
     normalisers = inputs.normalisers_of(stage, [[store]])
     feed = inputs.CachedSource({("lite0", SIDE): Reader(store, range(2))}, normalisers)

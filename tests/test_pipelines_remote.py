@@ -12,7 +12,7 @@ from support.toy_stores import files_under
 from cache.files import bucket, place
 from cache.files.bucket import BucketPath
 from pipelines.images.reader import ImageReader
-from pipelines.recipe.config import SourceConfig
+from pipelines.recipe.config import SourceConfig, by_name
 from pipelines.recipe.stores import cache_jobs
 from pipelines.training import inputs
 
@@ -87,10 +87,10 @@ def test_a_run_from_a_bucket_is_that_from_a_disk(root, tmp_path, emoji):
     small_caches.write_parquet(tmp_path / "train.parquet", pictures)
     bucket.send(tmp_path / "train.parquet", root / "train.parquet")
     local = small_run.recipe(tmp_path).model_copy(update={"num_views": 1})
-    (train,) = local.train
+    (train,) = local.train.values()
     source = train.source.model_copy(update={"path": str(root / "train.parquet")})
     moved = train.model_copy(update={"source": source})
-    remote = local.model_copy(update={"cache_root": str(root / "cache"), "train": (moved,)})
+    remote = local.model_copy(update={"cache_root": str(root / "cache"), "train": by_name(moved)})
     for run in (local, remote):
         (job,) = (each for each in cache_jobs(run) if each.views == run.views)
         small_caches.build(job)
@@ -101,7 +101,7 @@ def test_a_run_from_a_bucket_is_that_from_a_disk(root, tmp_path, emoji):
     assert features == {n for n in there if not {"samples", "manifest"} & set(Path(n).parts)}
     assert all(there[name].read_bytes() == here[name] for name in features)
 
-    (stage,) = local.stages
+    (stage,) = local.stages.values()
     both = [inputs.from_caches(run, stage).batches(STEPS) for run in (local, remote)]
     for ours, theirs in zip(*both, strict=True):
         assert ours.sample_ids == theirs.sample_ids

@@ -19,7 +19,7 @@ from cache.errors import FingerprintMismatch
 from pipelines.evaluation import pyramid
 from pipelines.evaluation.frozen import FrozenStudent
 from pipelines.recipe import scales
-from pipelines.recipe.config import PROXY, Recipe, StageConfig
+from pipelines.recipe.config import PROXY, Recipe, StageConfig, by_name
 from pipelines.recipe.stores import (
     cache_jobs,
     job_groups,
@@ -108,11 +108,11 @@ def test_the_proxys_caches_can_be_built_once_stage_1_is_done(trained, tmp_path):
 
 def test_no_stage_begins_from_one_that_is_still_on_its_way(trained):
     def longer(name: str) -> Recipe:
-        stages = [
-            stage.model_copy(update={"steps": 100}) if stage.stage == name else stage
-            for stage in trained.stages
-        ]
-        return trained.model_copy(update={"stages": tuple(stages)})
+        stages = {
+            stage.name: stage.model_copy(update={"steps": 100}) if stage.name == name else stage
+            for stage in trained.stages.values()
+        }
+        return trained.model_copy(update={"stages": stages})
 
     assert len(job_groups(longer("stage1"))) == 1
     with pytest.raises(ValueError, match=r"stage1: trained for \d+ of 100 steps; finish this"):
@@ -123,14 +123,14 @@ def test_no_stage_begins_from_one_that_is_still_on_its_way(trained):
 
 def test_figures_of_a_stage_name_every_scale(trained):
     found = {
-        stage.stage: pyramid.stage_figures(FrozenStudent(trained, stage))
-        for stage in trained.stages
+        stage.name: pyramid.stage_figures(FrozenStudent(trained, stage))
+        for stage in trained.stages.values()
     }
     every = {str(scale) for scale in PYRAMID}
     assert set(found["stage1"].cosine) == {"48"}
     assert set(found["stage2"].cosine) == set(found["stage3"].cosine) == every
-    for stage in trained.stages:
-        figures = found[stage.stage]
+    for stage in trained.stages.values():
+        figures = found[stage.name]
         assert figures.steps == stage.steps
         assert set(figures.loss) == {"before", "after"}
         for cosine in figures.cosine.values():
@@ -156,6 +156,6 @@ def test_another_proxy_has_other_stores_and_nothing_goes_on_from_it(trained, tmp
 
 def changed(run: Recipe, directory: Path) -> Recipe:
     """Return a run in the same place whose proxy is another one, trained two steps less."""
-    first, *rest = run.stages
-    stages = (first.model_copy(update={"steps": first.steps - 2}), *rest)
+    first, *rest = run.stages.values()
+    stages = by_name(first.model_copy(update={"steps": first.steps - 2}), *rest)
     return run.model_copy(update={"stages": stages, "proxy_directory": str(directory)})

@@ -1,11 +1,13 @@
 """Run configuration: overrides reach the field that was meant, everything else is refused."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.recipe import recipes
-from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.config import Recipe, StageConfig, by_name
 from pipelines.recipe.override import override, validated
 
 
@@ -23,7 +25,6 @@ def test_no_override_changes_nothing(recipe):
     [
         ("seed=7", 7, lambda r: r.seed),
         ("stages.stage2.steps=11", 11, lambda r: r.stage("stage2").steps),
-        ("stages.1.steps=11", 11, lambda r: r.stages[1].steps),
         ("stages.stage2.optimizer.lr=1e-5", 1e-5, lambda r: r.stage("stage2").optimizer.lr),
         (
             "stages.stage2.optimizer.clip_norm=null",
@@ -38,9 +39,9 @@ def test_no_override_changes_nothing(recipe):
         (
             "teachers.efficientnet_lite2.codec=float32",
             "float32",
-            lambda r: r.teacher("efficientnet_lite2").codec,
+            lambda r: r.teachers["efficientnet_lite2"].codec,
         ),
-        ("train.emoji-train.share=0.5", 0.5, lambda r: r.train[0].share),
+        ("train.emoji-train.share=0.5", 0.5, lambda r: r.train["emoji-train"].share),
         ("views.crop_area=[0.2, 0.4]", (0.2, 0.4), lambda r: r.views.crop_area),
         (
             "student.encoder.model_arguments.depth=1",
@@ -127,11 +128,9 @@ def test_whatever_is_typed_is_applied_or_refused(text):
     assert "=" in text
 
 
-def test_stages_and_teachers_are_found_by_name(recipe):
+def test_a_stage_is_found_by_name(recipe):
     assert isinstance(recipe.stage("stage2"), StageConfig)
-    with pytest.raises(ValueError, match="has no teacher 'nobody'"):
-        recipe.teacher("nobody")
-    alone = recipe.model_copy(update={"stages": recipe.stages[:1]})
+    alone = recipe.model_copy(update={"stages": by_name(recipe.stages["stage1"])})
     with pytest.raises(ValueError, match="has no stage3; it has stage1"):
         alone.stage("stage3")
 
@@ -141,3 +140,35 @@ def test_every_fault_of_a_tree_is_listed():
     tree["seed"], tree["num_views"] = "x", 0
     with pytest.raises(ValueError, match=r"seed: .*; num_views: "):
         validated(tree)
+
+
+def test_as_data_a_name_is_its_key_alone(recipe):
+    tree = recipe.model_dump(mode="json")
+    for field in ("train", "teachers", "stages"):
+        assert tree[field], field
+        assert all("name" not in item for item in tree[field].values())
+        assert all(item.name == name for name, item in getattr(recipe, field).items())
+    tree["stages"]["stage2"]["name"] = "stage2"
+    with pytest.raises(ValueError, match="leave `name` out"):
+        validated(tree)
+
+
+def test_an_item_may_be_added_by_its_name(recipe):
+    source = recipe.train["emoji-train"].source.model_dump(mode="json")
+    more = override(recipe, [f"train.more={json.dumps({'source': source, 'share': 0.5})}"])
+    assert list(more.train) == ["emoji-train", "more"]
+    assert more.shares == {"emoji-train": 1.0, "more": 0.5}
+
+
+def test_a_mapping_takes_the_place_of_the_one_that_was_there(recipe):
+    source = recipe.train["emoji-train"].source.model_dump(mode="json")
+    other = override(recipe, [f"train={json.dumps({'other': {'source': source}})}"])
+    assert list(other.train) == ["other"]
+
+
+def test_two_of_one_name_are_refused(recipe):
+    stage = recipe.stage("stage2")
+    with pytest.raises(ValueError, match=r"\['stage2'\]: more than one"):
+        by_name(stage, stage)
+    with pytest.raises(ValueError, match="stage3: holds an item named 'stage2'"):
+        Recipe.model_validate({**dict(recipe), "stages": {"stage3": stage}})

@@ -30,7 +30,7 @@ def test_a_changed_number_is_marked_with_the_papers() -> None:
 def test_twins_are_whole_recipes(recipe: Recipe) -> None:
     twin = family.tiny(recipe)
     assert validated(twin.model_dump(mode="json")) == twin
-    assert [stage.stage for stage in twin.stages] == [stage.stage for stage in recipe.stages]
+    assert list(twin.stages) == list(recipe.stages)
     assert twin.name == f"{recipe.name}_tiny"
 
 

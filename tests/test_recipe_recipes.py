@@ -24,13 +24,13 @@ def test_grids_of_the_demo_exist_at_every_scale(name):
     recipe = recipes.RECIPES[name]()
     canvas = recipe.views.canvas
     assert recipe.held_out_views.canvas == canvas
-    assert recipe.held_out != recipe.train[0]
-    for teacher in recipe.teachers:
+    assert recipe.held_out not in recipe.train.values()
+    for teacher in recipe.teachers.values():
         encoder = Encoder(teacher.encoder)
         for resolution in teacher.resolutions:
             assert resolution <= canvas
             assert min(encoder.grid(resolution)) > 1
-    for stage in recipe.stages:
+    for stage in recipe.stages.values():
         encoder = Encoder(recipe.trained_by(stage).encoder)
         for resolution in stage.student_scales:
             encoder.check_resolution(resolution)
@@ -40,8 +40,8 @@ def test_grids_of_the_demo_exist_at_every_scale(name):
 
 def test_stage_2_only_has_no_proxy_and_reads_the_demos_caches():
     demo, alone = recipes.RECIPES["demo"](), recipes.RECIPES[recipes.STAGE_2_ONLY]()
-    assert [stage.stage for stage in alone.stages] == ["stage2"]
-    assert PROXY not in alone.stages[0].teachers
+    assert list(alone.stages) == ["stage2"]
+    assert PROXY not in alone.stage("stage2").teachers
     for field in ("train", "held_out", "views", "num_views", "held_out_views", "cache_root"):
         assert getattr(alone, field) == getattr(demo, field), field
     assert alone.teachers == demo.teachers
@@ -49,14 +49,14 @@ def test_stage_2_only_has_no_proxy_and_reads_the_demos_caches():
 
 
 def test_every_command_without_arguments_has_its_stage():
-    assert {stage.stage for stage in recipes.get(recipes.DEFAULT).stages} >= {"stage1", "stage3"}
+    assert set(recipes.get(recipes.DEFAULT).stages) >= {"stage1", "stage3"}
     assert recipes.get(recipes.STAGE_2_ONLY).stage("stage2")
 
 
 def test_paths_are_below_eupe_home_wherever_one_stands(tmp_path, monkeypatch):
     monkeypatch.setenv("EUPE_HOME", str(tmp_path))
     recipe = recipes.get("demo")
-    for path in (recipe.run_directory, recipe.cache_root, recipe.train[0].source.path):
+    for path in (recipe.run_directory, recipe.cache_root, recipe.train["emoji-train"].source.path):
         assert Path(path).is_relative_to(tmp_path)
     monkeypatch.setenv("EUPE_HOME", "")
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,7 @@ def test_weights_in_files_are_below_eupe_home_too(tmp_path, monkeypatch):
             "student.weights=checkpoint:runs/other/stage2/checkpoints/step-7",
         ],
     )
-    first, second = recipe.teachers
+    first, second = recipe.teachers.values()
     assert first.weights == f"file:{tmp_path}/weights/lite0.pth"
     assert second.weights.startswith("package:")
     assert recipe.student.weights.startswith(f"checkpoint:{tmp_path}/runs/other")

@@ -48,8 +48,8 @@ def short(name: str) -> Recipe:
             "extraction.moments_samples=8",
             "extraction.compute_batch=8",
             *(
-                f"stages.{stage.stage}.{change}"
-                for stage in run.stages
+                f"stages.{stage.name}.{change}"
+                for stage in run.stages.values()
                 for change in ("steps=1", "global_batch=4", "warmup_steps=0")
             ),
         ],
@@ -64,9 +64,9 @@ def test_every_recipe_of_the_paper_has_its_twin():
 @pytest.mark.parametrize("name", TINY)
 def test_a_twin_takes_a_step_of_every_stage(name: str, home: Path) -> None:
     run = short(name)
-    for stage in run.stages:
+    for stage in run.stages.values():
         launch.train(run, stage)  # stage 1 is there already: the twins share their proxy
-        directory = run.stage_directory(stage.stage)
+        directory = run.stage_directory(stage.name)
         assert directory.is_relative_to(home)
         assert checkpoint.require(directory).step == 1
         (line,) = tracking.read(directory / tracking.METRICS_FILE)

@@ -16,7 +16,7 @@ from support.two_workers import Pair, Trained
 from eupe.weights import state_digest
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import recipes
-from pipelines.recipe.config import Recipe, StudentConfig, WorkersConfig
+from pipelines.recipe.config import Recipe, StudentConfig, WorkersConfig, by_name
 from pipelines.records import checkpoint, tracking
 from pipelines.training import launch
 
@@ -206,7 +206,7 @@ def cnn(run: Recipe) -> Recipe:
             "summary": "average_pool",
         }
     )
-    stages = tuple(s.model_copy(update={"student_scales": (32,)}) for s in run.stages)
+    stages = by_name(*(s.model_copy(update={"student_scales": (32,)}) for s in run.stages.values()))
     student = StudentConfig(name="cnn", encoder=encoder)
     return run.model_copy(update={"student": student, "stages": stages})
 
@@ -238,7 +238,7 @@ def test_a_proxy_of_full_width_trains(tmp_path):
     cheap = {"global_batch": 1, "micro_batch": 1, "precision": "float32"}
     stage = stage.model_copy(update={**short, **cheap})
     run = run.model_copy(
-        update={"proxy": proxy, "stages": (stage,), "run_directory": str(tmp_path)}
+        update={"proxy": proxy, "stages": by_name(stage), "run_directory": str(tmp_path)}
     )
     widths = ((1280, 1536, 32), (1536, 1536, 32), (1280, 1280, 16))
     teachers = dict(zip(stage.teachers, widths, strict=True))
@@ -269,12 +269,12 @@ def travelling(ray_cluster: None) -> Iterator[None]:
 def test_ray_train_runs_the_same_loop(tmp_path, alone):
     run = small(tmp_path).model_copy(update={"workers": WorkersConfig(count=2)})
     with pytest.raises(Exception, match="rank 1 is on fire; put it out") as bug:
-        launch.train(run, run.stages[0], make_inputs=two_workers.inputs_that_fail_on_rank_1)
+        launch.train(run, run.stage("stage2"), make_inputs=two_workers.inputs_that_fail_on_rank_1)
     assert bad_input(bug.value) is None  # no room of ours raised it
     shown = "".join(traceback.format_exception(bug.value))
     assert all(f"in {name}" in shown for name in ("_worker", "inputs_that_fail_on_rank_1"))
     assert "workers.rank, workers.size)" in shown  # the middle, which Ray Train leaves out
-    odd = run.stages[0].model_copy(update={"strategy": "fsdp2", "global_batch": 7})
+    odd = run.stage("stage2").model_copy(update={"strategy": "fsdp2", "global_batch": 7})
     with pytest.raises(ValueError, match=r"^stage2: global_batch = 7 and 2 workers") as refused:
         launch.train(run, odd, make_inputs=two_workers.noise_inputs)
     assert bad_input(refused.value) == str(refused.value)
@@ -294,7 +294,7 @@ def images_per_second(run: Recipe) -> float:
     images, seconds, before = 0, 0.0, 0
     for line in tracking.read(run.directory / "stage2" / tracking.METRICS_FILE):
         if "images_per_second" in line:
-            own = int(line["step"] - before) * run.stages[0].global_batch
+            own = int(line["step"] - before) * run.stage("stage2").global_batch
             images, seconds = images + own, seconds + own / line["images_per_second"]
             before = int(line["step"])
     return images / seconds
@@ -303,7 +303,7 @@ def images_per_second(run: Recipe) -> float:
 def train_with_ray(run: Recipe):
     return launch.train(
         run,
-        run.stages[0],
+        run.stage("stage2"),
         make_inputs=two_workers.noise_inputs,
         make_evaluate=two_workers.sum_of_weights,
     )
@@ -311,7 +311,7 @@ def train_with_ray(run: Recipe):
 
 def test_one_worker_trains_here(tmp_path, alone):
     run = small(tmp_path)
-    done = launch.train(run, run.stages[0], make_inputs=two_workers.noise_inputs)
+    done = launch.train(run, run.stage("stage2"), make_inputs=two_workers.noise_inputs)
     assert done.checkpoint.step == STEPS
     assert done.images_per_second == pytest.approx(images_per_second(run))
     assert losses(run) == losses(alone[0])

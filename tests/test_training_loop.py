@@ -20,6 +20,7 @@ from support import small_stage, train_child
 from eupe.errors import BadInput
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
+from pipelines.recipe.config import by_name
 from pipelines.records import checkpoint, tracking
 from pipelines.training import loop, start
 from pipelines.training.loop import train_stage
@@ -42,7 +43,9 @@ def figures(directory: Path) -> list[dict[str, float]]:
 
 def trained(directory: Path, *, invalid=(), **stage: object) -> list[dict[str, float]]:
     run = small_stage.recipe(directory, **stage)
-    train_stage(run, run.stages[0], small_stage.inputs(run, invalid=invalid), directory / "stage2")
+    train_stage(
+        run, run.stage("stage2"), small_stage.inputs(run, invalid=invalid), directory / "stage2"
+    )
     return figures(directory / "stage2")
 
 
@@ -125,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path)
 
     bad = loop.Inputs(poisoned, made.dims, made.normalisers, made.identity, made.pins)
     with pytest.raises(BadInput, match="step 4") as stopped:
-        train_stage(run, run.stages[0], bad, tmp_path / "stage2")
+        train_stage(run, run.stage("stage2"), bad, tmp_path / "stage2")
     assert bad_input(stopped.value) == str(stopped.value)
     saved = checkpoint.require(tmp_path / "stage2")
     assert saved.step == 4
@@ -182,7 +185,7 @@ def wait_for_step(path: Path, step: int, child: subprocess.Popen[bytes]) -> None
 
 def test_a_finished_stage_is_not_trained_again(tmp_path):
     run = small_stage.recipe(tmp_path)
-    stage, made = run.stages[0], small_stage.inputs(run)
+    stage, made = run.stage("stage2"), small_stage.inputs(run)
     train_stage(run, stage, made, tmp_path / "stage2")
     before = figures(tmp_path / "stage2")
     again = train_stage(run, stage, made, tmp_path / "stage2")
@@ -207,17 +210,19 @@ def test_how_it_runs_may_change_on_resuming(tmp_path):
 def test_other_manifest_versions_are_refused(tmp_path):
     run = small_stage.recipe(tmp_path)
     made = small_stage.inputs(run)
-    train_stage(run, run.stages[0], made, tmp_path / "stage2")
+    train_stage(run, run.stage("stage2"), made, tmp_path / "stage2")
     grown = loop.Inputs(made.batches, made.dims, made.normalisers, made.identity, {"memory": 2})
     with pytest.raises(ValueError, match="manifest versions"):
-        train_stage(run, run.stages[0], grown, tmp_path / "stage2")
+        train_stage(run, run.stage("stage2"), grown, tmp_path / "stage2")
 
 
 def test_without_resume_an_existing_run_is_refused(tmp_path):
     trained(tmp_path)
     run = small_stage.recipe(tmp_path)
     with pytest.raises(ValueError, match="has a checkpoint of step 12"):
-        train_stage(run, run.stages[0], small_stage.inputs(run), tmp_path / "stage2", resume=False)
+        train_stage(
+            run, run.stage("stage2"), small_stage.inputs(run), tmp_path / "stage2", resume=False
+        )
 
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path):
@@ -240,7 +245,7 @@ def test_evaluation_is_called_when_due_and_its_score_is_kept(tmp_path):
 
     run = small_stage.recipe(tmp_path, evaluate_every=5, checkpoint_every=5, keep_checkpoints=1)
     directory = tmp_path / "stage2"
-    train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=evaluate)
+    train_stage(run, run.stage("stage2"), small_stage.inputs(run), directory, evaluate=evaluate)
     assert asked == [5, 10, 12]
     assert [found.step for found in checkpoint.find(directory)] == [5, 12]
     best = checkpoint.best(directory)
@@ -256,7 +261,7 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path):
         raise ValueError("no label")
 
     with pytest.raises(ValueError, match="no label"):
-        train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=evaluate)
+        train_stage(run, run.stage("stage2"), small_stage.inputs(run), directory, evaluate=evaluate)
     assert checkpoint.require(directory).step == 7
     # Going on makes up for it, as if it had never failed.
     asked = []
@@ -265,10 +270,10 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path):
         asked.append(done)
         return {loop.SCORE: -float(done)}
 
-    train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=sound)
+    train_stage(run, run.stage("stage2"), small_stage.inputs(run), directory, evaluate=sound)
     assert asked == [7, 12]
     assert checkpoint.best(directory).step == 7
-    train_stage(run, run.stages[0], small_stage.inputs(run), directory, evaluate=sound)
+    train_stage(run, run.stage("stage2"), small_stage.inputs(run), directory, evaluate=sound)
     assert asked == [7, 12]
 
 
@@ -279,7 +284,9 @@ def test_evaluation_does_not_change_what_is_learnt(tmp_path):
         torch.rand(3)  # draws from the global state, as an evaluation may
         return {}
 
-    train_stage(run, run.stages[0], small_stage.inputs(run), tmp_path / "with", evaluate=evaluate)
+    train_stage(
+        run, run.stage("stage2"), small_stage.inputs(run), tmp_path / "with", evaluate=evaluate
+    )
     with_it = [line for line in figures(tmp_path / "with") if "loss/total" in line]
     assert with_it == trained(tmp_path / "without")
 
@@ -322,7 +329,7 @@ def test_the_share_of_waiting_is_that_of_a_slow_source(tmp_path):
 
 def test_scales_are_drawn_independently_uniformly_and_by_address():
     pyramid = (16, 32, 48)
-    stage = small_stage.recipe(Path(".")).stages[0]
+    stage = small_stage.recipe(Path(".")).stage("stage2")
     stage = stage.model_copy(
         update={"teacher_scales": {"near": pyramid, "far": (32,)}, "student_scales": pyramid}
     )
@@ -337,7 +344,7 @@ def test_scales_are_drawn_independently_uniformly_and_by_address():
 
 
 def test_micro_batch_shrinks_with_the_students_scale():
-    stage = small_stage.recipe(Path("."), micro_batch=64).stages[0]
+    stage = small_stage.recipe(Path("."), micro_batch=64).stage("stage2")
     assert scales.micro_batch(stage, 16, 1000) == 64
     assert scales.micro_batch(stage, 32, 1000) == 16
     assert scales.micro_batch(stage, 16, 10) == 10
@@ -346,8 +353,8 @@ def test_micro_batch_shrinks_with_the_students_scale():
 
 def test_weight_decay_is_on_matrices_only(tmp_path):
     run = small_stage.recipe(tmp_path)
-    model = start.initial_model(run, run.stages[0], small_stage.TEACHERS)
-    decayed, free = start.optimizer(model, run.stages[0]).param_groups
+    model = start.initial_model(run, run.stage("stage2"), small_stage.TEACHERS)
+    decayed, free = start.optimizer(model, run.stage("stage2")).param_groups
     assert decayed["weight_decay"] > 0 == free["weight_decay"]
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
@@ -356,12 +363,12 @@ def test_weight_decay_is_on_matrices_only(tmp_path):
 
 def test_a_stage_starts_from_the_checkpoint_of_the_one_before(tmp_path):
     run = small_stage.recipe(tmp_path)
-    before = run.stages[0]
-    after = before.model_copy(update={"stage": "stage3", "initial": "stage2"})
-    run = run.model_copy(update={"stages": (before, after)})
+    before = run.stage("stage2")
+    after = before.model_copy(update={"name": "stage3", "initial": "stage2"})
+    run = run.model_copy(update={"stages": by_name(before, after)})
     with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
         start.initial_model(run, after, small_stage.TEACHERS)
-    done = train_stage(run, before, small_stage.inputs(run), run.stage_directory(before.stage))
+    done = train_stage(run, before, small_stage.inputs(run), run.stage_directory(before.name))
     model = start.initial_model(run, after, small_stage.TEACHERS)
     for name, value in done.checkpoint.encoder().items():
         assert torch.equal(model.encoder.network.state_dict()[name], value), name

@@ -45,7 +45,7 @@ def stop(recipe, stage, opened):
 
 
 def losses(run, stage) -> dict[int, float]:
-    lines = tracking.read(run.stage_directory(stage.stage) / tracking.METRICS_FILE)
+    lines = tracking.read(run.stage_directory(stage.name) / tracking.METRICS_FILE)
     return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
 
 
@@ -62,12 +62,12 @@ def test_a_run_that_has_begun_goes_on_while_its_datasets_grow(tmp_path, pixels):
     built = small_run.recipe(tmp_path).model_copy(update={"pixels": pixels})
     small_run.build(built, tmp_path)
     undisturbed = elsewhere(built, tmp_path / "undisturbed")
-    stage = undisturbed.stages[0]
+    stage = undisturbed.stage("stage2")
     launch.train(undisturbed, stage, make_evaluate=during.hook)
     run = elsewhere(built, tmp_path / "grown")
     with pytest.raises(KeyboardInterrupt):
         launch.train(run, stage, make_evaluate=stop)
-    assert checkpoint.require(run.stage_directory(stage.stage)).step == 4
+    assert checkpoint.require(run.stage_directory(stage.name)).step == 4
     for name in ("train", "held-out"):
         grow(run, name)
     with pytest.raises(NotBuilt, match=r"half built, \d+ of \d+ shards are missing"):
@@ -78,7 +78,7 @@ def test_a_run_that_has_begun_goes_on_while_its_datasets_grow(tmp_path, pixels):
 
 def test_a_run_that_goes_on_keeps_the_normalisers_it_began_with(built, tmp_path, monkeypatch):
     """Where PHI-S's basis is open, another machine's linear algebra gives another one."""
-    (stage,) = built.stages
+    (stage,) = built.stages.values()
     stage = stage.model_copy(update={"normaliser": "phi-s"})
     runs = [elsewhere(built, tmp_path / name) for name in ("undisturbed", "stopped")]
     launch.train(runs[0], stage)
@@ -99,14 +99,14 @@ def test_a_run_that_goes_on_keeps_the_normalisers_it_began_with(built, tmp_path,
 def test_a_run_that_is_on_its_way_has_no_report_yet(built, tmp_path):
     run = elsewhere(built, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        launch.train(run, run.stages[0], make_evaluate=stop)
+        launch.train(run, run.stage("stage2"), make_evaluate=stop)
     with pytest.raises(ValueError, match="trained for 4 of 8 steps; finish this stage first"):
         report.make(run, {})
 
 
 def test_a_finished_stage_is_looked_at_and_no_network_is_built(built, tmp_path, monkeypatch):
     run = elsewhere(built, tmp_path)
-    stage = run.stages[0]
+    stage = run.stage("stage2")
     launch.train(run, stage, make_evaluate=during.hook)
 
     def build(*arguments):
@@ -122,10 +122,10 @@ def test_a_finished_stage_is_looked_at_and_no_network_is_built(built, tmp_path, 
 
 def test_a_last_step_that_was_not_judged_is(built, tmp_path):
     run = elsewhere(built, tmp_path)
-    stage = run.stages[0].model_copy(update={"evaluate_every": None})
+    stage = run.stage("stage2").model_copy(update={"evaluate_every": None})
     with pytest.raises(KeyboardInterrupt):
         launch.train(run, stage, make_evaluate=stop)
-    directory = run.stage_directory(stage.stage)
+    directory = run.stage_directory(stage.name)
     assert (checkpoint.require(directory).step, checkpoint.require(directory).score) == (8, None)
     launch.train(run, stage, make_evaluate=during.hook)
     judged = [line for line in tracking.read(directory / tracking.METRICS_FILE) if SCORE in line]
@@ -136,7 +136,7 @@ def test_a_last_step_that_was_not_judged_is(built, tmp_path):
 def test_another_rounding_of_the_first_weights_is_no_other_run(built, tmp_path, monkeypatch):
     """Another version of torch or timm, another processor: the checkpoint's weights count."""
     run = elsewhere(built, tmp_path)
-    stage = run.stages[0]
+    stage = run.stage("stage2")
     with pytest.raises(KeyboardInterrupt):
         launch.train(run, stage, make_evaluate=stop)
     first = start.initial_model
@@ -160,9 +160,9 @@ def test_another_rounding_of_the_first_weights_is_no_other_run(built, tmp_path, 
 )
 def test_an_evaluation_that_cannot_be_done_is_refused_before_a_step_is(built, changes, sentence):
     asked = built.model_copy(update={"evaluation": built.evaluation.model_copy(update=changes)})
-    opened = inputs.from_caches(built, built.stages[0])
+    opened = inputs.from_caches(built, built.stage("stage2"))
     with pytest.raises(ValueError, match=sentence):
-        during.hook(asked, asked.stages[0], opened)
+        during.hook(asked, asked.stage("stage2"), opened)
 
 
 def test_who_creates_stores_for_actors_with_gpus_needs_none(tmp_path, monkeypatch):

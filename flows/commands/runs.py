@@ -59,7 +59,7 @@ def evaluate(
     from pipelines.recipe import recipes
 
     asked = recipes.get(recipe, overrides or [])
-    judged = asked.stage(stage) if stage else asked.stages[-1]
+    judged = asked.stage(stage) if stage else asked.last
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.evaluation.frozen import FrozenStudent
 

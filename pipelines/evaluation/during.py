@@ -40,7 +40,7 @@ def hook(recipe: Recipe, stage: StageConfig, given: Inputs) -> Evaluate:
             does not take.
         StoreError: a cache of centre views cannot be read.
     """
-    resuming = checkpoint.latest(recipe.stage_directory(stage.stage)) is not None
+    resuming = checkpoint.latest(recipe.stage_directory(stage.name)) is not None
     images = CentreViews(recipe, stage, dict(given.normalisers), given.opened, resuming)
     bank_name, held_out, label = recipe.bank[0].name, recipe.held_out.name, recipe.evaluation.label
     # Asked for now, so that a long run does not end on what its evaluation lacks.

@@ -79,7 +79,7 @@ def evaluate(student: FrozenStudent) -> Evaluation:
     train = [dataset.name for dataset in recipe.bank]
     held_out, at = recipe.held_out.name, evaluation_scales(recipe, stage)
     rows = {name: student.images.rows(name) for name in (*train, held_out)}
-    with track(sum(map(len, rows.values())), f"Evaluating {stage.stage}") as progress:
+    with track(sum(map(len, rows.values())), f"Evaluating {stage.name}") as progress:
         banks = {
             name: look(
                 student.images.batches(name, rows[name], at),

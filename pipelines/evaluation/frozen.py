@@ -106,7 +106,7 @@ class FrozenStudent:
     ) -> None:
         self.recipe, self.stage, self.device = recipe, stage, device
         self.opened = opened or Opened()
-        self.saved = checkpoint.require(recipe.stage_directory(stage.stage))
+        self.saved = checkpoint.require(recipe.stage_directory(stage.name))
         self.normalisers = inputs.fixed_normalisers(recipe, stage, self.opened)
         whole = over_pyramid(recipe, stage)
         self.images = CentreViews(recipe, whole, self.normalisers, self.opened)
@@ -144,6 +144,6 @@ def over_pyramid(recipe: Recipe, stage: StageConfig) -> StageConfig:
     if PROXY not in stage.teachers:
         return stage
     scales = tuple(
-        sorted({side for s in recipe.stages for side in s.teacher_scales.get(PROXY, ())})
+        sorted({side for s in recipe.stages.values() for side in s.teacher_scales.get(PROXY, ())})
     )
     return stage.model_copy(update={"teacher_scales": {PROXY: scales}, "student_scales": scales})

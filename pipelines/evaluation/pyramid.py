@@ -48,7 +48,7 @@ def stage_figures(student: FrozenStudent) -> StageFigures:
     rows = student.images.rows(held_out)
     cosine = {}
     total = len(rows) * len(whole.student_scales)
-    with track(total, f"Figures of {stage.stage}") as progress:
+    with track(total, f"Figures of {stage.name}") as progress:
         for scale in whole.student_scales:
             teachers = {who: _nearest(scale, of) for who, of in whole.teacher_scales.items()}
             seen = look(
@@ -61,7 +61,7 @@ def stage_figures(student: FrozenStudent) -> StageFigures:
             both = torch.stack([seen.cosines[FINAL, who].mean(0) for who in stage.teachers])
             summary, patches = both.mean(0).tolist()
             cosine[str(scale)] = {"summary": summary, "patches": patches}
-    metrics = recipe.stage_directory(stage.stage) / tracking.METRICS_FILE
+    metrics = recipe.stage_directory(stage.name) / tracking.METRICS_FILE
     losses = [line[LOSS] for line in tracking.read(metrics) if LOSS in line]
     return StageFigures(student.saved.step, {"before": losses[0], "after": losses[-1]}, cosine)
 

@@ -79,7 +79,9 @@ def fingerprint(recipe: Recipe, opened: Opened | None = None) -> str:
         BadInput: a stage without a checkpoint, or weights that cannot be read.
         StoreError: a store is absent or half built.
     """
-    saved = [checkpoint.require(recipe.stage_directory(stage.stage)) for stage in recipe.stages]
+    saved = [
+        checkpoint.require(recipe.stage_directory(stage.name)) for stage in recipe.stages.values()
+    ]
     return fp.fingerprint(
         {
             "format": FORMAT,
@@ -108,19 +110,19 @@ def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
             that cannot be read.
         StoreError: a cache cannot be read.
     """
-    for stage in recipe.stages:
-        checkpoint.finished(recipe.stage_directory(stage.stage), stage.steps)
+    for stage in recipe.stages.values():
+        checkpoint.finished(recipe.stage_directory(stage.name), stage.steps)
     opened = Opened()
     found = current(recipe, opened)
     if found is not None:
         return found
     started, device = time.monotonic(), evaluate.device(recipe)
-    last = FrozenStudent(recipe, recipe.stages[-1], device, opened)
+    last = FrozenStudent(recipe, recipe.last, device, opened)
     evaluation = evaluate.evaluate(last)
     stages: dict[str, StageFigures] = {}
-    for stage in recipe.stages:  # one after the other: a proxy fills gigabytes
-        own = last if stage is last.stage else FrozenStudent(recipe, stage, device, opened)
-        stages[stage.stage] = stage_figures(own)
+    for stage in recipe.stages.values():  # one after the other: a proxy fills gigabytes
+        own = last if stage is last.name else FrozenStudent(recipe, stage, device, opened)
+        stages[stage.name] = stage_figures(own)
     took = {**seconds, "evaluation": time.monotonic() - started}
     return write(last, evaluation, took, stages)
 
@@ -219,7 +221,7 @@ def write(
     recipe, stage, opened = student.recipe, student.stage, student.opened
     summary = summarise(recipe, caches(recipe, opened), evaluation, seconds, stages)
     summary["fingerprint"] = fingerprint(recipe, opened)
-    lines = tracking.read(recipe.stage_directory(stage.stage) / tracking.METRICS_FILE)
+    lines = tracking.read(recipe.stage_directory(stage.name) / tracking.METRICS_FILE)
     page = render(
         recipe,
         summary,

@@ -41,14 +41,14 @@ def entry(name: str) -> Entry:
         BadInput: there is no such recipe, naming the nearest.
     """
     recipe = recipes.get(name)
-    last = recipe.stages[-1]
+    last = recipe.last
     network = recipe.trained_by(last)
     resolution = min(last.student_scales)
     found = cost(network.encoder, resolution)
     return Entry(
         name,
         network.name,
-        tuple(stage.stage for stage in recipe.stages),
+        tuple(recipe.stages),
         found.parameters,
         resolution,
         found.multiply_adds,

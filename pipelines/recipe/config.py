@@ -4,10 +4,17 @@ A configuration says where things lie and how fast to work. The part of it that 
 on is turned into an `eupe.spec` (identity) when weights have been read and hashed.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+    model_validator,
+)
 
 from eupe.errors import BadInput
 from eupe.spec import (
@@ -27,6 +34,50 @@ PROXY = "proxy"
 """Name under which a stage lists the proxy as its teacher."""
 PIXELS = "pixels"
 """Name under which the views' own pixels are cached."""
+
+
+def _give_names(items: object) -> object:
+    """Put each key of a mapping into its item as `name`."""
+    if not isinstance(items, Mapping):
+        raise BadInput("wants a mapping, each item under its name")
+    given: dict[object, object] = {}
+    for name, item in items.items():
+        if isinstance(item, Mapping):
+            if "name" in item:
+                raise BadInput(f"{name}: its key is its name; leave `name` out")
+            item = {**item, "name": name}
+        elif getattr(item, "name", name) != name:
+            raise BadInput(f"{name}: holds an item named {item.name!r}")
+        given[name] = item
+    return given
+
+
+def _drop_names(items: object, plain: SerializerFunctionWrapHandler) -> dict[str, object]:
+    """Leave out of each item the name that its key says."""
+    return {
+        name: {field: value for field, value in item.items() if field != "name"}
+        for name, item in plain(items).items()
+    }
+
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+Named = Annotated[dict[Key, Item], BeforeValidator(_give_names), WrapSerializer(_drop_names)]
+"""Items by name. In Python an item knows its name; as data the name is its key alone."""
+
+
+def by_name(*items: Any) -> dict[Any, Any]:
+    """Return items under their names, in their order.
+
+    Raises:
+        BadInput: two have one name.
+    """
+    found = {item.name: item for item in items}
+    if len(found) < len(items):
+        names = [item.name for item in items]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise BadInput(f"{twice}: more than one item of that name")
+    return found
 
 
 class SourceConfig(Spec):
@@ -119,7 +170,7 @@ class OptimizerConfig(Spec):
 class StageConfig(Spec):
     """One stage of distillation: who learns from whom, at which scales, for how long."""
 
-    stage: StageName
+    name: StageName
     teachers: tuple[str, ...] = Field(min_length=1, description=f"expert names, or ('{PROXY}',)")
     student: Literal["student", "proxy"] = "student"
     teacher_scales: dict[str, tuple[int, ...]] = Field(
@@ -206,56 +257,55 @@ class Recipe(Spec):
         description="where stage 1 is kept, for recipes that share a proxy; None: with the run",
     )
     seed: int = 0
-    train: tuple[DatasetConfig, ...] = Field(min_length=1)
+    train: Named[DatasetName, DatasetConfig] = Field(min_length=1)
     homogeneous: dict[str, float] = Field({}, description="dataset -> chance of a batch of its own")
     held_out: DatasetConfig
     views: ViewPolicy
     num_views: int = Field(1, ge=1)
     held_out_views: CentreView
-    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
+    teachers: Named[Name, TeacherConfig] = Field(min_length=1)
     proxy: StudentConfig | None = None
     proxy_dtype: Dtype = "bfloat16"
     proxy_codec: CodecName = "float16"
     student: StudentConfig
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    stages: Named[StageName, StageConfig] = Field(min_length=1)
     extraction: ExtractionConfig = ExtractionConfig()
     workers: WorkersConfig = WorkersConfig()
     evaluation: EvaluationConfig
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        names = [dataset.name for dataset in (*self.train, self.held_out)]
-        if twice := {name for name in names if names.count(name) > 1}:
+        if self.held_out.name in self.train:
             raise BadInput(
-                f"{sorted(twice)}: more than one data set of that name; every train set and the "
-                "held-out set wants a name of its own"
+                f"{[self.held_out.name]}: more than one data set of that name; every train set "
+                "and the held-out set wants a name of its own"
             )
-        Mix({each.name: each.share for each in self.train}, self.homogeneous, 1, self.seed)
-        if unknown := set(self.evaluation.bank or ()) - set(names[:-1]):
+        Mix(self.shares, self.homogeneous, 1, self.seed)
+        if unknown := set(self.evaluation.bank or ()) - set(self.train):
             raise BadInput(
-                f"evaluation.bank names {sorted(unknown)}; the train sets are {names[:-1]}"
+                f"evaluation.bank names {sorted(unknown)}; the train sets are {list(self.train)}"
             )
-        cached = {teacher.name: set(teacher.resolutions) for teacher in self.teachers}
+        cached = {name: set(teacher.resolutions) for name, teacher in self.teachers.items()}
         if PIXELS in cached:
             raise BadInput(f"a teacher is named {PIXELS!r}: that name is the views' own")
-        drawn = {scale for stage in self.stages for scale in stage.student_scales}
+        drawn = {scale for stage in self.stages.values() for scale in stage.student_scales}
         if unused := set(self.pixels) - drawn:
             raise BadInput(f"pixels at {sorted(unused)}: no stage has a student at that scale")
-        stages = [stage.stage for stage in self.stages]
-        for stage in self.stages:
-            if stage.initial is not None and stage.initial not in stages:
+        for stage in self.stages.values():
+            if stage.initial is not None and stage.initial not in self.stages:
                 raise BadInput(
-                    f"{stage.stage}: initial names {stage.initial}; the stages are {stages}"
+                    f"{stage.name}: initial names {stage.initial}; "
+                    f"the stages are {list(self.stages)}"
                 )
             for name in stage.teachers:
                 if name == PROXY:
                     continue
                 if name not in cached:
-                    raise BadInput(f"{stage.stage}: teacher {name!r} is none of {sorted(cached)}")
+                    raise BadInput(f"{stage.name}: teacher {name!r} is none of {sorted(cached)}")
                 missing = set(stage.teacher_scales[name]) - cached[name]
                 if missing:
                     raise BadInput(
-                        f"{stage.stage}: teacher {name!r} is not cached at {sorted(missing)}"
+                        f"{stage.name}: teacher {name!r} is not cached at {sorted(missing)}"
                     )
         if self.num_views > 1 and self.views.kind == "centre":
             raise BadInput(f"num_views = {self.num_views}: a centre view has only view 0")
@@ -267,18 +317,19 @@ class Recipe(Spec):
         Raises:
             BadInput: this recipe has no such stage.
         """
-        for stage in self.stages:
-            if stage.stage == name:
-                return stage
-        have = ", ".join(stage.stage for stage in self.stages)
-        raise BadInput(f"recipe {self.name} has no {name}; it has {have}")
+        if name not in self.stages:
+            raise BadInput(f"recipe {self.name} has no {name}; it has {', '.join(self.stages)}")
+        return self.stages[name]
 
-    def teacher(self, name: str) -> TeacherConfig:
-        """Return the expert teacher of that name."""
-        for teacher in self.teachers:
-            if teacher.name == name:
-                return teacher
-        raise BadInput(f"recipe {self.name} has no teacher {name!r}")
+    @property
+    def last(self) -> StageConfig:
+        """The stage that makes what the recipe is run for."""
+        return next(reversed(self.stages.values()))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Train set -> the share of heterogeneous batches that it fills."""
+        return {name: dataset.share for name, dataset in self.train.items()}
 
     def trained_by(self, stage: StageConfig) -> StudentConfig:
         """Return the network that a stage trains.
@@ -289,14 +340,14 @@ class Recipe(Spec):
         if stage.student == "student":
             return self.student
         if self.proxy is None:
-            raise BadInput(f"recipe {self.name}: {stage.stage} trains a proxy and there is none")
+            raise BadInput(f"recipe {self.name}: {stage.name} trains a proxy and there is none")
         return self.proxy
 
     @property
     def bank(self) -> tuple[DatasetConfig, ...]:
         """The train sets that evaluations look among."""
         wanted = self.evaluation.bank
-        return tuple(each for each in self.train if wanted is None or each.name in wanted)
+        return tuple(each for each in self.train.values() if wanted is None or each.name in wanted)
 
     @property
     def directory(self) -> Path:

@@ -12,6 +12,7 @@ from pipelines.recipe.config import (
     StageName,
     StudentConfig,
     WorkersConfig,
+    by_name,
 )
 
 NAME = "demo"
@@ -31,7 +32,7 @@ def whole() -> Recipe:
         name=NAME,
         run_directory=f"runs/{NAME}",
         cache_root="runs/cache",
-        train=(family.emoji("train"),),
+        train=by_name(family.emoji("train")),
         held_out=family.emoji("test"),
         views=AugmentedView(
             canvas=160,
@@ -42,11 +43,11 @@ def whole() -> Recipe:
             solarize_probability=0.02,
         ),
         held_out_views=CentreView(canvas=160),
-        teachers=teachers,
+        teachers=by_name(*teachers),
         proxy=StudentConfig(name=PROXY, encoder=_small_vit(depth=4, layer_scale=0.3)),
         proxy_dtype="float32",
         student=StudentConfig(name="vit_mini", encoder=_small_vit(depth=3, layer_scale=0.1)),
-        stages=(
+        stages=by_name(
             _stage("stage1", {t.name: t.resolutions for t in teachers}, (96,), steps=600),
             _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=200),
             _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=500, lr=7e-4),
@@ -67,13 +68,13 @@ def whole() -> Recipe:
 def stage_2_only() -> Recipe:
     """Return the demo's "Stage 2 only": both teachers straight into the student, same caches."""
     demo = whole()
-    scales = {teacher.name: teacher.resolutions for teacher in demo.teachers}
+    scales = {name: teacher.resolutions for name, teacher in demo.teachers.items()}
     return demo.model_copy(
         update={
             "name": STAGE_2_ONLY,
             "run_directory": f"runs/{STAGE_2_ONLY}",
             "proxy": None,
-            "stages": (_stage("stage2", scales, (96,), steps=700),),
+            "stages": by_name(_stage("stage2", scales, (96,), steps=700)),
             "evaluation": demo.evaluation.model_copy(update={"resolution": 96}),
         }
     )
@@ -100,7 +101,7 @@ def _stage(
     lr: float = 1e-3,
 ) -> StageConfig:
     return StageConfig(
-        stage=name,
+        name=name,
         teachers=tuple(teacher_scales),
         student="proxy" if name == "stage1" else "student",
         teacher_scales=teacher_scales,

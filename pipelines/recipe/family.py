@@ -19,6 +19,7 @@ from pipelines.recipe.config import (
     StudentConfig,
     TeacherConfig,
     WorkersConfig,
+    by_name,
 )
 
 PYRAMID = (256, 384, 512)
@@ -97,7 +98,7 @@ def full(name: str) -> Recipe:
         run_directory=f"runs/{name}",
         cache_root="runs/cache",
         proxy_directory="runs/proxy_vitg",
-        train=(
+        train=by_name(
             DatasetConfig(
                 name="lvd1689m", source=SourceConfig(kind="webdataset", path="data/lvd1689m/*.tar")
             ),
@@ -113,10 +114,10 @@ def full(name: str) -> Recipe:
         views=AugmentedView(),
         num_views=2,
         held_out_views=CentreView(),
-        teachers=EXPERTS,
+        teachers=by_name(*EXPERTS),
         proxy=StudentConfig(name=PROXY, encoder=FAMILY["proxy_vitg"]),
         student=StudentConfig(name=name.removeprefix("eupe_"), encoder=FAMILY[name]),
-        stages=(_stage1(), _stage2(), _stage3()),
+        stages=by_name(_stage1(), _stage2(), _stage3()),
         extraction=ExtractionConfig(
             actors=8, compute_batch=64, gpus_per_actor=1, cpus_per_actor=8, decode_threads=8
         ),
@@ -133,14 +134,14 @@ def proxy() -> Recipe:
             "name": "proxy_vitg",
             "run_directory": "runs/proxy_vitg",
             "student": whole.proxy,
-            "stages": (_stage1(),),
+            "stages": by_name(_stage1()),
         }
     )
 
 
 def _stage1() -> StageConfig:
     return StageConfig(
-        stage="stage1",
+        name="stage1",
         teachers=tuple(teacher.name for teacher in EXPERTS),
         student="proxy",
         teacher_scales={teacher.name: teacher.resolutions for teacher in EXPERTS},
@@ -161,7 +162,7 @@ def _stage1() -> StageConfig:
 
 def _stage2() -> StageConfig:
     return StageConfig(
-        stage="stage2",
+        name="stage2",
         teachers=(PROXY,),
         teacher_scales={PROXY: (256,)},
         student_scales=(256,),
@@ -178,7 +179,7 @@ def _stage2() -> StageConfig:
 
 def _stage3() -> StageConfig:
     return StageConfig(
-        stage="stage3",
+        name="stage3",
         teachers=(PROXY,),
         teacher_scales={PROXY: PYRAMID},
         student_scales=PYRAMID,
@@ -212,13 +213,13 @@ def tiny(recipe: Recipe) -> Recipe:
             "run_directory": f"runs/{recipe.name}_tiny",
             "cache_root": "runs/cache_tiny",
             "proxy_directory": "runs/proxy_vitg_tiny",
-            "train": (emoji("train"),),
+            "train": by_name(emoji("train")),
             "homogeneous": {},
             "held_out": emoji("test"),
             "views": AugmentedView(canvas=192, blur_sigma=(0.1, 1.5)),
             "held_out_views": CentreView(canvas=192),
-            "teachers": teachers,
-            "stages": tuple(_short(stage, teachers) for stage in recipe.stages),
+            "teachers": by_name(*teachers),
+            "stages": {name: _short(stage, teachers) for name, stage in recipe.stages.items()},
             "proxy_dtype": "float32",
             "extraction": ExtractionConfig(compute_batch=32),
             "workers": WorkersConfig(),
@@ -249,12 +250,12 @@ def _short(stage: StageConfig, teachers: tuple[TeacherConfig, ...]) -> StageConf
     expert = PROXY not in stage.teachers
     scales = {teacher.name: teacher.resolutions for teacher in teachers}
     if not expert:
-        scales = {PROXY: TINY_PYRAMID if stage.stage == "stage3" else TINY_PYRAMID[:1]}
+        scales = {PROXY: TINY_PYRAMID if stage.name == "stage3" else TINY_PYRAMID[:1]}
     return stage.model_copy(
         update={
             "teachers": tuple(scales),
             "teacher_scales": scales,
-            "student_scales": TINY_PYRAMID if stage.stage == "stage3" else TINY_PYRAMID[:1],
+            "student_scales": TINY_PYRAMID if stage.name == "stage3" else TINY_PYRAMID[:1],
             "steps": 20,
             "global_batch": 32,
             "micro_batch": 32,

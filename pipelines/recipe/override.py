@@ -1,9 +1,8 @@
 """Fields of a recipe changed by their dotted paths, and the whole checked again."""
 
 import difflib
-import re
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,14 +12,19 @@ from yaml import YAMLError
 from eupe.errors import BadInput
 from pipelines.recipe.config import Recipe
 
+FREE = ("where", "gamma", "homogeneous", "model_arguments", "teacher_scales")
+"""Fields that map names to plain values."""
+NAMED = (["stages"], ["teachers"], ["train"])
+"""Paths of the fields that map names to configurations."""
+
 Override = Annotated[str, Field(pattern=r"^[^=]+=.*$")]
 
 
 def override(recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
     """Return the recipe with `path.to.field=value` overrides applied and checked.
 
-    List items are addressed by number (`stages.0.steps=10`) or, for stages, teachers and train
-    sets, by name (`stages.stage2.steps=10`). Values are YAML.
+    Stages, teachers and train sets are addressed by name (`stages.stage2.steps=10`). Values are
+    YAML; a list or a mapping takes the place of the one that was there.
 
     Raises:
         BadInput: a field that does not exist (naming the nearest that does) or a value that does
@@ -48,11 +52,7 @@ def changed(recipe: Recipe, fields: Sequence[tuple[str, object]]) -> Recipe:
     """
     tree = recipe.model_dump(mode="json")
     for path, value in fields:
-        resolved = _resolve(tree, path)
-        target: object = tree
-        for key in resolved[:-1]:
-            target = target[key]  # type: ignore[index]
-        target[resolved[-1]] = value  # type: ignore[index]
+        _set(tree, path, value)
     return validated(tree)
 
 
@@ -72,38 +72,25 @@ def validated(tree: object) -> Recipe:
         raise BadInput(faults) from error
 
 
-def _resolve(tree: object, path: str) -> list[str | int]:
-    """Turn a dotted path into keys of the tree, refusing a field that is not there."""
-    node, keys = tree, list[str | int]()
+def _set(tree: dict[str, Any], path: str, value: object) -> None:
+    """Put a value where a dotted path says, refusing a field that is not there."""
+    *parents, last = path.split(".")
+    node: Any = tree
     free = False  # below a field that maps names to values, new names are allowed
-    for part in re.split(r"\.", path):
-        if isinstance(node, dict):
-            if part not in node and not free:
-                raise BadInput(_no_such(path, part, [str(key) for key in node]))
-            keys.append(part)
-            free = part in ("where", "gamma", "homogeneous", "model_arguments", "teacher_scales")
-            node = node.get(part)
-        elif isinstance(node, list):
-            names = [_item_name(item, index) for index, item in enumerate(node)]
-            if part.isdigit() and int(part) < len(node):
-                index = int(part)
-            elif part in names:
-                index = names.index(part)
-            else:
-                raise BadInput(_no_such(path, part, names))
-            keys.append(index)
-            node = node[index]
-        else:
-            raise BadInput(
-                f"override {path!r}: {keys[-1]!r} is a plain value, {part!r} is not in it"
-            )
-    return keys
+    for parent in parents:
+        _check(node, parent, path, free)
+        free = parent in FREE
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise BadInput(f"override {path!r}: {parent!r} is a plain value, nothing is in it")
+    # A whole item may be added to a mapping by name: the recipe is checked afterwards.
+    _check(node, last, path, free or (parents[-1:] in NAMED and isinstance(value, dict)))
+    node[last] = value
 
 
-def _item_name(item: object, index: int) -> str:
-    if isinstance(item, dict):
-        return str(item.get("stage") or item.get("name") or index)
-    return str(index)
+def _check(node: Mapping[str, object], part: str, path: str, free: bool) -> None:
+    if part not in node and not free:
+        raise BadInput(_no_such(path, part, list(node)))
 
 
 def _no_such(path: str, part: str, names: list[str]) -> str:

@@ -142,8 +142,5 @@ def _walk(node: object, path: str) -> Iterator[tuple[str, object]]:
     if isinstance(node, dict) and node:
         for key, item in node.items():
             yield from _walk(item, f"{prefix}{key}")
-    elif isinstance(node, list) and node and isinstance(node[0], dict):
-        for item in node:
-            yield from _walk(item, f"{prefix}{item.get('stage') or item.get('name')}")
     else:
         yield path, node

@@ -105,12 +105,12 @@ def _placed(recipe: Recipe, home: Path) -> Recipe:
             "run_directory": placed(recipe.run_directory),
             "cache_root": placed(recipe.cache_root),
             "proxy_directory": shared and placed(shared),
-            "train": tuple(dataset(config) for config in recipe.train),
+            "train": {name: dataset(config) for name, config in recipe.train.items()},
             "held_out": dataset(recipe.held_out),
-            "teachers": tuple(
-                teacher.model_copy(update={"weights": weights(teacher.weights)})
-                for teacher in recipe.teachers
-            ),
+            "teachers": {
+                name: teacher.model_copy(update={"weights": weights(teacher.weights)})
+                for name, teacher in recipe.teachers.items()
+            },
             "proxy": recipe.proxy and student(recipe.proxy),
             "student": student(recipe.student),
         }

@@ -31,7 +31,7 @@ def draw(stage: StageConfig, seed: int, step: int) -> Scales:
     """
 
     def choose(who: str, scales: tuple[int, ...]) -> int:
-        return scales[bits(f"scales/{seed}/{stage.stage}/{step}/{who}") % len(scales)]
+        return scales[bits(f"scales/{seed}/{stage.name}/{step}/{who}") % len(scales)]
 
     return Scales(
         choose("student", stage.student_scales),

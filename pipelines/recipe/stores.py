@@ -40,7 +40,7 @@ class CacheJob(Spec):
     extraction: ExtractionConfig
 
     def __str__(self) -> str:
-        teachers = " + ".join(teacher.name for teacher in self.teachers)
+        teachers = " + ".join(teacher.name for teacher in self.teachers.values())
         return f"{self.dataset.name}, {self.num_views} {self.views.kind} view(s), {teachers}"
 
 
@@ -51,7 +51,7 @@ def cache_jobs(recipe: Recipe) -> list[CacheJob]:
     and the held-out set in one centre view. Where the recipe wants its views' pixels cached, they
     come out of the same pass as the teachers' features.
     """
-    return _jobs(recipe, (*recipe.teachers, *_pixels(recipe, recipe.pixels)))
+    return _jobs(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixels)))
 
 
 def pixel_jobs(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
@@ -75,7 +75,7 @@ def job_groups(recipe: Recipe) -> list[list[CacheJob]]:
     The expert teachers' jobs; and the proxy's, where a stage learns from it and stage 1 is done.
     """
     groups = [cache_jobs(recipe)]
-    taught = any(PROXY in stage.teachers for stage in recipe.stages)
+    taught = any(PROXY in stage.teachers for stage in recipe.stages.values())
     saved = checkpoint.latest(recipe.stage_directory("stage1"))
     if taught and saved is not None and saved.step >= _proxy_steps(recipe, saved):
         groups.append(proxy_jobs(recipe))
@@ -100,7 +100,9 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
         raise BadInput(f"recipe {recipe.name} has no proxy")
     directory = recipe.stage_directory("stage1")
     done = checkpoint.finished(directory, _proxy_steps(recipe, checkpoint.require(directory)))
-    scales = {scale for stage in recipe.stages for scale in stage.teacher_scales.get(PROXY, ())}
+    scales = {
+        scale for stage in recipe.stages.values() for scale in stage.teacher_scales.get(PROXY, ())
+    }
     return TeacherConfig(
         name=PROXY,
         encoder=recipe.proxy.encoder,
@@ -113,9 +115,10 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
 
 def _proxy_steps(recipe: Recipe, saved: Checkpoint) -> int:
     """Return how long stage 1 trains: here, or in the recipe whose proxy this one shares."""
-    ours = [stage.model_dump() for stage in recipe.stages]
-    theirs: Any = saved.recipe.get("stages", [])
-    steps: int = next(stage["steps"] for stage in (*ours, *theirs) if stage["stage"] == "stage1")
+    if "stage1" in recipe.stages:
+        return recipe.stages["stage1"].steps
+    theirs: Any = saved.recipe
+    steps: int = theirs["stages"]["stage1"]["steps"]
     return steps
 
 
@@ -135,7 +138,7 @@ def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...
 
 
 def _jobs(recipe: Recipe, teachers: tuple[TeacherConfig, ...]) -> list[CacheJob]:
-    wanted = [(dataset, recipe.views, recipe.num_views) for dataset in recipe.train]
+    wanted = [(dataset, recipe.views, recipe.num_views) for dataset in recipe.train.values()]
     if recipe.views != recipe.held_out_views:
         wanted += [(dataset, recipe.held_out_views, 1) for dataset in recipe.bank]
     wanted.append((recipe.held_out, recipe.held_out_views, 1))

@@ -33,7 +33,7 @@ def of_process_group(stage: StageConfig, device: str | torch.device) -> Workers:
     if stage.global_batch % dist.get_world_size():
         # Every forward gathers: a worker with a micro-batch less would leave the others waiting.
         raise BadInput(
-            f"{stage.stage}: global_batch = {stage.global_batch} and {dist.get_world_size()} "
+            f"{stage.name}: global_batch = {stage.global_batch} and {dist.get_world_size()} "
             "workers: with strategy fsdp2 each needs as many rows; make it a multiple"
         )
     half = stage.precision == "bfloat16" and torch.device(device).type == "cuda"

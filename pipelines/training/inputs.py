@@ -107,7 +107,7 @@ def fixed_normalisers(
     """
     training = _training_stores(recipe, stage, opened, resuming)
     normalisers = normalisers_of(stage, [stores for _, stores in training.values()])
-    saved = checkpoint.latest(recipe.stage_directory(stage.stage)) if resuming else None
+    saved = checkpoint.latest(recipe.stage_directory(stage.name)) if resuming else None
     return normalisers if saved is None else _as_saved(normalisers, saved.normalisers())
 
 
@@ -118,7 +118,7 @@ def _training_stores(
     return {
         job.dataset.name: (job, _stores(stage, job, resuming, opened))
         for job in jobs_of(recipe, stage)
-        if job.dataset in recipe.train and job.views == recipe.views
+        if job.dataset in recipe.train.values() and job.views == recipe.views
     }
 
 
@@ -147,7 +147,7 @@ def of_feeds(
     """
     draw = TrainingDraw(
         Mix(
-            {dataset.name: dataset.share for dataset in recipe.train},
+            recipe.shares,
             recipe.homogeneous,
             stage.global_batch,
             recipe.seed,

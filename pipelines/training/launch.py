@@ -53,7 +53,7 @@ class _Job:
 
     @property
     def directory(self) -> Path:
-        return self.recipe.stage_directory(self.stage.stage)
+        return self.recipe.stage_directory(self.stage.name)
 
     def train(self, workers: Workers, device: torch.device) -> StageResult:
         """Do one worker's share."""
@@ -102,7 +102,7 @@ def train(
         StoreError: a cache cannot be read.
         WorkerGroupError: of Ray Train: a worker raised anything else; its notes say all of it.
     """
-    saved = checkpoint.latest(recipe.stage_directory(stage.stage))
+    saved = checkpoint.latest(recipe.stage_directory(stage.name))
     pins = None if saved is None else saved.pins
     job = _Job(recipe, stage, make_inputs, make_evaluate, pins, resume)
     judged = make_evaluate is None or (saved is not None and saved.score is not None)
@@ -136,7 +136,7 @@ def _train_distributed(job: _Job) -> StageResult:
             # A name of its own: Ray Train restores the result of a name that it knows, and trains
             # nothing. Going on is the loop's affair, from its own checkpoint.
             run_config=RunConfig(
-                name=f"{job.stage.stage}-{secrets.token_hex(6)}",
+                name=f"{job.stage.name}-{secrets.token_hex(6)}",
                 storage_path=str(job.directory.absolute() / RAY_FOLDER),
             ),
         )
@@ -212,7 +212,7 @@ def _followed(job: _Job) -> Iterator[None]:
     """Show here how far the workers are, as their figures say."""
     saved = checkpoint.latest(job.directory)
     first, ended = 0 if saved is None else saved.step, threading.Event()
-    with track(job.stage.steps, f"Training {job.stage.stage}", "steps", first) as progress:
+    with track(job.stage.steps, f"Training {job.stage.name}", "steps", first) as progress:
 
         def follow() -> None:
             seen, over = first, False

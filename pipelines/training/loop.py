@@ -146,7 +146,7 @@ class _Run:
             if evaluate is not None and unjudged is not None:
                 saved = self._judged(evaluate, unjudged, trackers)
             with (
-                track(stage.steps, f"Training {stage.stage}", "steps", first) as progress,
+                track(stage.steps, f"Training {stage.name}", "steps", first) as progress,
                 closing(_steps(self.inputs.batches(range(first, stage.steps)))) as steps,
             ):
                 for micros in steps:
@@ -325,7 +325,7 @@ class _Run:
 
     def _seed(self, step: int) -> None:
         """Address what the network itself draws (drop path, dropout) by the step and the rank."""
-        address = f"network/{self.recipe.seed}/{self.stage.stage}/{step}/{self.workers.rank}"
+        address = f"network/{self.recipe.seed}/{self.stage.name}/{step}/{self.workers.rank}"
         torch.manual_seed(bits(address, count=56))
 
 

@@ -51,7 +51,7 @@ def initial_model(
     model = DistillationModel(encoder, dims, stage.head_hidden, recipe.seed)
     if stage.initial is not None:
         before = recipe.stage(stage.initial)
-        load(model, checkpoint.finished(recipe.stage_directory(before.stage), before.steps))
+        load(model, checkpoint.finished(recipe.stage_directory(before.name), before.steps))
     return model
 
 
@@ -95,7 +95,7 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         "stage": stage.model_dump(mode="json", exclude=EXECUTION),
         "student": recipe.trained_by(stage).encoder.model_dump(mode="json"),
         "initial_weights": _initial_weights(recipe, stage),
-        "train": {dataset.name: dataset.share for dataset in recipe.train},
+        "train": recipe.shares,
         "homogeneous": dict(recipe.homogeneous),
         "views": recipe.views.model_dump(mode="json"),
         "num_views": recipe.num_views,
@@ -107,7 +107,7 @@ def _initial_weights(recipe: Recipe, stage: StageConfig) -> str | None:
     """Return the digest of the weights a stage starts from; None: they are drawn by the seed."""
     if stage.initial is not None:
         before = recipe.stage(stage.initial)
-        saved = checkpoint.finished(recipe.stage_directory(before.stage), before.steps)
+        saved = checkpoint.finished(recipe.stage_directory(before.name), before.steps)
         return saved.weights_digest()
     student = recipe.trained_by(stage)
     return None if student.weights is None else digest(student.weights, student.encoder)

@@ -12,6 +12,7 @@ from pipelines.recipe.config import (
     SourceConfig,
     StageConfig,
     StudentConfig,
+    by_name,
 )
 from pipelines.recipe.stores import cache_jobs
 from support import small_caches
@@ -26,12 +27,12 @@ def recipe(directory: Path) -> Recipe:
         name="small_run",
         run_directory=str(directory / "run"),
         cache_root=str(directory / "cache"),
-        train=(dataset(directory, "train"),),
+        train=by_name(dataset(directory, "train")),
         held_out=dataset(directory, "held-out"),
         views=small_caches.POLICY,
         num_views=2,
         held_out_views=CentreView(canvas=64),
-        teachers=(teacher,),
+        teachers=by_name(teacher),
         student=StudentConfig(
             name="student",
             encoder=EncoderSpec(
@@ -39,9 +40,9 @@ def recipe(directory: Path) -> Recipe:
                 model_arguments={"embed_dim": 32, "depth": 2, "num_heads": 2},
             ),
         ),
-        stages=(
+        stages=by_name(
             StageConfig(
-                stage="stage2",
+                name="stage2",
                 teachers=("lite0",),
                 teacher_scales={"lite0": (64,)},
                 student_scales=(64,),

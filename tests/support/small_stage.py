@@ -21,6 +21,7 @@ from pipelines.recipe.config import (
     StageConfig,
     StudentConfig,
     TeacherConfig,
+    by_name,
 )
 from pipelines.training.batches import Batch, Feed, Part
 from pipelines.training.inputs import Inputs
@@ -79,7 +80,7 @@ def recipe(directory: Path, *, drop_path: float = 0.2, **stage: object) -> Recip
         stage: fields of the stage.
     """
     settings = {
-        "stage": "stage2",
+        "name": "stage2",
         "teachers": tuple(TEACHERS),
         "teacher_scales": {"near": (16, 32), "far": (32,)},
         "student_scales": (16, 32),
@@ -109,16 +110,18 @@ def recipe(directory: Path, *, drop_path: float = 0.2, **stage: object) -> Recip
         name="small",
         run_directory=str(directory),
         cache_root=str(directory / "cache"),
-        train=(DatasetConfig(name="noise", source=source),),
+        train=by_name(DatasetConfig(name="noise", source=source)),
         held_out=DatasetConfig(name="more-noise", source=source),
         views=CentreView(canvas=32),
         held_out_views=CentreView(canvas=32),
-        teachers=tuple(
-            TeacherConfig(name=name, encoder=network, weights="random:0", resolutions=(16, 32))
+        teachers={
+            name: TeacherConfig(
+                name=name, encoder=network, weights="random:0", resolutions=(16, 32)
+            )
             for name in TEACHERS
-        ),
+        },
         student=StudentConfig(name="student", encoder=network),
-        stages=(StageConfig(**settings),),
+        stages=by_name(StageConfig(**settings)),
         evaluation=EvaluationConfig(resolution=32),
     )
 
@@ -142,7 +145,7 @@ def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: in
         rank: of this worker.
         world: workers.
     """
-    stage = run.stages[0]
+    stage = run.stage("stage2")
     source = MemorySource(normalisers())
     feed = Feed(source, ImageReader(), run.views)
 

@@ -18,6 +18,7 @@ from pipelines.recipe.config import (
     StudentConfig,
     TeacherConfig,
     WorkersConfig,
+    by_name,
 )
 from pipelines.recipe.stores import CacheJob, jobs_of, open_stores
 from pipelines.records import tracking
@@ -98,17 +99,17 @@ def three_stages(directory: Path, emoji: Path) -> Recipe:
         run_directory=str(directory / "run"),
         cache_root=str(directory / "cache"),
         seed=178,  # draws all nine pairs of scales in ten steps
-        train=(DatasetConfig(name="train", source=sources["train"]),),
+        train=by_name(DatasetConfig(name="train", source=sources["train"])),
         held_out=DatasetConfig(name="held-out", source=sources["held-out"]),
         views=AugmentedView(seed=11, canvas=64),
         num_views=2,
         held_out_views=CentreView(canvas=64),
-        teachers=experts,
+        teachers=by_name(*experts),
         proxy=StudentConfig(name=PROXY, encoder=vit(depth=3)),
         proxy_dtype="float32",
         proxy_codec="float32",
         student=StudentConfig(name="student", encoder=vit()),
-        stages=(
+        stages=by_name(
             _stage("stage1", {each.name: each.resolutions for each in experts}, (48,), 4),
             _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], 4),
             _stage("stage3", {PROXY: PYRAMID}, PYRAMID, 4),
@@ -123,7 +124,7 @@ def _stage(
     name: str, teacher_scales: dict[str, tuple[int, ...]], scales: tuple[int, ...], steps: int
 ) -> StageConfig:
     return StageConfig(
-        stage=name,
+        name=name,
         teachers=tuple(teacher_scales),
         student="proxy" if name == "stage1" else "student",
         teacher_scales=teacher_scales,

@@ -25,7 +25,7 @@ def train(directory: Path, pause: float, **stage: object) -> StageResult:
             yield batch
 
     slowed = Inputs(slowly, made.dims, made.normalisers, made.identity, made.pins)
-    return train_stage(run, run.stages[0], slowed, directory / "stage2")
+    return train_stage(run, run.stage("stage2"), slowed, directory / "stage2")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def train(
         look: evaluate, which remembers what the model was like.
         gathered: dtype of gathered shards, which is otherwise CUDA's affair.
     """
-    stage = run.stages[0]
+    stage = run.stage("stage2")
     workers = workers_here(stage) if gathered is None else distributed.Shards(gathered)
     made = noise_inputs(run, stage, None, workers.rank, workers.size)
     order, looked_at = list[tuple[int, list[str], list[int]]](), dict[int, str]()
@@ -169,7 +169,7 @@ def train(
             run,
             stage,
             replace(made, batches=told),
-            Path(run.run_directory) / stage.stage,
+            Path(run.run_directory) / stage.name,
             workers=workers,
             evaluate=chosen,
         )
@@ -192,7 +192,7 @@ def noise_inputs(
     normalisers = small_stage.normalisers()
     feed = _Here(_NoiseSource(normalisers), _NoiseImages(), run.views)  # type: ignore[arg-type]
     return inputs.of_feeds(
-        run, stage, {run.train[0].name: feed}, normalisers, {"source": "noise"}, rank, world
+        run, stage, {next(iter(run.train)): feed}, normalisers, {"source": "noise"}, rank, world
     )
 
 
@@ -295,7 +295,7 @@ def train_on_random_tokens(
     identity = torch.nn.Identity()
     normalisers = {name: Normalisers(identity, identity) for name in teachers}
     made = Inputs(batches, dims, normalisers, {"source": "random"}, {})
-    directory = Path(run.run_directory) / stage.stage
+    directory = Path(run.run_directory) / stage.name
     return train_stage(run, stage, made, directory, workers=workers)
 
 
