@@ -52,7 +52,7 @@ def test_a_typo_in_an_override_is_one_sentence(item: str, says: str) -> None:
 def test_values_of_overrides_are_yaml() -> None:
     recipe = override(
         family.full("eupe_vitt16"),
-        ["stages.stage2.optimizer.lr=1e-5", "stages.1.loss.gamma.proxy=0.5", "num_views=3"],
+        ["stages.stage2.optimizer.lr=1e-5", "stages.stage2.loss.gamma.proxy=0.5", "num_views=3"],
     )
     stage = recipe.stage("stage2")
     assert (stage.optimizer.lr, stage.loss.gamma, recipe.num_views) == (1e-5, {"proxy": 0.5}, 3)
