@@ -46,7 +46,7 @@ class DatasetSpec(Spec):
 class CentreView(Spec):
     """One view a sample: shorter side resized to the canvas, centre square kept."""
 
-    kind: Literal["centre"] = "centre"
+    kind: Literal["centre"] = Field("centre", description="one view, nothing drawn")
     canvas: int = Field(512, ge=16, description="side of the square canvas, pixels")
     background: tuple[int, int, int] = Field((255, 255, 255), description="under transparency, RGB")
 
@@ -58,22 +58,22 @@ class AugmentedView(Spec):
     ones of self-distillation (DINO's first global view), marked assumed in docs/paper_map.md.
     """
 
-    kind: Literal["augmented"] = "augmented"
-    seed: int = 0
+    kind: Literal["augmented"] = Field("augmented", description="views that are drawn")
+    seed: int = Field(0, description="that views are drawn by")
     canvas: int = Field(512, ge=16, description="side of the square canvas, pixels")
     background: tuple[int, int, int] = Field((255, 255, 255), description="under transparency, RGB")
     crop_area: tuple[float, float] = Field((0.32, 1.0), description="share of the picture's area")
     crop_aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height")
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    jitter_probability: float = Field(0.8, ge=0, le=1)
+    flip_probability: float = Field(0.5, ge=0, le=1, description="of left for right")
+    jitter_probability: float = Field(0.8, ge=0, le=1, description="of other colours")
     brightness: float = Field(0.4, ge=0, le=1, description="factor drawn from 1 -+ this")
     contrast: float = Field(0.4, ge=0, le=1, description="factor drawn from 1 -+ this")
     saturation: float = Field(0.2, ge=0, le=1, description="factor drawn from 1 -+ this")
     hue: float = Field(0.1, ge=0, le=0.5, description="turn of the colour circle, drawn from -+")
-    blur_probability: float = Field(0.5, ge=0, le=1)
-    blur_sigma: tuple[float, float] = Field((0.2, 4.0), description="canvas pixels")
-    solarize_probability: float = Field(0.1, ge=0, le=1)
-    solarize_threshold: int = Field(128, ge=0, le=255)
+    blur_probability: float = Field(0.5, ge=0, le=1, description="of a Gaussian blur")
+    blur_sigma: tuple[float, float] = Field((0.2, 4.0), description="range, canvas pixels")
+    solarize_probability: float = Field(0.1, ge=0, le=1, description="of bright inverted")
+    solarize_threshold: int = Field(128, ge=0, le=255, description="inverted from here up")
 
     @model_validator(mode="after")
     def _ordered(self) -> "AugmentedView":
@@ -92,18 +92,26 @@ ViewPolicy = Annotated[CentreView | AugmentedView, Field(discriminator="kind")]
 class EncoderSpec(Spec):
     """A network read as an encoder: how pixels go in and which tokens come out.
 
-    `pixel_mean` and `pixel_std` are on the [0, 1] scale. `layer` is None for the final features;
-    for a CNN the stride of the intermediate map to take as patches (16, say), for a ViT the index
-    of a block. A checkpoint of ours is the timm encoder it was trained as, with its weights.
+    A checkpoint of ours is the timm encoder it was trained as, with its weights.
     """
 
-    library: Library = "timm"
-    architecture: str
-    pixel_mean: Triple = IMAGENET_MEAN
-    pixel_std: Triple = IMAGENET_STD
-    summary: SummaryKind = "class_token"
-    layer: int | None = None
-    model_arguments: dict[str, int | float | bool | str | tuple[int, ...] | None] = {}
+    library: Library = Field("timm", description="that builds the network; pixels: none does")
+    architecture: str = Field(description="its name in the library")
+    pixel_mean: Triple = Field(
+        IMAGENET_MEAN, description="taken off each colour, on the [0, 1] scale"
+    )
+    pixel_std: Triple = Field(
+        IMAGENET_STD, description="each colour is divided by, on the [0, 1] scale"
+    )
+    summary: SummaryKind = Field("class_token", description="what stands for the whole picture")
+    layer: int | None = Field(
+        None,
+        description="of a CNN the stride of the map to take as patches (16, say), of a ViT the "
+        "number of a block; null: the final features",
+    )
+    model_arguments: dict[str, int | float | bool | str | tuple[int, ...] | None] = Field(
+        {}, description="of the library's constructor, where they are not the architecture's own"
+    )
 
 
 class TeacherSpec(Spec):

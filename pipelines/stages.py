@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pipelines.evaluation import during
 from pipelines.machines.errors import one_sentence
 from pipelines.recipe import recipes
-from pipelines.recipe.config import StageName
+from pipelines.recipe.stage import StageName
 from pipelines.training import launch
 from pipelines.training.loop import StageResult
 

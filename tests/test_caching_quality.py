@@ -18,7 +18,7 @@ from eupe.moments import Moments
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Measured
 from pipelines.caching.quality import quality
-from pipelines.recipe.config import by_name
+from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import tracking
 from pipelines.training import inputs

@@ -21,7 +21,7 @@ from pipelines.evaluation.compare import Constants
 from pipelines.evaluation.frozen import FrozenStudent
 from pipelines.images.reader import ImageReader
 from pipelines.recipe import recipes
-from pipelines.recipe.config import by_name
+from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import checkpoint
 from pipelines.records.checkpoint import Contents

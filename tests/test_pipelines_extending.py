@@ -10,7 +10,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from eupe.spec import EncoderSpec
-from pipelines.recipe.config import Recipe, TeacherConfig, by_name
+from pipelines.recipe.config import Recipe, TeacherConfig
+from pipelines.recipe.named import by_name
 
 
 class ToyNetwork(nn.Module):

@@ -26,13 +26,12 @@ from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
     ExtractionConfig,
-    OptimizerConfig,
     Recipe,
-    StageConfig,
     StudentConfig,
     WorkersConfig,
-    by_name,
 )
+from pipelines.recipe.named import by_name
+from pipelines.recipe.stage import OptimizerConfig, StageConfig
 from pipelines.recipe.stores import open_stores
 from pipelines.training import inputs
 from pipelines.training.batches import Feed

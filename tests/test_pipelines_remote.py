@@ -12,7 +12,8 @@ from support.toy_stores import files_under
 from cache.files import bucket, place
 from cache.files.bucket import BucketPath
 from pipelines.images.reader import ImageReader
-from pipelines.recipe.config import SourceConfig, by_name
+from pipelines.recipe.config import SourceConfig
+from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs
 from pipelines.training import inputs
 

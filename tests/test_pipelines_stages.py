@@ -19,7 +19,9 @@ from cache.errors import FingerprintMismatch
 from pipelines.evaluation import pyramid
 from pipelines.evaluation.frozen import FrozenStudent
 from pipelines.recipe import scales
-from pipelines.recipe.config import PROXY, Recipe, StageConfig, by_name
+from pipelines.recipe.config import PROXY, Recipe
+from pipelines.recipe.named import by_name
+from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import (
     cache_jobs,
     job_groups,

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.recipe import recipes
-from pipelines.recipe.config import Recipe, StageConfig, by_name
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.named import by_name
 from pipelines.recipe.override import override, validated
+from pipelines.recipe.stage import StageConfig
 
 
 @pytest.fixture(scope="module")

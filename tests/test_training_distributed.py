@@ -16,7 +16,8 @@ from support.two_workers import Pair, Trained
 from eupe.weights import state_digest
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import recipes
-from pipelines.recipe.config import Recipe, StudentConfig, WorkersConfig, by_name
+from pipelines.recipe.config import Recipe, StudentConfig, WorkersConfig
+from pipelines.recipe.named import by_name
 from pipelines.records import checkpoint, tracking
 from pipelines.training import launch
 

@@ -20,7 +20,7 @@ from support import small_stage, train_child
 from eupe.errors import BadInput
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
-from pipelines.recipe.config import by_name
+from pipelines.recipe.named import by_name
 from pipelines.records import checkpoint, tracking
 from pipelines.training import loop, start
 from pipelines.training.loop import train_stage

@@ -35,7 +35,7 @@ def show(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print every field of a recipe, its value, and where the value comes from.
+    """Print every field of a recipe: its value, what it is for, what it may be, where it is from.
 
     [b]paper[/b]: stated there. [b]paper: X[/b]: stated there as X, and changed here.
     [b]assumed[/b]: ours, since the paper does not say. [b]execution[/b]: where and how fast the
@@ -49,7 +49,13 @@ def show(
         return
     print_table(
         [
-            {"field": each.path, "value": json.dumps(each.value), "origin": each.origin}
+            {
+                "field": each.path,
+                "value": json.dumps(each.value),
+                "description": each.description,
+                "allowed": each.allowed,
+                "origin": each.origin,
+            }
             for each in settings
         ]
     )

@@ -37,8 +37,13 @@ def print_json(value: object) -> None:
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:
     """Print plain rows, all with the same columns, as a table on stdout."""
     table = Table()
-    for name, value in rows[0].items():
-        table.add_column(name, justify="right" if isinstance(value, int | float) else "left")
+    for place, (name, value) in enumerate(rows[0].items()):
+        table.add_column(
+            name,
+            justify="right" if isinstance(value, int | float) else "left",
+            no_wrap=place == 0,  # what names a row stays whole, however narrow the screen
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
     Console(width=None if sys.stdout.isatty() else 200).print(table)

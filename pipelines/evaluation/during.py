@@ -13,7 +13,8 @@ from eupe.probes import knn_predict, top1
 from pipelines.evaluation.compare import FINAL, Seen, look
 from pipelines.evaluation.frozen import CentreViews, evaluation_scales
 from pipelines.evaluation.knn import labels, numbered
-from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
 from pipelines.training.batches import Batch, Batches
 from pipelines.training.inputs import Inputs

@@ -7,8 +7,9 @@ import torch
 
 from eupe.heads import DistillationModel
 from pipelines.features.sources import Normalisers
-from pipelines.recipe.config import PROXY, Recipe, StageConfig
+from pipelines.recipe.config import PROXY, Recipe
 from pipelines.recipe.scales import Scales
+from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import Opened
 from pipelines.records import checkpoint
 from pipelines.training import inputs, start

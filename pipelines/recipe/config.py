@@ -1,18 +1,14 @@
-"""Run configuration: what a recipe says, typed and frozen.
+"""Run configuration: what a recipe says, typed and frozen, each field marked and described.
 
 A configuration says where things lie and how fast to work. The part of it that a feature depends
 on is turned into an `eupe.spec` (identity) when weights have been read and hashed.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
-    WrapSerializer,
     model_validator,
 )
 
@@ -27,116 +23,115 @@ from eupe.spec import (
     Spec,
     ViewPolicy,
 )
+from pipelines.recipe.marks import EXECUTION, IDENTITY
 from pipelines.recipe.mix import Mix
+from pipelines.recipe.named import Named
+from pipelines.recipe.stage import StageConfig, StageName
 
-StageName = Literal["stage1", "stage2", "stage3"]
 PROXY = "proxy"
 """Name under which a stage lists the proxy as its teacher."""
 PIXELS = "pixels"
 """Name under which the views' own pixels are cached."""
-
-
-def _give_names(items: object) -> object:
-    """Put each key of a mapping into its item as `name`."""
-    if not isinstance(items, Mapping):
-        raise BadInput("wants a mapping, each item under its name")
-    given: dict[object, object] = {}
-    for name, item in items.items():
-        if isinstance(item, Mapping):
-            if "name" in item:
-                raise BadInput(f"{name}: its key is its name; leave `name` out")
-            item = {**item, "name": name}
-        elif getattr(item, "name", name) != name:
-            raise BadInput(f"{name}: holds an item named {item.name!r}")
-        given[name] = item
-    return given
-
-
-def _drop_names(items: object, plain: SerializerFunctionWrapHandler) -> dict[str, object]:
-    """Leave out of each item the name that its key says."""
-    return {
-        name: {field: value for field, value in item.items() if field != "name"}
-        for name, item in plain(items).items()
-    }
-
-
-Key = TypeVar("Key")
-Item = TypeVar("Item")
-Named = Annotated[dict[Key, Item], BeforeValidator(_give_names), WrapSerializer(_drop_names)]
-"""Items by name. In Python an item knows its name; as data the name is its key alone."""
-
-
-def by_name(*items: Any) -> dict[Any, Any]:
-    """Return items under their names, in their order.
-
-    Raises:
-        BadInput: two have one name.
-    """
-    found = {item.name: item for item in items}
-    if len(found) < len(items):
-        names = [item.name for item in items]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise BadInput(f"{twice}: more than one item of that name")
-    return found
+WEIGHTS = (
+    "package:<python package>/<file>, file:<path> (safetensors or a weights-only checkpoint), hub "
+    "(timm's or open_clip's own download), random:<seed>, checkpoint:<directory> of one of ours, "
+    "or sha256:<digest> for weights that are not here: enough to train from their features"
+)
+"""What the field `weights` takes."""
 
 
 class SourceConfig(Spec):
     """Where images lie: class folders, WebDataset tars or Parquet files with image bytes."""
 
-    kind: Literal["folder", "webdataset", "parquet"]
-    path: str = Field(description="folder, file, or glob of files; relative to the working folder")
-    image_column: str = Field("image", description="parquet: struct {bytes, path} or binary")
-    key_column: str | None = Field(None, description="parquet: sample_id; else the image's path")
-    label_columns: tuple[str, ...] = Field((), description="parquet: columns kept as labels")
-    where: dict[str, str] = Field({}, description="keep samples whose labels equal these")
+    kind: Annotated[Literal["folder", "webdataset", "parquet"], IDENTITY] = Field(
+        description="what the images are kept in; it decides how samples are keyed"
+    )
+    path: Annotated[str, EXECUTION] = Field(
+        description="folder, file, or glob of files; relative to the working folder"
+    )
+    image_column: Annotated[str, IDENTITY] = Field(
+        "image", description="parquet: struct {bytes, path} or binary"
+    )
+    key_column: Annotated[str | None, IDENTITY] = Field(
+        None, description="parquet: sample_id; else the image's path"
+    )
+    label_columns: Annotated[tuple[str, ...], IDENTITY] = Field(
+        (), description="parquet: columns kept as labels"
+    )
+    where: Annotated[dict[str, str], IDENTITY] = Field(
+        {}, description="keep samples whose labels equal these"
+    )
 
 
 class DatasetConfig(Spec):
     """A named set of images and, in a mix, the share of heterogeneous batches it fills."""
 
-    name: DatasetName
-    source: SourceConfig
-    share: float = Field(1.0, gt=0)
+    name: Annotated[DatasetName, IDENTITY] = Field(
+        description="of its folder in the cache root; the order of its samples is drawn by it"
+    )
+    source: SourceConfig = Field(description="where its images lie")
+    share: Annotated[float, IDENTITY] = Field(
+        1.0, gt=0, description="of a heterogeneous batch, relative to the other sets"
+    )
 
 
 class TeacherConfig(Spec):
-    """A teacher as a recipe names it; `weights` says where the file is, which is not identity.
+    """A teacher as a recipe names it. Its identity in a store is the digest of its weights."""
 
-    weights: `package:<python package>/<file>`, `file:<path>` (safetensors or a weights-only
-    checkpoint), `hub` (timm's or open_clip's own download), `random:<seed>`,
-    `checkpoint:<directory>` for a checkpoint of ours, or `sha256:<digest>` for weights that are
-    not on this machine: enough to train from their cached features.
-    """
-
-    name: Name
-    encoder: EncoderSpec
-    weights: str
-    dtype: Dtype = "float32"
-    resolutions: tuple[int, ...] = Field(min_length=1, description="cached at these, pixels")
-    codec: CodecName = "float16"
+    name: Annotated[Name, IDENTITY] = Field(description="of its folders in the cache root")
+    encoder: Annotated[EncoderSpec, IDENTITY] = Field(description="its network")
+    weights: Annotated[str, IDENTITY] = Field(description=WEIGHTS)
+    dtype: Annotated[Dtype, IDENTITY] = Field("float32", description="it computes in")
+    resolutions: Annotated[tuple[int, ...], IDENTITY] = Field(
+        min_length=1, description="cached at these, pixels"
+    )
+    codec: Annotated[CodecName, IDENTITY] = Field(
+        "float16", description="its features are stored in"
+    )
 
 
 class StudentConfig(Spec):
-    """A network to train. `weights` as in TeacherConfig; None starts from timm's initialisation."""
+    """A network to train."""
 
-    name: Name
-    encoder: EncoderSpec
-    weights: str | None = None
+    name: Annotated[Name, EXECUTION] = Field(description="in tables and reports")
+    encoder: Annotated[EncoderSpec, IDENTITY] = Field(description="its network")
+    weights: Annotated[str | None, IDENTITY] = Field(
+        None, description=f"null: timm's initialisation under the seed; else {WEIGHTS}"
+    )
 
 
 class ExtractionConfig(Spec):
-    """How caches are built: execution, never identity (but for what provenance records)."""
+    """How caches are built. What is identity here is fixed when a dataset or store is begun."""
 
-    rows_per_shard: int | None = Field(
-        None, ge=1, description="None: the largest patches array gives about 256 MB a shard"
+    rows_per_shard: Annotated[int | None, IDENTITY] = Field(
+        None,
+        ge=1,
+        description="null: the largest patches array gives about 256 MB a shard; fixed when a "
+        "dataset is first indexed, and shuffled by from then on",
     )
-    moments_samples: int = Field(1024, ge=2, description="samples that moments are measured on")
-    compute_batch: int = Field(32, ge=1, description="padded batch of the teacher's forward")
-    actors: int = Field(1, ge=1)
-    cpus_per_actor: float = Field(2, gt=0)
-    gpus_per_actor: float = Field(0, ge=0)
-    decode_threads: int = Field(2, ge=1)
-    max_failure_share: float = Field(0.01, ge=0, le=1, description="of invalid rows in a build")
+    moments_samples: Annotated[int, IDENTITY] = Field(
+        1024,
+        ge=2,
+        description="samples that moments are measured on; fixed when a store is made",
+    )
+    compute_batch: Annotated[int, EXECUTION] = Field(
+        32, ge=1, description="padded batch of the teacher's forward"
+    )
+    actors: Annotated[int, EXECUTION] = Field(
+        1, ge=1, description="processes that extract, at most; fewer where there is no room"
+    )
+    cpus_per_actor: Annotated[float, EXECUTION] = Field(
+        2, gt=0, description="that Ray reserves; the whole ones are the threads it computes on"
+    )
+    gpus_per_actor: Annotated[float, EXECUTION] = Field(
+        0, ge=0, description="that Ray reserves; 0: it computes on CPUs"
+    )
+    decode_threads: Annotated[int, EXECUTION] = Field(
+        2, ge=1, description="of each actor, that decode images and draw views"
+    )
+    max_failure_share: Annotated[float, EXECUTION] = Field(
+        0.01, ge=0, le=1, description="of images or features that are unusable; more is an error"
+    )
 
     @property
     def device(self) -> str:
@@ -149,129 +144,98 @@ class ExtractionConfig(Spec):
         return max(1, int(self.cpus_per_actor))
 
 
-class LossConfig(Spec):
-    """Eq. 4-7 of EUPE (arXiv:2603.22387)."""
-
-    alpha: float = Field(0.9, ge=0, description="weight of the patches' cosine loss (paper)")
-    beta: float = Field(0.1, ge=0, description="weight of the patches' smooth L1 (paper)")
-    smooth_l1_beta: float = Field(1.0, gt=0, description="not stated in the paper; assumed")
-    gamma: dict[str, float] = Field({}, description="teacher -> factor of its patch term (Eq. 7)")
-
-
-class OptimizerConfig(Spec):
-    """AdamW. The paper states lr and weight decay only."""
-
-    lr: float = Field(2e-5, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = Field(1.0, gt=0, description="None: no clipping")
-
-
-class StageConfig(Spec):
-    """One stage of distillation: who learns from whom, at which scales, for how long."""
-
-    name: StageName
-    teachers: tuple[str, ...] = Field(min_length=1, description=f"expert names, or ('{PROXY}',)")
-    student: Literal["student", "proxy"] = "student"
-    teacher_scales: dict[str, tuple[int, ...]] = Field(
-        description="teacher -> resolutions drawn from; one entry means fixed"
-    )
-    student_scales: tuple[int, ...] = Field(min_length=1)
-    steps: int = Field(ge=1)
-    global_batch: int = Field(ge=1)
-    micro_batch: int = Field(ge=1, description="at the smallest student scale")
-    head_hidden: int = Field(3072, ge=1)
-    normaliser: Literal["zscore", "phi-s"] = "zscore"
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    warmup_steps: int = Field(0, ge=0)
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    compile: bool = False
-    activation_checkpointing: bool = False
-    strategy: Literal["ddp", "fsdp2"] = Field("ddp", description="with several workers")
-    log_every: int = Field(10, ge=1)
-    evaluate_every: int | None = Field(
-        None, ge=1, description="held-out figures every so many steps; such a step is saved too"
-    )
-    checkpoint_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    initial: StageName | None = Field(None, description="start from that stage's checkpoint")
-
-    @model_validator(mode="after")
-    def _complete(self) -> "StageConfig":
-        if set(self.teachers) != set(self.teacher_scales):
-            raise BadInput(
-                f"teacher_scales names {sorted(self.teacher_scales)}, teachers {self.teachers}: "
-                "every teacher needs its scales"
-            )
-        if self.warmup_steps > self.steps:
-            raise BadInput(
-                f"warmup_steps = {self.warmup_steps}, steps = {self.steps}: the warm-up is a part "
-                "of the steps"
-            )
-        if unknown := set(self.loss.gamma) - set(self.teachers):
-            raise BadInput(
-                f"loss.gamma names {sorted(unknown)}; the stage's teachers are {self.teachers}"
-            )
-        return self
-
-
 class WorkersConfig(Spec):
     """How training is spread: one process here, or Ray Train workers."""
 
-    count: int = Field(1, ge=1)
-    use_gpu: bool = False
-    loader_threads: int = Field(2, ge=1)
-    prefetch_batches: int = Field(4, ge=1)
-    store_access: Literal["map", "read"] = Field(
+    count: Annotated[int, EXECUTION] = Field(
+        1, ge=1, description="processes; 1 trains in the process that is asked"
+    )
+    use_gpu: Annotated[bool, EXECUTION] = Field(False, description="one GPU a worker")
+    loader_threads: Annotated[int, EXECUTION] = Field(
+        2, ge=1, description="of each worker, that make batches"
+    )
+    prefetch_batches: Annotated[int, EXECUTION] = Field(
+        4, ge=1, description="made ahead of the step that is computed"
+    )
+    store_access: Annotated[Literal["map", "read"], EXECUTION] = Field(
         "map", description="read: by position, for file systems where maps are slow (NFS, Lustre)"
     )
-    copy_threads: int = Field(1, ge=1, description="that copy one batch out of a store")
+    copy_threads: Annotated[int, EXECUTION] = Field(
+        1, ge=1, description="that copy one batch out of a store"
+    )
 
 
 class EvaluationConfig(Spec):
     """kNN by a label over held-out queries, and cosine to the teachers on held-out images."""
 
-    label: str | None = Field("label", description="what kNN predicts; None: no kNN")
-    bank: tuple[str, ...] | None = Field(
+    label: Annotated[str | None, IDENTITY] = Field(
+        "label", description="what kNN predicts; null: no kNN"
+    )
+    bank: Annotated[tuple[str, ...] | None, IDENTITY] = Field(
         None,
         min_length=1,
-        description="train sets that kNN looks among and the baseline is fitted to; None: all",
+        description="train sets that kNN looks among and the baseline is fitted to; null: all",
     )
-    k: int = Field(10, ge=1)
-    resolution: int = Field(ge=1, description="of the student's input, pixels")
-    batch: int = Field(64, ge=1)
+    k: Annotated[int, IDENTITY] = Field(10, ge=1, description="neighbours that vote")
+    resolution: Annotated[int, IDENTITY] = Field(ge=1, description="of the student's input, pixels")
+    batch: Annotated[int, EXECUTION] = Field(
+        64, ge=1, description="images that go through the student at once"
+    )
 
 
 class Recipe(Spec):
     """Everything a distillation run does, from images to report."""
 
-    name: Name
-    run_directory: str = Field(description="everything but caches is written below it")
-    cache_root: str
-    pixels: tuple[int, ...] = Field(
+    name: Annotated[Name, EXECUTION] = Field(description="of the recipe, in reports")
+    run_directory: Annotated[str, EXECUTION] = Field(
+        description="everything but caches is written below it"
+    )
+    cache_root: Annotated[str, EXECUTION] = Field(
+        description="folder or bucket of the caches; recipes may share it"
+    )
+    pixels: Annotated[tuple[int, ...], EXECUTION] = Field(
         (), description="student scales at which the views themselves are cached too, as uint8"
     )
-    proxy_directory: str | None = Field(
+    proxy_directory: Annotated[str | None, EXECUTION] = Field(
         None,
-        description="where stage 1 is kept, for recipes that share a proxy; None: with the run",
+        description="where stage 1 is kept, for recipes that share a proxy; null: with the run",
     )
-    seed: int = 0
-    train: Named[DatasetName, DatasetConfig] = Field(min_length=1)
-    homogeneous: dict[str, float] = Field({}, description="dataset -> chance of a batch of its own")
-    held_out: DatasetConfig
-    views: ViewPolicy
-    num_views: int = Field(1, ge=1)
-    held_out_views: CentreView
-    teachers: Named[Name, TeacherConfig] = Field(min_length=1)
-    proxy: StudentConfig | None = None
-    proxy_dtype: Dtype = "bfloat16"
-    proxy_codec: CodecName = "float16"
-    student: StudentConfig
-    stages: Named[StageName, StageConfig] = Field(min_length=1)
-    extraction: ExtractionConfig = ExtractionConfig()
-    workers: WorkersConfig = WorkersConfig()
-    evaluation: EvaluationConfig
+    seed: Annotated[int, IDENTITY] = Field(
+        0, description="of networks, order, mix and scales; views have their own"
+    )
+    train: Named[DatasetName, DatasetConfig] = Field(
+        min_length=1, description="data sets that are trained on, by name"
+    )
+    homogeneous: Annotated[dict[str, float], IDENTITY] = Field(
+        {}, description="dataset -> chance of a batch of its own"
+    )
+    held_out: DatasetConfig = Field(description="data set that is judged on")
+    views: Annotated[ViewPolicy, IDENTITY] = Field(description="of the train sets")
+    num_views: Annotated[int, IDENTITY] = Field(
+        1, ge=1, description="of each train image; every one multiplies the cache"
+    )
+    held_out_views: Annotated[CentreView, IDENTITY] = Field(
+        description="of the held-out set, and of the bank"
+    )
+    teachers: Named[Name, TeacherConfig] = Field(
+        min_length=1, description="frozen networks that stages learn from, by name"
+    )
+    proxy: StudentConfig | None = Field(
+        None, description="network of stage 1, which teaches stages 2 and 3; null: none"
+    )
+    proxy_dtype: Annotated[Dtype, IDENTITY] = Field(
+        "bfloat16", description="the proxy computes in, as a teacher"
+    )
+    proxy_codec: Annotated[CodecName, IDENTITY] = Field(
+        "float16", description="the proxy's features are stored in"
+    )
+    student: StudentConfig = Field(description="network of stages 2 and 3")
+    stages: Named[StageName, StageConfig] = Field(
+        min_length=1, description="in the order in which they are trained, by name"
+    )
+    extraction: ExtractionConfig = Field(ExtractionConfig(), description="how caches are built")
+    workers: WorkersConfig = Field(WorkersConfig(), description="how training is spread")
+    evaluation: EvaluationConfig = Field(description="how a student is judged")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

@@ -6,14 +6,12 @@ from pipelines.recipe.config import (
     PROXY,
     EvaluationConfig,
     ExtractionConfig,
-    OptimizerConfig,
     Recipe,
-    StageConfig,
-    StageName,
     StudentConfig,
     WorkersConfig,
-    by_name,
 )
+from pipelines.recipe.named import by_name
+from pipelines.recipe.stage import OptimizerConfig, StageConfig, StageName
 
 NAME = "demo"
 STAGE_2_ONLY = "demo_stage2"

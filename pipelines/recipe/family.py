@@ -12,15 +12,14 @@ from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
     ExtractionConfig,
-    OptimizerConfig,
     Recipe,
     SourceConfig,
-    StageConfig,
     StudentConfig,
     TeacherConfig,
     WorkersConfig,
-    by_name,
 )
+from pipelines.recipe.named import by_name
+from pipelines.recipe.stage import OptimizerConfig, StageConfig
 
 PYRAMID = (256, 384, 512)
 TINY_PYRAMID = (96, 144, 192)

@@ -1,31 +1,11 @@
 """What the paper states of a recipe and what is assumed: the marks of `eupe recipes show`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from eupe.students import FAMILY
 from pipelines.recipe.config import Recipe
-
-EXECUTION = (
-    "name",
-    "stage",
-    "activation_checkpointing",
-    "run_directory",
-    "cache_root",
-    "proxy_directory",
-    "pixels",
-    "extraction",
-    "workers",
-    "log_every",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "micro_batch",
-    "strategy",
-    "compile",
-    "path",
-)
-"""Fields that change where and how fast a run works, never what it learns."""
+from pipelines.recipe.marks import EXECUTION, Leaf, leaves
 
 STATED: dict[str, object] = {
     "homogeneous.imagenet1k": 0.1,
@@ -83,10 +63,12 @@ STATED: dict[str, object] = {
 
 
 class Setting(NamedTuple):
-    """One field of a recipe, its value and where the value comes from."""
+    """One field of a recipe, what it is for, and where its value comes from."""
 
     path: str
     value: object
+    description: str
+    allowed: str
     origin: str
 
 
@@ -124,23 +106,13 @@ def settings(recipe: Recipe) -> list[Setting]:
         stated |= {k.replace("proxy", "student", 1): v for k, v in ours.items()}
     elif published is not None:
         stated["student.encoder.architecture"] = published.architecture
-    return [Setting(path, value, _origin(path, value, stated)) for path, value in _leaves(recipe)]
+    return [
+        Setting(leaf.path, leaf.value, leaf.description, leaf.allowed, _origin(leaf, stated))
+        for leaf in leaves(recipe)
+    ]
 
 
-def _origin(path: str, value: object, stated: Mapping[str, object]) -> str:
-    if path in stated:
-        return "paper" if value == stated[path] else f"paper: {stated[path]}"
-    return "execution" if set(path.split(".")) & set(EXECUTION) else "assumed"
-
-
-def _leaves(recipe: Recipe) -> Iterator[tuple[str, object]]:
-    yield from _walk(recipe.model_dump(mode="json"), "")
-
-
-def _walk(node: object, path: str) -> Iterator[tuple[str, object]]:
-    prefix = f"{path}." if path else ""
-    if isinstance(node, dict) and node:
-        for key, item in node.items():
-            yield from _walk(item, f"{prefix}{key}")
-    else:
-        yield path, node
+def _origin(leaf: Leaf, stated: Mapping[str, object]) -> str:
+    if leaf.path in stated:
+        return "paper" if leaf.value == stated[leaf.path] else f"paper: {stated[leaf.path]}"
+    return "execution" if leaf.mark is EXECUTION else "assumed"

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from eupe.addressed import bits
-from pipelines.recipe.config import StageConfig
+from pipelines.recipe.stage import StageConfig
 
 
 class Scales(NamedTuple):

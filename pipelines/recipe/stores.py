@@ -19,10 +19,10 @@ from pipelines.recipe.config import (
     DatasetConfig,
     ExtractionConfig,
     Recipe,
-    StageConfig,
     TeacherConfig,
     WorkersConfig,
 )
+from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
 from pipelines.records.checkpoint import Checkpoint
 
@@ -40,7 +40,7 @@ class CacheJob(Spec):
     extraction: ExtractionConfig
 
     def __str__(self) -> str:
-        teachers = " + ".join(teacher.name for teacher in self.teachers.values())
+        teachers = " + ".join(teacher.name for teacher in self.teachers)
         return f"{self.dataset.name}, {self.num_views} {self.views.kind} view(s), {teachers}"
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eupe.errors import BadInput
 from eupe.heads import DistillationModel
-from pipelines.recipe.config import StageConfig
+from pipelines.recipe.stage import StageConfig
 from pipelines.records import whole_state
 from pipelines.training.workers import Workers
 

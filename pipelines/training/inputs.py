@@ -15,8 +15,9 @@ from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features.sources import CachedSource, Normalisers
 from pipelines.images.reader import ImageReader
 from pipelines.recipe import scales
-from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.config import Recipe
 from pipelines.recipe.mix import Mix
+from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import CacheJob, Opened, jobs_of, open_stores, pixel_jobs
 from pipelines.records import checkpoint
 from pipelines.training.batches import Batch, Batches, Feed

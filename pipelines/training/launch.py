@@ -18,7 +18,8 @@ from eupe.heads import DistillationModel
 from pipelines.machines import cluster
 from pipelines.machines.errors import bad_input, keeping_traceback
 from pipelines.machines.progress import track
-from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
 from pipelines.records.tracking import METRICS_FILE
 from pipelines.training import distributed, start

@@ -26,7 +26,8 @@ from eupe.losses import teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
 from pipelines.features.buffers import Crossing
 from pipelines.machines.progress import track
-from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint, tracking, whole_state
 from pipelines.records.checkpoint import Checkpoint, Contents
 from pipelines.training import start

@@ -9,22 +9,12 @@ from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.students import build_student
 from eupe.weights import digest
-from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe import marks
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint, whole_state
 from pipelines.records.checkpoint import Checkpoint
 from pipelines.training.inputs import Inputs
-
-EXECUTION = {
-    "micro_batch",
-    "compile",
-    "activation_checkpointing",
-    "strategy",
-    "log_every",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-}
-"""Fields of a stage that change how it runs and not what it learns: free to change on resuming."""
 
 DRAWS = 2
 """Version of order, mix and view numbers: a run goes on only with the draws it began with."""
@@ -92,7 +82,7 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
     return {
         "draws": DRAWS,
         "seed": recipe.seed,
-        "stage": stage.model_dump(mode="json", exclude=EXECUTION),
+        "stage": marks.identity(stage),
         "student": recipe.trained_by(stage).encoder.model_dump(mode="json"),
         "initial_weights": _initial_weights(recipe, stage),
         "train": recipe.shares,

@@ -7,13 +7,12 @@ from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
     ExtractionConfig,
-    OptimizerConfig,
     Recipe,
     SourceConfig,
-    StageConfig,
     StudentConfig,
-    by_name,
 )
+from pipelines.recipe.named import by_name
+from pipelines.recipe.stage import OptimizerConfig, StageConfig
 from pipelines.recipe.stores import cache_jobs
 from support import small_caches
 

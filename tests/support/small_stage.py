@@ -15,14 +15,13 @@ from pipelines.recipe import scales
 from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
-    OptimizerConfig,
     Recipe,
     SourceConfig,
-    StageConfig,
     StudentConfig,
     TeacherConfig,
-    by_name,
 )
+from pipelines.recipe.named import by_name
+from pipelines.recipe.stage import OptimizerConfig, StageConfig
 from pipelines.training.batches import Batch, Feed, Part
 from pipelines.training.inputs import Inputs
 

@@ -11,15 +11,14 @@ from pipelines.recipe.config import (
     DatasetConfig,
     EvaluationConfig,
     ExtractionConfig,
-    OptimizerConfig,
     Recipe,
     SourceConfig,
-    StageConfig,
     StudentConfig,
     TeacherConfig,
     WorkersConfig,
-    by_name,
 )
+from pipelines.recipe.named import by_name
+from pipelines.recipe.stage import OptimizerConfig, StageConfig
 from pipelines.recipe.stores import CacheJob, jobs_of, open_stores
 from pipelines.records import tracking
 from pipelines.training import inputs

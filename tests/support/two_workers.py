@@ -28,8 +28,9 @@ from eupe.heads import DistillationModel
 from eupe.weights import state_digest
 from pipelines.features.sources import Normalisers, Raw, Targets
 from pipelines.images.reader import ImageReader
-from pipelines.recipe.config import Recipe, StageConfig
+from pipelines.recipe.config import Recipe
 from pipelines.recipe.scales import Scales
+from pipelines.recipe.stage import StageConfig
 from pipelines.training import distributed, inputs
 from pipelines.training.batches import Batch, Feed, Part
 from pipelines.training.inputs import Inputs

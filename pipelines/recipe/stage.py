@@ -1,0 +1,126 @@
+"""One stage of distillation as a recipe says it: its loss, its optimizer and everything else."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from eupe.errors import BadInput
+from eupe.spec import Spec
+from pipelines.recipe.marks import EXECUTION, IDENTITY
+
+StageName = Literal["stage1", "stage2", "stage3"]
+
+
+class LossConfig(Spec):
+    """Eq. 4-7 of EUPE (arXiv:2603.22387)."""
+
+    alpha: Annotated[float, IDENTITY] = Field(
+        0.9, ge=0, description="weight of the patches' cosine loss (paper)"
+    )
+    beta: Annotated[float, IDENTITY] = Field(
+        0.1, ge=0, description="weight of the patches' smooth L1 (paper)"
+    )
+    smooth_l1_beta: Annotated[float, IDENTITY] = Field(
+        1.0, gt=0, description="where smooth L1 turns from square to linear; not in the paper"
+    )
+    gamma: Annotated[dict[str, float], IDENTITY] = Field(
+        {}, description="teacher -> factor of its patch term (Eq. 7)"
+    )
+
+
+class OptimizerConfig(Spec):
+    """AdamW. The paper states lr and weight decay only."""
+
+    lr: Annotated[float, IDENTITY] = Field(
+        2e-5, gt=0, description="learning rate after the warm-up, from where a cosine ends at 0"
+    )
+    weight_decay: Annotated[float, IDENTITY] = Field(
+        1e-4, ge=0, description="of matrices and convolution kernels"
+    )
+    betas: Annotated[tuple[float, float], IDENTITY] = Field(
+        (0.9, 0.999), description="decay of the gradient's first and second moment"
+    )
+    clip_norm: Annotated[float | None, IDENTITY] = Field(
+        1.0, gt=0, description="longest gradient; null: no clipping"
+    )
+
+
+class StageConfig(Spec):
+    """One stage of distillation: who learns from whom, at which scales, for how long."""
+
+    name: Annotated[StageName, IDENTITY] = Field(description="of its folder; draws are made by it")
+    teachers: Annotated[tuple[str, ...], IDENTITY] = Field(
+        min_length=1, description="names of teachers of the recipe, or [proxy]"
+    )
+    student: Annotated[Literal["student", "proxy"], IDENTITY] = Field(
+        "student", description="which network of the recipe is trained"
+    )
+    teacher_scales: Annotated[dict[str, tuple[int, ...]], IDENTITY] = Field(
+        description="teacher -> resolutions drawn from, pixels; one entry means fixed"
+    )
+    student_scales: Annotated[tuple[int, ...], IDENTITY] = Field(
+        min_length=1, description="resolutions of the student's input drawn from, pixels"
+    )
+    steps: Annotated[int, IDENTITY] = Field(ge=1, description="of the optimizer")
+    global_batch: Annotated[int, IDENTITY] = Field(
+        ge=1, description="views a step, of all workers together"
+    )
+    micro_batch: Annotated[int, EXECUTION] = Field(
+        ge=1, description="views that go through the student at once, at its smallest scale"
+    )
+    head_hidden: Annotated[int, IDENTITY] = Field(
+        3072, ge=1, description="width inside the adapter heads"
+    )
+    normaliser: Annotated[Literal["zscore", "phi-s"], IDENTITY] = Field(
+        "zscore", description="of the teachers' tokens"
+    )
+    loss: LossConfig = Field(LossConfig(), description="weights of its terms")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW")
+    warmup_steps: Annotated[int, IDENTITY] = Field(
+        0, ge=0, description="of the steps, in which the learning rate rises to lr"
+    )
+    precision: Annotated[Literal["float32", "bfloat16"], IDENTITY] = Field(
+        "bfloat16", description="of autocast; weights and losses stay float32"
+    )
+    compile: Annotated[bool, EXECUTION] = Field(False, description="the student by torch.compile")
+    activation_checkpointing: Annotated[bool, EXECUTION] = Field(
+        False, description="compute activations again on the way back: less memory, more time"
+    )
+    strategy: Annotated[Literal["ddp", "fsdp2"], EXECUTION] = Field(
+        "ddp", description="with several workers: copies of the model, or shards of it"
+    )
+    log_every: Annotated[int, EXECUTION] = Field(
+        10, ge=1, description="steps between two lines of metrics.jsonl"
+    )
+    evaluate_every: Annotated[int | None, EXECUTION] = Field(
+        None,
+        ge=1,
+        description="held-out figures every so many steps; such a step is saved too; null: none",
+    )
+    checkpoint_every: Annotated[int, EXECUTION] = Field(
+        100, ge=1, description="steps between two checkpoints; the last step always has one"
+    )
+    keep_checkpoints: Annotated[int, EXECUTION] = Field(
+        2, ge=1, description="newest ones; older ones are removed"
+    )
+    initial: Annotated[StageName | None, IDENTITY] = Field(
+        None, description="start from that stage's checkpoint; null: from the network's weights"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "StageConfig":
+        if set(self.teachers) != set(self.teacher_scales):
+            raise BadInput(
+                f"teacher_scales names {sorted(self.teacher_scales)}, teachers {self.teachers}: "
+                "every teacher needs its scales"
+            )
+        if self.warmup_steps > self.steps:
+            raise BadInput(
+                f"warmup_steps = {self.warmup_steps}, steps = {self.steps}: the warm-up is a part "
+                "of the steps"
+            )
+        if unknown := set(self.loss.gamma) - set(self.teachers):
+            raise BadInput(
+                f"loss.gamma names {sorted(unknown)}; the stage's teachers are {self.teachers}"
+            )
+        return self
