@@ -12,7 +12,8 @@ import pytest
 import torch
 from support import plain_loop, small_stage
 
-from pipelines.recipe.config import LossConfig, OptimizerConfig, Recipe
+from pipelines.recipe.config import Recipe
+from pipelines.recipe.stage import LossConfig, OptimizerConfig
 from pipelines.records import tracking
 from pipelines.training import start
 from pipelines.training.loop import train_stage
@@ -46,14 +47,14 @@ def trained(
     """Return what the trainer wrote down, step by step."""
     run = small(directory, **stage)
     inputs = small_stage.inputs(run, invalid=invalid)
-    train_stage(run, run.stages[0], inputs, directory)
+    train_stage(run, run.stage("stage2"), inputs, directory)
     return tracking.read(directory / tracking.METRICS_FILE)
 
 
 def reference(invalid: Sequence[int] = INVALID, **stage: object) -> list[dict[str, float]]:
     """Return the figures of the plain loop, from the same weights, pixels and targets."""
     run = small(Path("nowhere"), **stage)
-    weights = start.initial_model(run, run.stages[0], small_stage.TEACHERS).state_dict()
+    weights = start.initial_model(run, run.stage("stage2"), small_stage.TEACHERS).state_dict()
     prefix = "encoder.network."
     network = plain_loop.vit(
         run.student.encoder.model_arguments,
@@ -65,13 +66,13 @@ def reference(invalid: Sequence[int] = INVALID, **stage: object) -> list[dict[st
         )
         for name in small_stage.TEACHERS
     }
-    return plain_loop.train(run.stages[0], network, heads, steps(run, invalid))
+    return plain_loop.train(run.stage("stage2"), network, heads, steps(run, invalid))
 
 
 def steps(run: Recipe, invalid: Sequence[int]) -> Iterator[list[plain_loop.Micro]]:
     """Yield the micro-batches of every step."""
     inputs = small_stage.inputs(run, invalid=invalid)
-    batches = inputs.batches(range(run.stages[0].steps))
+    batches = inputs.batches(range(run.stage("stage2").steps))
     for _, group in groupby(batches, key=lambda batch: batch.step):
         yield [
             plain_loop.Micro(

@@ -319,7 +319,7 @@ def test_the_share_of_waiting_is_that_of_a_slow_source(tmp_path):
             busy += time.perf_counter() - left if batch.step < 5 else 0.0
 
     slow = dataclasses.replace(made, batches=slowly)
-    result = train_stage(run, run.stages[0], slow, tmp_path / "stage2")
+    result = train_stage(run, run.stage("stage2"), slow, tmp_path / "stage2")
     (line,) = tracking.read(tmp_path / "stage2" / tracking.METRICS_FILE)
     share = 6 * pause / (6 * pause + busy * 6 / 5)  # what the last step took is not known here
     for found in (line["data_wait_share"], result.wait_share):

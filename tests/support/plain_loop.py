@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.recipe.config import StageConfig
+from pipelines.recipe.stage import StageConfig
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Tokens = tuple[Tensor, Tensor]
