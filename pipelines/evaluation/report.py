@@ -121,7 +121,7 @@ def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
     evaluation = evaluate.evaluate(last)
     stages: dict[str, StageFigures] = {}
     for stage in recipe.stages.values():  # one after the other: a proxy fills gigabytes
-        own = last if stage is last.name else FrozenStudent(recipe, stage, device, opened)
+        own = last if stage is last.stage else FrozenStudent(recipe, stage, device, opened)
         stages[stage.name] = stage_figures(own)
     took = {**seconds, "evaluation": time.monotonic() - started}
     return write(last, evaluation, took, stages)
