@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,22 +56,23 @@ from benchmarks.step_subjects import (
 )
 from benchmarks.training import TrainingStep, targets_of
 from cache.reader import Reader
-from cache.samples import Samples
+from cache.samples import Samples, ShardRange
 from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.teachers import Teacher
 from pipelines.features.sources import (
     CachedSource,
     FeatureSource,
+    Fetched,
     LiveSource,
     Normalisers,
-    Raw,
     Targets,
 )
 from pipelines.images.reader import ImageReader
+from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
-from pipelines.training.batches import Batch, Batches, Feed
+from pipelines.training.batches import Batch, Batches, Feed, Loader
 from pipelines.training.draws import TrainingDraw
 
 PREFETCH = 1
@@ -94,11 +96,33 @@ COLUMNS = {
 }
 
 
+@dataclass(frozen=True)
+class Ready(Fetched):
+    """Targets that are decoded already."""
+
+    targets: dict[str, Targets]
+
+    def decode(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Return the targets."""
+        return self.targets
+
+
 class InMemory(FeatureSource):
     """A feature source whose targets lie there already: every batch gets the same ones."""
 
     def __init__(self, samples: Samples, targets: Mapping[str, Targets]) -> None:
         self.samples, self._targets = samples, dict(targets)
+
+    def dims(self) -> dict[str, tuple[int, int]]:
+        """Return teacher -> (summary width, patch width)."""
+        return {
+            name: (each.summary.shape[-1], each.patches.shape[-1])
+            for name, each in self._targets.items()
+        }
+
+    def shards(self) -> list[ShardRange]:
+        """Return all shards of the dataset."""
+        return self.samples.shards()
 
     def fetch(
         self,
@@ -106,13 +130,9 @@ class InMemory(FeatureSource):
         view_numbers: np.ndarray,
         resolutions: Mapping[str, int],
         canvases: np.ndarray | None = None,
-    ) -> Raw:
+    ) -> Fetched:
         """Bring nothing."""
-        return Raw(np.ones(len(rows), bool), None, {}, {})
-
-    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
-        """Return the targets."""
-        return self._targets
+        return Ready(np.ones(len(rows), bool), None, self._targets)
 
 
 def batches(feed: Feed, samples: Samples, teacher: str, batch: int, threads: int) -> Batches:
@@ -124,8 +144,7 @@ def batches(feed: Feed, samples: Samples, teacher: str, batch: int, threads: int
         lambda step: Scales(SIDE, {teacher: SIDE}),
         lambda scale, rows: rows,
         range(1_000_000),
-        threads=threads,
-        prefetch=PREFETCH,
+        Loader(WorkersConfig(loader_threads=threads, prefetch_batches=PREFETCH)),
     )
 
 

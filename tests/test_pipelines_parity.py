@@ -20,7 +20,7 @@ from cache.format import layout
 from cache.reader import Reader
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
-from pipelines.features.sources import Raw, Resolutions
+from pipelines.features.sources import Fetched, Resolutions
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import (
     DatasetConfig,
@@ -183,7 +183,7 @@ def test_one_wrong_view_number_is_refused(float32, tmp_path):
             view_numbers: np.ndarray,
             resolutions: Resolutions,
             canvases: np.ndarray | None = None,
-        ) -> Raw:
+        ) -> Fetched:
             wrong = np.where(np.array(sample_ids) == sample_ids[0], 1 - view_numbers, view_numbers)
             return self._source.fetch(sample_ids, wrong, resolutions, canvases)  # type: ignore[attr-defined]
 

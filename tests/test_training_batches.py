@@ -20,9 +20,10 @@ from eupe import views
 from eupe.normalise import Normaliser
 from pipelines.features.sources import CachedSource, Normalisers
 from pipelines.images.reader import ImageReader
+from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.scales import Scales
-from pipelines.training.batches import Batch, Batches, Feed
+from pipelines.training.batches import Batch, Batches, Feed, Loader
 from pipelines.training.draws import Sweep, TrainingDraw, view_numbers
 
 COUNT, BATCH = 24, 8
@@ -150,9 +151,12 @@ def micro_batch(size: int, scale: int, rows: int) -> int:
     return min(size, rows)
 
 
-def batches(feeds, steps: range, micro: int = BATCH, draw=None, **settings) -> Batches:
+def batches(
+    feeds, steps: range, micro: int = BATCH, draw=None, rank=0, world_size=1, **settings
+) -> Batches:
+    loader = Loader(WorkersConfig(**settings), rank, world_size)
     return Batches(
-        feeds, draw or training_draw(), scales, partial(micro_batch, micro), steps, **settings
+        feeds, draw or training_draw(), scales, partial(micro_batch, micro), steps, loader
     )
 
 
@@ -168,8 +172,8 @@ def content(batch: Batch) -> tuple[object, ...]:
 
 
 def test_threads_and_prefetch_change_nothing(feeds):
-    one = [content(b) for b in batches(feeds, range(6), threads=1, prefetch=1)]
-    many = [content(b) for b in batches(feeds, range(6), threads=4, prefetch=9)]
+    one = [content(b) for b in batches(feeds, range(6), loader_threads=1, prefetch_batches=1)]
+    many = [content(b) for b in batches(feeds, range(6), loader_threads=4, prefetch_batches=9)]
     assert one == many
 
 
@@ -181,7 +185,8 @@ def test_starting_at_a_step_gives_what_the_whole_run_gave(feeds):
 def test_ranks_share_out_the_global_batch(feeds):
     together = [b.sample_ids for b in batches(feeds, range(4))]
     ranks = [
-        [b.sample_ids for b in batches(feeds, range(4), rank=rank, world=3)] for rank in range(3)
+        [b.sample_ids for b in batches(feeds, range(4), rank=rank, world_size=3)]
+        for rank in range(3)
     ]
     assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == together
 
@@ -277,7 +282,10 @@ def test_waiting_is_measured(feeds, monkeypatch):
 
     monkeypatch.setattr(source, "fetch", late)
     started = time.perf_counter()
-    waited = [batch.wait_seconds for batch in batches(feeds, range(4), threads=1, prefetch=1)]
+    waited = [
+        batch.wait_seconds
+        for batch in batches(feeds, range(4), loader_threads=1, prefetch_batches=1)
+    ]
     passed = time.perf_counter() - started
     assert min(waited) >= 0
     assert 2 * slow < sum(waited) < passed  # two at most are made at once
@@ -285,8 +293,8 @@ def test_waiting_is_measured(feeds, monkeypatch):
 
 def test_a_batch_too_small_for_the_workers_is_refused(feeds):
     with pytest.raises(ValueError, match="at least one row a worker"):
-        list(batches(feeds, range(1), draw=training_draw(batch=2), rank=0, world=3))
+        list(batches(feeds, range(1), draw=training_draw(batch=2), rank=0, world_size=3))
     with pytest.raises(ValueError, match="rank 3: a world of 3 has ranks 0 to 2"):
-        batches(feeds, range(1), rank=3, world=3)
+        batches(feeds, range(1), rank=3, world_size=3)
     with pytest.raises(ValueError, match="no feed of dataset emoji"):
         batches({}, range(1))

@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path)
     def poisoned(steps):
         for batch in made.batches(steps):
             if batch.step == 4:
-                for pixels in batch.parts[0].raw.pixels.values():
+                for pixels in batch.parts[0].fetched.pixels.values():
                     pixels[0] = np.nan
             yield batch
 

@@ -13,7 +13,7 @@ from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import Opened
 from pipelines.records import checkpoint
 from pipelines.training import inputs, start
-from pipelines.training.batches import Batches
+from pipelines.training.batches import Batches, Loader
 from pipelines.training.draws import Sweep
 
 
@@ -66,8 +66,7 @@ class CentreViews:
             lambda step: at,
             lambda scale, count: count,
             range(draw.num_steps),
-            threads=self.recipe.workers.loader_threads,
-            prefetch=self.recipe.workers.prefetch_batches,
+            Loader(self.recipe.workers),
         )
 
 

@@ -1,8 +1,9 @@
 """Feature sources: normalised teacher tokens for (samples, views), from a cache or live (law 8)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from cache.errors import StoreError
 from cache.reader import Reader
 from cache.samples import Samples, ShardRange
 from eupe import views
+from eupe.encoders import Features
 from eupe.normalise import Normaliser
 from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import Teacher
@@ -45,37 +47,28 @@ class Targets(NamedTuple):
     valid: Tensor
 
 
-class StoredTokens(NamedTuple):
-    """One teacher's tokens of a batch as a store has them: summary float32, patches encoded."""
-
-    summary: np.ndarray
-    patches: np.ndarray
-    escapes: Escapes
-    resolution: int
-
-
 @dataclass(frozen=True)
-class Raw:
-    """What `fetch` brought for a batch, on the host.
+class Fetched(ABC):
+    """What a source brought to the host for a batch.
 
     Attributes:
         valid: bool [B], rows that every teacher has.
         view_digests: of each row's canvas when it was cached; None where nothing was cached.
-        tokens: teacher -> tokens as stored (cached source).
-        pixels: teacher -> uint8 [B, R, R, 3], its input (live source).
     """
 
     valid: np.ndarray
     view_digests: Sequence[str | None] | None
-    tokens: Mapping[str, StoredTokens]
-    pixels: Mapping[str, np.ndarray]
+
+    @abstractmethod
+    def decode(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Do the device's part: return teacher -> normalised tokens, on the device."""
 
 
-class FeatureSource(Protocol):
+class FeatureSource(ABC):
     """Gives normalised teacher tokens for samples of one dataset.
 
-    `fetch` does what the host does (read, copy, resize) and may be called from any thread;
-    `decode` does what the device does. Both sources share everything after the tokens are float32.
+    `fetch` does what the host does (read, copy, resize) and may be called from any thread; what it
+    returns does what the device does. Sources share everything after the tokens are float32.
 
     Attributes:
         samples: the dataset's sample table: what a row of `fetch` is.
@@ -83,13 +76,13 @@ class FeatureSource(Protocol):
 
     samples: Samples
 
+    @abstractmethod
     def dims(self) -> dict[str, tuple[int, int]]:
         """Return teacher -> (summary width, patch width)."""
-        ...
 
+    @abstractmethod
     def shards(self) -> list[ShardRange]:
         """Return the shards whose rows can be fetched."""
-        ...
 
     def versions(self) -> dict[str, int]:
         """Return store directory (below the cache root) -> manifest version that is read."""
@@ -97,10 +90,12 @@ class FeatureSource(Protocol):
 
     @property
     def mirrored(self) -> bool:
-        """Whether a store lies in a bucket, so that it pays to say what will be fetched."""
+        """True if a store lies in a bucket: it then pays to say what will be fetched."""
         return False
 
-    def will_need(self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions) -> None:
+    def will_need(  # noqa: B027 (where nothing is mirrored there is nothing to start)
+        self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions
+    ) -> None:
         """Start mirroring the shards of rows that will be fetched soon; returns at once.
 
         Args:
@@ -109,13 +104,14 @@ class FeatureSource(Protocol):
             resolutions: as they will be fetched.
         """
 
+    @abstractmethod
     def fetch(
         self,
         rows: np.ndarray,
         view_numbers: np.ndarray,
         resolutions: Resolutions,
         canvases: np.ndarray | None = None,
-    ) -> Raw:
+    ) -> Fetched:
         """Bring what is needed to the host.
 
         Args:
@@ -125,11 +121,6 @@ class FeatureSource(Protocol):
             canvases: uint8 [B, C, C, 3], the views' pixels where the caller has drawn them; the
                 caller then says which of them are valid.
         """
-        ...
-
-    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
-        """Turn what `fetch` brought into normalised tokens on the device."""
-        ...
 
     def targets(
         self,
@@ -146,7 +137,47 @@ class FeatureSource(Protocol):
             MissingSamples: naming ids that are not in the dataset.
         """
         rows = self.samples.rows_of(sample_ids)
-        return self.decode(self.fetch(rows, view_numbers, resolutions), device)
+        return self.fetch(rows, view_numbers, resolutions).decode(device)
+
+
+class OpenStore(NamedTuple):
+    """One teacher's store at one resolution, and what turns its rows into targets."""
+
+    reader: Reader
+    decoder: Decoder
+    summary_normaliser: Normaliser
+
+
+class StoredTokens(NamedTuple):
+    """One teacher's tokens of a batch as its store has them: summary float32, patches encoded."""
+
+    summary: np.ndarray
+    patches: np.ndarray
+    escapes: Escapes
+    store: OpenStore
+
+
+@dataclass(frozen=True)
+class FetchedTokens(Fetched):
+    """Tokens as stored.
+
+    Attributes:
+        tokens: teacher -> its tokens.
+    """
+
+    tokens: Mapping[str, StoredTokens]
+
+    def decode(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Decode and normalise (see `Fetched`)."""
+        out = {}
+        for teacher, (summary, patches, escapes, store) in self.tokens.items():
+            grid = store.reader.store.spec.grid
+            tokens = store.decoder(patches, escapes, device).unflatten(1, grid)
+            summaries = torch.from_numpy(summary).to(device)
+            out[teacher] = _masked(
+                _normalised(summaries, store.summary_normaliser), tokens, self.valid
+            )
+        return out
 
 
 class CachedSource(FeatureSource):
@@ -166,35 +197,37 @@ class CachedSource(FeatureSource):
         if not readers:
             raise ValueError("a cached source wants at least one store")
         _check_normalisers({teacher for teacher, _ in readers}, normalisers)
-        self._readers, self._normalisers = dict(readers), dict(normalisers)
-        self._decoders = {
-            (teacher, resolution): Decoder(reader.store.codec, normalisers[teacher].patches)
+        self._stores = {
+            (teacher, resolution): OpenStore(
+                reader,
+                Decoder(reader.store.codec, normalisers[teacher].patches),
+                normalisers[teacher].summary,
+            )
             for (teacher, resolution), reader in readers.items()
         }
+        self._readers = list(readers.values())
         self._buffers = Buffers()
         self.samples: Samples = next(iter(readers.values())).store.samples
 
     def dims(self) -> dict[str, tuple[int, int]]:
         """Return teacher -> (summary width, patch width)."""
-        specs = {teacher: reader.store.spec for (teacher, _), reader in self._readers.items()}
+        specs = {teacher: each.reader.store.spec for (teacher, _), each in self._stores.items()}
         return {name: (spec.summary_dim, spec.patch_dim) for name, spec in specs.items()}
 
     def shards(self) -> list[ShardRange]:
         """Return the shards that every store has, with their rows."""
-        held = [reader.shards() for reader in self._readers.values()]
+        held = [reader.shards() for reader in self._readers]
         everywhere = set(held[0]).intersection(*held[1:])
         return [shard for shard in held[0] if shard in everywhere]
 
     def versions(self) -> dict[str, int]:
         """Return store directory (below the cache root) -> manifest version that is read."""
-        return {
-            str(reader.store.spec.directory()): reader.version for reader in self._readers.values()
-        }
+        return {str(reader.store.spec.directory()): reader.version for reader in self._readers}
 
     @property
     def mirrored(self) -> bool:
-        """Whether a store lies in a bucket, so that it pays to say what will be fetched."""
-        return any(reader.mirrored for reader in self._readers.values())
+        """True if a store lies in a bucket: it then pays to say what will be fetched."""
+        return any(reader.mirrored for reader in self._readers)
 
     def will_need(self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions) -> None:
         """Start mirroring the shards of rows that will be fetched soon; returns at once.
@@ -205,7 +238,7 @@ class CachedSource(FeatureSource):
             resolutions: as they will be fetched.
         """
         for teacher, resolution in resolutions.items():
-            reader = self._reader(teacher, resolution)
+            reader = self._store(teacher, resolution).reader
             if reader.mirrored:
                 reader.select(rows, views).read_ahead()
 
@@ -215,7 +248,7 @@ class CachedSource(FeatureSource):
         view_numbers: np.ndarray,
         resolutions: Resolutions,
         canvases: np.ndarray | None = None,
-    ) -> Raw:
+    ) -> FetchedTokens:
         """Copy the rows out of the mapped stores (see `FeatureSource`).
 
         Raises:
@@ -225,39 +258,50 @@ class CachedSource(FeatureSource):
         digests: list[str | None] | None = None
         tokens = {}
         for teacher, resolution in resolutions.items():
-            reader = self._reader(teacher, resolution)
+            store = self._store(teacher, resolution)
+            reader = store.reader
             selected = reader.select(rows, view_numbers)
             valid &= selected.valid
             of_store = selected.digests
             digests = of_store if digests is None else _agreeing(digests, of_store, reader)
             buffer = self._buffers.take((len(rows), *reader.row_shape), reader.dtype)
             tokens[teacher] = StoredTokens(
-                selected.summaries,
-                selected.patches(buffer),
-                selected.escapes,
-                resolution,
+                selected.summaries, selected.patches(buffer), selected.escapes, store
             )
-        return Raw(valid, digests, tokens, {})
+        return FetchedTokens(valid, digests, tokens)
 
-    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
-        """Decode and normalise on the device (see `FeatureSource`)."""
-        out = {}
-        for teacher, stored in raw.tokens.items():
-            decode = self._decoders[teacher, stored.resolution]
-            grid = self._reader(teacher, stored.resolution).store.spec.grid
-            patches = decode(stored.patches, stored.escapes, device)
-            summary = _normalised(
-                torch.from_numpy(stored.summary).to(device), self._normalisers[teacher].summary
-            )
-            out[teacher] = _masked(summary, patches.unflatten(1, grid), raw.valid)
-        return out
-
-    def _reader(self, teacher: str, resolution: int) -> Reader:
-        reader = self._readers.get((teacher, resolution))
-        if reader is None:
-            have = ", ".join(f"{name} at {side}" for name, side in sorted(self._readers))
+    def _store(self, teacher: str, resolution: int) -> OpenStore:
+        store = self._stores.get((teacher, resolution))
+        if store is None:
+            have = ", ".join(f"{name} at {pixels}" for name, pixels in sorted(self._stores))
             raise StoreError(f"{teacher} at {resolution} px was not opened; there are: {have}")
-        return reader
+        return store
+
+
+@dataclass(frozen=True)
+class FetchedPixels(Fetched):
+    """The teachers' inputs, for teachers that run now.
+
+    Attributes:
+        pixels: teacher -> uint8 [B, R, R, 3], its input.
+        source: whose teachers run.
+    """
+
+    pixels: Mapping[str, np.ndarray]
+    source: "LiveSource"
+
+    def decode(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Run the teachers and normalise (see `Fetched`)."""
+        out = {}
+        for name, pixels in self.pixels.items():
+            summary, patches = self.source.features(name, pixels)
+            normalisers = self.source.normalisers[name]
+            out[name] = _masked(
+                _normalised(summary.to(device), normalisers.summary),
+                _normalised(patches.to(device), normalisers.patches),
+                self.valid,
+            )
+        return out
 
 
 class LiveSource(FeatureSource):
@@ -285,7 +329,7 @@ class LiveSource(FeatureSource):
         compute_batch: int,
     ) -> None:
         _check_normalisers(set(teachers), normalisers)
-        self._teachers, self._normalisers = dict(teachers), dict(normalisers)
+        self._teachers, self.normalisers = dict(teachers), dict(normalisers)
         self.samples, self._images, self._policy = samples, images, policy
         self._compute_batch = compute_batch
 
@@ -306,7 +350,7 @@ class LiveSource(FeatureSource):
         view_numbers: np.ndarray,
         resolutions: Resolutions,
         canvases: np.ndarray | None = None,
-    ) -> Raw:
+    ) -> FetchedPixels:
         """Draw the canvases, if need be, and resize them for each teacher (see `FeatureSource`)."""
         valid = np.ones(len(rows), bool)
         if canvases is None:
@@ -318,20 +362,11 @@ class LiveSource(FeatureSource):
             teacher: np.stack([views.resize(canvas, resolution) for canvas in canvases])
             for teacher, resolution in resolutions.items()
         }
-        return Raw(valid, None, {}, pixels)
+        return FetchedPixels(valid, None, pixels, self)
 
-    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
-        """Run the teachers and normalise (see `FeatureSource`)."""
-        out = {}
-        for name, pixels in raw.pixels.items():
-            summary, patches = self._teachers[name].features(pixels, self._compute_batch)
-            normalisers = self._normalisers[name]
-            out[name] = _masked(
-                _normalised(summary.to(device), normalisers.summary),
-                _normalised(patches.to(device), normalisers.patches),
-                raw.valid,
-            )
-        return out
+    def features(self, teacher: str, pixels: np.ndarray) -> Features:
+        """Run a teacher over its input, uint8 [n, R, R, 3], as the extraction runs it."""
+        return self._teachers[teacher].features(pixels, self._compute_batch)
 
 
 def _normalised(tokens: Tensor, normaliser: Normaliser) -> Tensor:

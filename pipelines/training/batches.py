@@ -25,8 +25,9 @@ from eupe import views
 from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView
 from pipelines.features.buffers import Buffers
-from pipelines.features.sources import FeatureSource, Raw, Targets
+from pipelines.features.sources import FeatureSource, Fetched, Targets
 from pipelines.images.reader import ImageReader
+from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.scales import Scales
 from pipelines.training.draws import Draw, Drawn
 
@@ -63,7 +64,7 @@ class Feed:
 
     @cached_property
     def mirrored(self) -> bool:
-        """Whether its features or its images lie in a bucket."""
+        """True if its features or its images lie in a bucket."""
         return self.source.mirrored or self._mirrors_images
 
     def will_need(self, rows: np.ndarray, view_numbers: np.ndarray, scales: Scales) -> None:
@@ -82,7 +83,7 @@ class Feed:
 
     @cached_property
     def _mirrors_images(self) -> bool:
-        """Whether the images lie in a bucket; the first of them tells."""
+        """True if the images lie in a bucket; the first of them tells."""
         first = self.source.samples.arrow.slice(0, 1).to_pylist()[0]
         return self.images.mirrors(first)
 
@@ -92,14 +93,12 @@ class Part:
     """The rows of a batch that one feed serves.
 
     Attributes:
-        feed: who serves them.
         places: int64 [n], their places in the batch.
-        raw: what was fetched.
+        fetched: what that feed's source brought for them.
     """
 
-    feed: Feed
     places: np.ndarray
-    raw: Raw
+    fetched: Fetched
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Batch:
 
     @property
     def last(self) -> bool:
-        """Whether the optimizer steps after this micro-batch."""
+        """True if the optimizer steps after this micro-batch."""
         return self.micro == self.num_micro - 1
 
     def targets(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
@@ -144,7 +143,7 @@ class Batch:
         For each teacher `valid` is the batch's: a row counts for all teachers or for none. A batch
         without parts has no targets.
         """
-        decoded = [part.feed.source.decode(part.raw, device) for part in self.parts]
+        decoded = [part.fetched.decode(device) for part in self.parts]
         if len(decoded) < 2:
             return decoded[0] if decoded else {}
         order = torch.from_numpy(np.argsort(np.concatenate([p.places for p in self.parts])))
@@ -156,6 +155,36 @@ class Batch:
         return joined
 
 
+@dataclass(frozen=True)
+class Loader:
+    """How one worker of a run loads its batches: execution, never identity.
+
+    Attributes:
+        workers: the run's settings: threads, batches ahead, how stores are read.
+        rank: of this worker.
+        world_size: workers that share each global batch; the r-th has its r-th stretch.
+
+    Raises:
+        BadInput: there is no such rank.
+    """
+
+    workers: WorkersConfig
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise BadInput(
+                f"rank {self.rank}: a world of {self.world_size} has ranks 0 to "
+                f"{self.world_size - 1}"
+            )
+
+    def stretch(self, num_rows: int) -> tuple[int, int]:
+        """Return this worker's rows of a global batch, first and one past the last."""
+        start, stop = (num_rows * each // self.world_size for each in (self.rank, self.rank + 1))
+        return start, stop
+
+
 class Batches:
     """Iterates over a rank's micro-batches, made by threads some batches ahead.
 
@@ -165,13 +194,10 @@ class Batches:
         scales: step -> resolutions.
         micro_batch: (student scale, rows of this rank) -> rows of a micro-batch.
         steps: which steps, in order.
-        rank: of this worker.
-        world: workers; worker r has the r-th stretch of every global batch.
-        threads: that decode and draw images.
-        prefetch: batches made ahead, at once.
+        loader: how this worker loads them.
 
     Raises:
-        BadInput: `draw` names a dataset without a feed, or a rank outside the world.
+        BadInput: `draw` names a dataset without a feed.
     """
 
     def __init__(
@@ -181,30 +207,26 @@ class Batches:
         scales: Callable[[int], Scales],
         micro_batch: Callable[[int, int], int],
         steps: range,
-        rank: int = 0,
-        world: int = 1,
-        threads: int = 2,
-        prefetch: int = 4,
+        loader: Loader,
     ) -> None:
         missing = set(draw.names) - set(feeds)
         if missing:
             raise ValueError(f"no feed of dataset {', '.join(sorted(missing))}")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank}: a world of {world} has ranks 0 to {world - 1}")
         self._feeds = [feeds[name] for name in draw.names]
         self._draw, self._scales, self._micro_batch = draw, scales, micro_batch
-        self._steps, self._rank, self._world = steps, rank, world
-        self._threads, self._prefetch = threads, max(prefetch, 1)
+        self._steps, self._loader = steps, loader
         self._buffers = Buffers()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the micro-batches in order; the threads end with the iteration."""
         addresses = self._announced(self._addresses())
-        with _Pool(self._threads) as drawers, _Pool(self._prefetch) as makers:
+        settings = self._loader.workers
+        prefetch = settings.prefetch_batches
+        with _Pool(settings.loader_threads) as drawers, _Pool(prefetch) as makers:
             ahead: deque[Future[Batch]] = deque()
             for address in addresses:
                 ahead.append(makers.submit(self._make, *address, drawers))
-                if len(ahead) > self._prefetch:
+                if len(ahead) > prefetch:
                     yield self._waited(ahead.popleft())
             while ahead:
                 yield self._waited(ahead.popleft())
@@ -213,11 +235,10 @@ class Batches:
         """Walk over (step, micro, num_micro, rows): cheap, done by the consuming thread."""
         for step in self._steps:
             drawn = self._draw(step)
-            start = len(drawn) * self._rank // self._world
-            stop = len(drawn) * (self._rank + 1) // self._world
+            start, stop = self._loader.stretch(len(drawn))
             if start == stop:
                 raise BadInput(
-                    f"step {step}: {len(drawn)} rows for {self._world} workers; "
+                    f"step {step}: {len(drawn)} rows for {self._loader.world_size} workers; "
                     "global_batch wants at least one row a worker"
                 )
             size = self._micro_batch(self._scales(step).student, stop - start)
@@ -296,17 +317,17 @@ def _serve(
     stored = feed.pixels.get(scales.student)
     if stored is not None:
         pixels, digests = _stored(stored, rows, view_numbers, scales.student)
-        raw = feed.source.fetch(rows, view_numbers, scales.teachers)
+        fetched = feed.source.fetch(rows, view_numbers, scales.teachers)
     else:
         canvases, digests = feed.images.canvases(table, feed.policy, view_numbers, drawers)
         pixels = np.stack(
             list(drawers.map(partial(views.resize, resolution=scales.student), canvases))
         )
-        raw = feed.source.fetch(rows, view_numbers, scales.teachers, canvases)
-    valid = raw.valid & np.array([digest is not None for digest in digests])
-    if raw.view_digests is not None:
-        _check_digests(ids, view_numbers, digests, raw.view_digests)
-    return Part(feed, places, replace(raw, valid=valid)), ids, valid, pixels
+        fetched = feed.source.fetch(rows, view_numbers, scales.teachers, canvases)
+    valid = fetched.valid & np.array([digest is not None for digest in digests])
+    if fetched.view_digests is not None:
+        _check_digests(ids, view_numbers, digests, fetched.view_digests)
+    return Part(places, replace(fetched, valid=valid)), ids, valid, pixels
 
 
 def _stored(

@@ -20,7 +20,7 @@ from pipelines.recipe.mix import Mix
 from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import CacheJob, Opened, jobs_of, open_stores, pixel_jobs
 from pipelines.records import checkpoint
-from pipelines.training.batches import Batch, Batches, Feed
+from pipelines.training.batches import Batch, Batches, Feed, Loader
 from pipelines.training.draws import TrainingDraw
 
 NORMALISERS: dict[str, Callable[[Moments], Normaliser]] = {"zscore": zscore, "phi-s": phi_s}
@@ -51,8 +51,7 @@ def from_caches(
     recipe: Recipe,
     stage: StageConfig,
     pins: Mapping[str, int] | None = None,
-    rank: int = 0,
-    world: int = 1,
+    loader: Loader | None = None,
 ) -> Inputs:
     """Open a stage's training caches.
 
@@ -61,8 +60,7 @@ def from_caches(
         stage: one of its stages.
         pins: store directory -> manifest version to read; None, or a store that is not named: the
             newest. A run that resumes reads what it read before, whatever was added since.
-        rank: of this worker.
-        world: workers.
+        loader: how this worker loads its batches; None: alone, as the recipe says.
 
     Raises:
         BadInput: weights that cannot be read, or a proxy that stage 1 has not made yet.
@@ -87,7 +85,7 @@ def from_caches(
                 },
             )
             own["moments"][f"{dataset} at {store.spec.resolution}"] = store.moments_sha256
-    given = of_feeds(recipe, stage, feeds, normalisers, identity, rank, world)
+    given = of_feeds(recipe, stage, feeds, normalisers, identity, loader)
     return replace(given, opened=opened)
 
 
@@ -129,8 +127,7 @@ def of_feeds(
     feeds: Mapping[str, Feed],
     normalisers: Mapping[str, Normalisers],
     identity: Mapping[str, object],
-    rank: int = 0,
-    world: int = 1,
+    loader: Loader | None = None,
 ) -> Inputs:
     """Return the inputs of a stage whose datasets are open.
 
@@ -140,8 +137,7 @@ def of_feeds(
         feeds: dataset -> how it is read, cached or live.
         normalisers: teacher -> what is done to its tokens.
         identity: as in `Inputs`.
-        rank: of this worker.
-        world: workers.
+        loader: how this worker loads its batches; None: alone, as the recipe says.
 
     Raises:
         BadInput: a dataset of the mix without feed, or datasets with teachers of other widths.
@@ -165,10 +161,7 @@ def of_feeds(
             partial(scales.draw, stage, recipe.seed),
             partial(scales.micro_batch, stage),
             steps,
-            rank,
-            world,
-            recipe.workers.loader_threads,
-            recipe.workers.prefetch_batches,
+            loader or Loader(recipe.workers),
         )
 
     widths = [feed.source.dims() for feed in feeds.values()]

@@ -23,13 +23,14 @@ from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
 from pipelines.records.tracking import METRICS_FILE
 from pipelines.training import distributed, start
+from pipelines.training.batches import Loader
 from pipelines.training.inputs import Inputs, from_caches
 from pipelines.training.loop import Evaluate, StageResult, train_stage
 from pipelines.training.meters import in_words
 from pipelines.training.workers import OneProcess, Workers
 
-MakeInputs = Callable[[Recipe, StageConfig, Mapping[str, int] | None, int, int], Inputs]
-"""(recipe, stage, pins, rank, world) -> this worker's inputs; as `inputs.from_caches`."""
+MakeInputs = Callable[[Recipe, StageConfig, Mapping[str, int] | None, Loader], Inputs]
+"""(recipe, stage, pins, loader) -> this worker's inputs; as `inputs.from_caches`."""
 
 MakeEvaluate = Callable[[Recipe, StageConfig, Inputs], Evaluate]
 """(recipe, stage, inputs) -> what judges the model; made on rank 0 only."""
@@ -58,7 +59,8 @@ class _Job:
 
     def train(self, workers: Workers, device: torch.device) -> StageResult:
         """Do one worker's share."""
-        inputs = self.make_inputs(self.recipe, self.stage, self.pins, workers.rank, workers.size)
+        loader = Loader(self.recipe.workers, workers.rank, workers.size)
+        inputs = self.make_inputs(self.recipe, self.stage, self.pins, loader)
         evaluate = None
         if self.make_evaluate is not None:  # all workers pause for it, one does it
             make = self.make_evaluate if workers.rank == 0 else _on_rank_0
@@ -108,7 +110,8 @@ def train(
     job = _Job(recipe, stage, make_inputs, make_evaluate, pins, resume)
     judged = make_evaluate is None or (saved is not None and saved.score is not None)
     if saved is not None and saved.step >= stage.steps and judged and resume:
-        saved.check(start.identity(recipe, stage, make_inputs(recipe, stage, pins, 0, 1)))
+        alone = make_inputs(recipe, stage, pins, Loader(recipe.workers))
+        saved.check(start.identity(recipe, stage, alone))
         return StageResult(saved, saved.step, 0.0, 0.0, 0.0, 0)
     if recipe.workers.count > 1:
         return _train_distributed(job)
@@ -119,7 +122,8 @@ def _train_distributed(job: _Job) -> StageResult:
     """Train with Ray Train, which starts the workers, joins them and ends them together."""
     # Opened here first: what is wrong with a cache is said before any worker starts, and all
     # workers read the versions that are the newest now, whatever a builder commits meanwhile.
-    inputs = job.make_inputs(job.recipe, job.stage, job.pins, 0, job.recipe.workers.count)
+    first = Loader(job.recipe.workers, 0, job.recipe.workers.count)
+    inputs = job.make_inputs(job.recipe, job.stage, job.pins, first)
     job = replace(job, pins=dict(inputs.pins))
     with cluster.connect():
         _check_room(job.recipe)

@@ -1,16 +1,17 @@
 """A stage that trains in a second: a synthetic in-memory feature source and a tiny student."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cache.samples import ShardRange
 from eupe.normalise import Normaliser
 from eupe.spec import CentreView, EncoderSpec
-from pipelines.features.sources import FeatureSource, Normalisers, Raw, Targets
-from pipelines.images.reader import ImageReader
+from pipelines.features.sources import FeatureSource, Fetched, Normalisers, Targets
 from pipelines.recipe import scales
 from pipelines.recipe.config import (
     DatasetConfig,
@@ -22,7 +23,7 @@ from pipelines.recipe.config import (
 )
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig, StageConfig
-from pipelines.training.batches import Batch, Feed, Part
+from pipelines.training.batches import Batch, Part
 from pipelines.training.inputs import Inputs
 
 TEACHERS = {"near": (6, 4), "far": (5, 3)}
@@ -34,11 +35,14 @@ class MemorySource(FeatureSource):
 
     def __init__(self, normalisers: Mapping[str, Normalisers]) -> None:
         generator = torch.Generator().manual_seed(7)
-        self._maps = {
+        self.maps = {
             name: tuple(torch.randn(3, width, generator=generator) for width in widths)
             for name, widths in TEACHERS.items()
         }
-        self._normalisers = normalisers
+        self.normalisers = normalisers
+
+    def shards(self) -> list[ShardRange]:
+        raise AssertionError("rows are drawn by hand")
 
     def dims(self) -> dict[str, tuple[int, int]]:
         return dict(TEACHERS)
@@ -49,23 +53,31 @@ class MemorySource(FeatureSource):
         view_numbers: np.ndarray,
         resolutions: Mapping[str, int],
         canvases: np.ndarray | None = None,
-    ) -> Raw:
+    ) -> Fetched:
         assert canvases is not None
         pixels = {}
         for name, resolution in resolutions.items():
             tensor = torch.from_numpy(canvases).permute(0, 3, 1, 2).float()
             resized = F.interpolate(tensor, resolution, mode="area")
             pixels[name] = resized.permute(0, 2, 3, 1).numpy()
-        return Raw(np.ones(len(rows), bool), None, {}, pixels)
+        return MemoryFetched(np.ones(len(rows), bool), None, pixels, self)
 
-    def decode(self, raw: Raw, device: str | torch.device = "cpu") -> dict[str, Targets]:
-        valid = torch.from_numpy(raw.valid)
+
+@dataclass(frozen=True)
+class MemoryFetched(Fetched):
+    """The colours of a batch, uint8 [B, R, R, 3] by teacher, and whose linear maps they meet."""
+
+    pixels: Mapping[str, np.ndarray]
+    source: MemorySource
+
+    def decode(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        valid = torch.from_numpy(self.valid)
         out = {}
-        for name, pixels in raw.pixels.items():
+        for name, pixels in self.pixels.items():
             colours = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-            patches = F.avg_pool2d(colours, STRIDE).permute(0, 2, 3, 1) @ self._maps[name][1]
-            summary = colours.mean((2, 3)) @ self._maps[name][0]
-            normalised = self._normalisers[name]
+            patches = F.avg_pool2d(colours, STRIDE).permute(0, 2, 3, 1) @ self.source.maps[name][1]
+            summary = colours.mean((2, 3)) @ self.source.maps[name][0]
+            normalised = self.source.normalisers[name]
             out[name] = Targets(normalised.summary(summary), normalised.patches(patches), valid)
         return out
 
@@ -146,7 +158,6 @@ def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: in
     """
     stage = run.stage("stage2")
     source = MemorySource(normalisers())
-    feed = Feed(source, ImageReader(), run.views)
 
     def batches(steps: range) -> Iterator[Batch]:
         for step in steps:
@@ -161,8 +172,8 @@ def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: in
                 own = canvases[rows]
                 ids = [f"{step}-{place}" for place in range(rows.start, rows.stop)]
                 views = np.zeros(len(own), np.int64)
-                raw = source.fetch(np.arange(len(own)), views, drawn.teachers, own)
-                raw.valid[:] = valid[rows]
+                fetched = source.fetch(np.arange(len(own)), views, drawn.teachers, own)
+                fetched.valid[:] = valid[rows]
                 pixels = torch.from_numpy(own).permute(0, 3, 1, 2).float()
                 pixels = F.interpolate(pixels, drawn.student, mode="area").to(torch.uint8)
                 yield Batch(
@@ -174,7 +185,7 @@ def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: in
                     views,
                     pixels,
                     valid[rows],
-                    [Part(feed, np.arange(len(own)), raw)],
+                    [Part(np.arange(len(own)), fetched)],
                 )
 
     return Inputs(batches, source.dims(), normalisers(), {"source": "memory"}, {"memory": 1})

@@ -26,13 +26,13 @@ from PIL import Image
 from cache.samples import ShardRange
 from eupe.heads import DistillationModel
 from eupe.weights import state_digest
-from pipelines.features.sources import Normalisers, Raw, Targets
+from pipelines.features.sources import Fetched, Normalisers, Targets
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.scales import Scales
 from pipelines.recipe.stage import StageConfig
 from pipelines.training import distributed, inputs
-from pipelines.training.batches import Batch, Feed, Part
+from pipelines.training.batches import Batch, Feed, Loader, Part
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import Evaluate, StageResult, train_stage
 from pipelines.training.workers import OneProcess, Workers
@@ -149,7 +149,7 @@ def train(
     """
     stage = run.stage("stage2")
     workers = workers_here(stage) if gathered is None else distributed.Shards(gathered)
-    made = noise_inputs(run, stage, None, workers.rank, workers.size)
+    made = noise_inputs(run, stage, None, Loader(run.workers, workers.rank, workers.size))
     order, looked_at = list[tuple[int, list[str], list[int]]](), dict[int, str]()
 
     def told(steps: range) -> Iterator[Batch]:
@@ -187,23 +187,23 @@ def recipe(directory: Path, **stage: object) -> Recipe:
 
 
 def noise_inputs(
-    run: Recipe, stage: StageConfig, pins: Mapping[str, int] | None, rank: int, world: int
+    run: Recipe, stage: StageConfig, pins: Mapping[str, int] | None, loader: Loader
 ) -> Inputs:
     """Return inputs drawn, mixed and batched as always, from images that are noise."""
     normalisers = small_stage.normalisers()
     feed = _Here(_NoiseSource(normalisers), _NoiseImages(), run.views)  # type: ignore[arg-type]
     return inputs.of_feeds(
-        run, stage, {next(iter(run.train)): feed}, normalisers, {"source": "noise"}, rank, world
+        run, stage, {next(iter(run.train)): feed}, normalisers, {"source": "noise"}, loader
     )
 
 
 def inputs_that_fail_on_rank_1(
-    run: Recipe, stage: StageConfig, pins: Mapping[str, int] | None, rank: int, world: int
+    run: Recipe, stage: StageConfig, pins: Mapping[str, int] | None, loader: Loader
 ) -> Inputs:
     """Refuse, in one of the workers, with a reason."""
-    if rank == 1:
+    if loader.rank == 1:
         raise ValueError("the cache of rank 1 is on fire; put it out")
-    return noise_inputs(run, stage, pins, rank, world)
+    return noise_inputs(run, stage, pins, loader)
 
 
 def sum_of_weights(run: Recipe, stage: StageConfig, made: Inputs) -> Evaluate:
@@ -263,8 +263,6 @@ def train_on_random_tokens(
     """
     workers = workers_here(stage)
     own = stage.global_batch // workers.size
-    source = _RandomTokens(teachers)
-    feed = _Here(source, _NoiseImages(), run.views)  # type: ignore[arg-type]
     side = stage.student_scales[0]
 
     def batches(steps: range) -> Iterator[Batch]:
@@ -277,7 +275,7 @@ def train_on_random_tokens(
                 shape = (rows, 3, side, side)
                 pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
                 valid = np.ones(rows, bool)
-                raw = Raw(valid, None, {}, {})
+                tokens = _RandomTokens(valid, None, teachers)
                 yield Batch(
                     step,
                     micro // stage.micro_batch,
@@ -289,7 +287,7 @@ def train_on_random_tokens(
                     np.zeros(rows, np.int64),
                     pixels,
                     valid,
-                    [Part(feed, np.arange(rows), raw)],
+                    [Part(np.arange(rows), tokens)],
                 )
 
     dims = {name: widths[:2] for name, widths in teachers.items()}
@@ -300,22 +298,22 @@ def train_on_random_tokens(
     return train_stage(run, stage, made, directory, workers=workers)
 
 
-class _RandomTokens:
-    """Serves the same random tokens for every batch."""
+@dataclass(frozen=True)
+class _RandomTokens(Fetched):
+    """The same random tokens for every batch."""
 
-    def __init__(self, teachers: Mapping[str, tuple[int, int, int]]) -> None:
-        self._teachers = dict(teachers)
+    teachers: Mapping[str, tuple[int, int, int]]
 
-    def decode(self, raw: Raw, device: str | torch.device) -> dict[str, Targets]:
-        rows = len(raw.valid)
+    def decode(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        rows = len(self.valid)
         generator = torch.Generator().manual_seed(3)
         return {
             name: Targets(
                 torch.randn(rows, summary, generator=generator),
                 torch.randn(rows, side, side, patches, generator=generator),
-                torch.from_numpy(raw.valid),
+                torch.from_numpy(self.valid),
             )
-            for name, (summary, patches, side) in self._teachers.items()
+            for name, (summary, patches, side) in self.teachers.items()
         }
 
 
