@@ -60,17 +60,17 @@ class ImageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ViewParameters:
-    """What was drawn for a view: enough to make it again without the random numbers.
+    """The draws of a view: enough to make it again without the random numbers.
 
     Attributes:
         crop: (left, top, right, bottom) in pixels of the upright picture, fractions allowed.
-        flip: mirrored left to right.
+        flip: True if mirrored left to right.
         brightness: factor of every channel, 1 for none.
         contrast: factor about the mean grey, 1 for none.
         saturation: factor about each pixel's grey, 1 for none.
         hue: turn of the colour circle as a share of a full turn, 0 for none.
         blur_sigma: standard deviation in canvas pixels, 0 for none.
-        solarize: channels at or above the policy's threshold inverted.
+        solarize: True if channels at or above the policy's threshold are inverted.
     """
 
     crop: tuple[float, float, float, float]
@@ -273,7 +273,7 @@ def _centre_square(width: int, height: int) -> tuple[float, float, float, float]
 def _random_crop(
     policy: AugmentedView, attempts: list[float], position: list[float], width: int, height: int
 ) -> tuple[float, float, float, float]:
-    """First drawn box that fits the picture, else the largest centre box of an allowed aspect."""
+    """Return the first drawn box that fits, else the largest centre box of an allowed aspect."""
     log_aspect = (math.log(policy.crop_aspect[0]), math.log(policy.crop_aspect[1]))
     for area_share, aspect_share in zip(attempts[::2], attempts[1::2], strict=True):
         area = _between(policy.crop_area, area_share) * width * height
