@@ -1,5 +1,8 @@
 """The `eupe` command line: caches, training, evaluation and the whole flow."""
 
+from importlib import metadata
+from typing import Annotated
+
 import typer
 
 from flows.commands import caches, recipes, runs
@@ -17,6 +20,25 @@ app = typer.Typer(
 app.add_typer(runs.app)
 app.add_typer(caches.app, name="cache")
 app.add_typer(recipes.app, name="recipes")
+
+
+def print_version(asked: bool) -> None:
+    """Print the version that is installed, and end."""
+    if asked:
+        print(metadata.version("eupe"))
+        raise typer.Exit
+
+
+@app.callback()
+def eupe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ folder), so those that Ray re-parents are stopped too, and another stack or anot
 machine is left alone.
 """
 
-import argparse
 import json
 import os
 import secrets
@@ -29,7 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import typer
 from rich.console import Console
+
+from eupe.errors import BadInput
+from pipelines.machines.errors import one_sentence
+
+app = typer.Typer(
+    help="Prefect server, work pool, deployments, worker and a Ray head on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POOL = "local"
@@ -56,7 +66,7 @@ PUBLIC = (
 """What runs/local/env exports, besides PATH."""
 
 
-class StackError(Exception):
+class StackError(BadInput):
     """The stack did not come up, or is in the way; the message is one sentence for the user."""
 
 
@@ -299,25 +309,35 @@ def last_words(log: Path) -> str:
     return f"see {log}, which ends:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@app.command("up")
+def up_command() -> None:
+    """Start the stack; return when every part of it answers."""
+    up(home())
+    print(f"up; now: . {home() / 'runs/local/env'}")
+
+
+@app.command("down")
+def down_command() -> None:
+    """Stop every process of the stack."""
+    print(f"down; {down(home())} processes stopped")
+
+
+@app.command("deploy")
+def deploy_command() -> None:
+    """Create the work pool and the deployments; run by the Procfile."""
+    deploy()
+
+
+def home() -> Path:
+    """Return EUPE_HOME, or the checkout."""
+    return Path(os.environ.get("EUPE_HOME") or CHECKOUT).resolve()
+
+
+def main() -> None:
     """Run `up`, `down` or `deploy`; exit code 2 with a sentence when it cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m flows.local_stack", description=__doc__)
-    parser.add_argument("action", choices=("up", "down", "deploy"))
-    action = parser.parse_args(argv).action
-    home = Path(os.environ.get("EUPE_HOME") or CHECKOUT).resolve()
-    try:
-        if action == "deploy":
-            deploy()
-        elif action == "up":
-            up(home)
-            print(f"up; now: . {home / 'runs/local/env'}")
-        else:
-            print(f"down; {down(home)} processes stopped")
-    except StackError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    with one_sentence():
+        app()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

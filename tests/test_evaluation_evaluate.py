@@ -254,7 +254,9 @@ def named(run, monkeypatch):
 
 
 def test_the_command_goes_on_from_where_it_was(named, capsys):
-    assert stages.run("stage2", "small_run", ["--json"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        stages.run("stage2", "small_run", ["--json"])
+    assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert '"resumed_from": 8' in printed
 

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 from cache.errors import NotBuilt
 from eupe import fingerprint
 from eupe.schedules import warmup_cosine
+from flows import local_stack
 from flows.cli import main
+from pipelines import stages
 from pipelines.machines.errors import bad_input, keeping_traceback
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +121,7 @@ def test_bad_input_needs_no_sources(tmp_path):
         (["train", "demo", "--stage", "stage9"], "stage9"),
         (["run", "dmeo"], "did you mean 'demo'"),
         (["nonsense"], "nonsense"),
+        (["--nonsense"], "nonsense"),
     ],
 )
 def test_commands_answer_bad_input_with_a_sentence_and_exit_2(
@@ -155,3 +159,45 @@ def test_every_command_explains_itself(words, monkeypatch, capsys):
         main()
     assert left.value.code == 0
     assert "Usage" in capsys.readouterr().out
+
+
+def test_the_version_is_the_one_that_is_installed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eupe", "--version"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"{metadata.version('eupe')}\n"
+
+
+@pytest.mark.parametrize("stage", [stages.stage1, stages.stage2, stages.stage3])
+def test_every_stage_says_what_may_be_set(stage, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [stage.__name__, "--help"])
+    with pytest.raises(SystemExit) as left:
+        stage()
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert f"Usage: {stage.__name__} " in said
+    assert "--set" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--set", "seed"], "wants path.to.field=value"), (["--nonsense"], "nonsense")],
+)
+def test_a_stage_answers_bad_input_with_exit_2(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stage2", *words])
+    with pytest.raises(SystemExit) as left:
+        stages.stage2()
+    printed = capsys.readouterr()
+    assert (left.value.code, printed.out) == (2, "")
+    assert says in printed.err
+
+
+def test_the_local_stack_explains_itself_and_stops_what_is_not_there(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("EUPE_HOME", str(tmp_path))
+    for words, says in (["--help"], "deploy"), (["down"], "down; 0 processes stopped"):
+        monkeypatch.setattr(sys, "argv", ["local_stack", *words])
+        with pytest.raises(SystemExit) as left:
+            local_stack.main()
+        assert left.value.code == 0
+        assert says in capsys.readouterr().out

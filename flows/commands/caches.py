@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.commands.words import AsJson, Overrides, RecipeName, print_json, print_table
+from flows.commands.printing import print_json, print_table
+from pipelines.recipe.words import AsJson, Overrides, RecipeName
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.words import AsJson, Overrides, print_json, print_table
+from flows.commands.printing import print_json, print_table
+from pipelines.recipe.words import AsJson, Overrides
 
 app = typer.Typer(
     invoke_without_command=True,

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from eupe.errors import BadInput
-from flows.commands.words import AsJson, Overrides, RecipeName, print_json, print_table
+from flows.commands.printing import print_json, print_table
+from pipelines.recipe.words import AsJson, Overrides, RecipeName
 
 app = typer.Typer()
 

@@ -1,32 +1,11 @@
-"""The words that commands share: a recipe, its changes, JSON or a table."""
+"""What commands print: one JSON document, or a table."""
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
-
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        help="Name of a recipe, for instance [b]demo[/b], or a YAML file that changes one, for "
-        "instance [b]recipes/own_images.yaml[/b]."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="PATH=VALUE",
-        help="Change a field of the recipe; may be given many times. Stages, teachers and data "
-        "sets are addressed by name: [b]stages.stage2.optimizer.lr=1e-4[/b], "
-        "[b]teachers.efficientnet_lite0.codec=float32[/b].",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
 
 
 def print_json(value: object) -> None:
