@@ -163,7 +163,7 @@ def test_the_readmes_recipe_is_one(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     recipe = recipes.get(str(file))
-    teacher = recipe.teacher("dinov3_s")
+    teacher = recipe.teachers["dinov3_s"]
     assert recipe.name == "mine"
     assert recipe.stage("stage1").teachers == ("dinov3_s",)
     for resolution in teacher.resolutions:
