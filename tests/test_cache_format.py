@@ -6,11 +6,12 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
 import pytest
 from support.toy_stores import Toy, features, files_under, ids, store_spec
 
 from cache.errors import Corrupt
-from cache.format import layout, zarr_shard
+from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.reader import Reader
 from cache.store import open_store
 from cache.verify import verify
@@ -66,6 +67,21 @@ def test_the_golden_root_still_reads():
             patches, summary = features(name, view)
             np.testing.assert_array_equal(got[n], patches.astype(np.float16))
             np.testing.assert_array_equal(summaries[n], summary)
+
+
+def test_summaries_are_the_memory_of_their_table():
+    wanted = np.arange(40_000, dtype=np.float32).reshape(-1, 8)
+    names = [str(number) for number in range(len(wanted))]
+    none = [None] * len(names)
+    made = rows_table.make(names, none, names, names, wanted)
+    table = arrow_tables.parse_table(pa.py_buffer(arrow_tables.to_bytes(made)), "here")
+    before = pa.total_allocated_bytes()
+    summaries = rows_table.summaries(table)
+    assert pa.total_allocated_bytes() == before
+    np.testing.assert_array_equal(summaries, wanted)
+    np.testing.assert_array_equal(rows_table.summaries(table.slice(3, 5)), wanted[3:8])
+    halves = pa.concat_tables([table.slice(0, 7), table.slice(7)])
+    np.testing.assert_array_equal(rows_table.summaries(halves), wanted)
 
 
 def test_what_is_written_now_is_the_golden_root(tmp_path):

@@ -128,9 +128,8 @@ def escapes_of(table: pa.Table, row: int, dim: int) -> tuple[npt.NDArray[np.int3
 
 def summaries(table: pa.Table) -> Floats:
     """Return the summaries as float32 [n, D], a view of the table's memory."""
-    column = table["summary"].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = column.chunk(0)
+    column = table["summary"]  # `combine_chunks` would copy it, of one chunk too
+    column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     return arrow_tables.to_numpy(column.flatten()).reshape(table.num_rows, -1)
 
 
