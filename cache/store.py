@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.codec.encoded import Moments
-from cache.codec.known import Codec, make_codec, stored_codec
+from cache.codec.encoded import Codec, Moments
+from cache.codec.known import make_codec, stored_codec
 from cache.errors import Busy, Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic, place
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard

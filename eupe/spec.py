@@ -16,7 +16,8 @@ from eupe.errors import BadInput
 Dtype = Literal["float32", "float16", "bfloat16"]
 Library = Literal["timm", "open_clip", "pixels"]
 SummaryKind = Literal["class_token", "attention_pool", "average_pool", "mean_patches"]
-CodecName = Literal["float32", "float16", "bfloat16", "uint8", "int8", "rot4", "rot3", "rot2"]
+CodecName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+"""One of `cache.codec.known.KNOWN`, which this room does not know."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", max_length=80)]
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=80)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

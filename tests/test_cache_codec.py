@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.toy_stores import GRID, PATCH_DIM, Toy, features, ids
 
-from cache.codec.known import default_codec, make_codec
+from cache.codec.encoded import Encoded, Escapes, Kind
+from cache.codec.known import KNOWN, default_codec, make_codec, row_bytes
+from cache.codec.plain import PlainCodec
 from cache.codec.quantised import (
-    BITS,
-    MEAN_COSINE,
-    WORST_ERROR,
+    QUANTISATIONS,
     QuantisedCodec,
     lloyd_max,
     pack,
@@ -34,7 +34,7 @@ BOUND_RTOL = 1e-4
 # Of Gaussian tokens of some 384 channels: bounds are about twice their error.
 FEW_ESCAPES = 0.005
 
-quantised = pytest.mark.parametrize("name", list(BITS))
+quantised = pytest.mark.parametrize("name", list(QUANTISATIONS))
 
 
 def moments_of(tokens: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
@@ -63,7 +63,8 @@ def test_gaussian_features_meet_the_documented_cosine_and_bits(name, dim):
     patches = patches.astype(np.float32)
     codec = QuantisedCodec.fitted(name, moments_of(patches))
     encoded = codec.encode(patches)
-    assert cosine(codec.decode(encoded.data, encoded.escapes), patches).mean() >= MEAN_COSINE[name]
+    decoded = codec.decode(encoded.data, encoded.escapes)
+    assert cosine(decoded, patches).mean() >= codec.how.mean_cosine
     assert encoded.bits_per_coefficient(64, dim) <= ALLOWED_BITS[name]
     assert encoded.data.shape[1:] == codec.storage_shape(64, dim)
 
@@ -77,7 +78,8 @@ def test_one_strong_channel_a_token_is_no_trouble_for_rotated_codecs(name):
     tokens[::10][np.arange(len(tokens[::10])), rng.integers(0, 256, len(tokens[::10]))] *= 20
     codec = QuantisedCodec.fitted(name, moments_of(patches))
     encoded = codec.encode(patches)
-    assert cosine(codec.decode(encoded.data, encoded.escapes), patches).mean() >= MEAN_COSINE[name]
+    decoded = codec.decode(encoded.data, encoded.escapes)
+    assert cosine(decoded, patches).mean() >= codec.how.mean_cosine
     assert len(encoded.escapes.row) < 0.001 * len(tokens)
 
 
@@ -98,8 +100,8 @@ def test_channels_that_are_dead_in_the_sample_may_fire(name, spread):
     for part in (patches[:40], patches[40:]):
         encoded = codec.encode(part)
         got = codec.decode(encoded.data, encoded.escapes)
-        assert relative_error(got, part).max() <= WORST_ERROR[name] * (1 + BOUND_RTOL)
-        assert cosine(got, part).mean() >= MEAN_COSINE[name]
+        assert relative_error(got, part).max() <= codec.how.worst_error * (1 + BOUND_RTOL)
+        assert cosine(got, part).mean() >= codec.how.mean_cosine
         assert len(encoded.escapes.row) <= FEW_ESCAPES * part[..., 0].size
 
 
@@ -108,7 +110,7 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(list(BITS)),
+    name=st.sampled_from(list(QUANTISATIONS)),
     kind=st.sampled_from(["gauss", "tails", "zeros", "outlier", "rotation", "any", "constant"]),
     exponent=st.integers(-44, 38),
     dim=st.sampled_from([7, 24, 96]),
@@ -140,7 +142,7 @@ def test_the_bound_holds_for_every_finite_token(name, kind, exponent, dim, seed,
     encoded = codec.encode(patches)
     assert encoded.valid.all()
     got = codec.decode(encoded.data, encoded.escapes)
-    assert relative_error(got, patches).max() <= WORST_ERROR[name] * (1 + BOUND_RTOL)
+    assert relative_error(got, patches).max() <= codec.how.worst_error * (1 + BOUND_RTOL)
     spent = encoded.data.nbytes + len(encoded.escapes.row) * 4 * (dim + 1)
     assert encoded.bits_per_coefficient(3, dim) == pytest.approx(8 * spent / (6 * dim))
 
@@ -193,11 +195,16 @@ def test_levels_are_those_of_the_literature():
 
 
 @settings(max_examples=50, deadline=None)
-@given(bits=st.sampled_from([2, 3, 4, 8]), dim=st.integers(1, 40), seed=st.integers(0, 99))
-def test_packing_undoes_itself_at_full_density(bits, dim, seed):
+@given(
+    planes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=2) | st.just([8]),
+    dim=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_packing_undoes_itself_at_full_density(planes, dim, seed):
+    bits = sum(planes)
     codes = np.random.default_rng(seed).integers(0, 2**bits, (3, dim)).astype(np.uint8)
-    packed = pack(codes, bits)
-    np.testing.assert_array_equal(unpack(packed, bits, dim), codes)
+    packed = pack(codes, planes)
+    np.testing.assert_array_equal(unpack(packed, planes, dim), codes)
     if dim % 8 == 0:
         assert packed.shape[1] * 8 == dim * bits
 
@@ -221,7 +228,9 @@ def test_a_store_keeps_codes_and_escapes(tmp_path, name):
             assert np.isnan(got[place]).all()
             continue
         wanted, _ = features(sample, 1)
-        assert relative_error(got[place], wanted).max() <= WORST_ERROR[name] * (1 + BOUND_RTOL)
+        assert relative_error(got[place], wanted).max() <= store.codec.how.worst_error * (
+            1 + BOUND_RTOL
+        )
     assert reader.select(rows, 1).patches().shape == (
         5,
         1,
@@ -258,3 +267,30 @@ def test_codecs_by_name():
     with pytest.raises(ValueError, match="wants at least 2"):
         make_codec(default_codec("int8"), (1, np.zeros(4), np.zeros((4, 4))))
     assert default_codec("float16").fit is None
+
+
+class Tenths(PlainCodec):
+    """A toy codec, lossy: whole tenths in int16."""
+
+    storage_dtype = np.dtype("int16")
+    fill_value = 0
+
+    def encode(self, patches):
+        data = np.rint(10 * patches).astype(np.int16)
+        return Encoded(data, np.ones(len(data), bool), [None] * len(data), Escapes.none(PATCH_DIM))
+
+    def decode(self, data, escapes=None):
+        return data.astype(np.float32) / 10
+
+
+def test_another_codec_is_one_file_and_one_line(tmp_path, monkeypatch):
+    tenths = Kind(16, lambda _: Tenths("tenths"), lambda _: Tenths("tenths"), mean_cosine=0.9)
+    monkeypatch.setitem(KNOWN, "tenths", tenths)
+    toy = Toy(tmp_path, "tenths")
+    toy.add_samples(ids(3))
+    store = toy.build(num_views=1)
+    assert verify(store).problems == []
+    got = Reader(store).select([0, 1, 2]).decoded()
+    for place, sample in enumerate(ids(3)):
+        np.testing.assert_allclose(got[place], features(sample, 0)[0], atol=0.0501)
+    assert row_bytes("tenths", 6, 8) == 6 * 8 * 2

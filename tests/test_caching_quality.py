@@ -9,7 +9,7 @@ import torch
 from support import small_caches, small_run
 
 from cache.codec.known import default_codec, make_codec
-from cache.codec.quantised import MEAN_COSINE
+from cache.codec.quantised import QUANTISATIONS
 from cache.listing import describe
 from cache.reader import Reader
 from cache.store import find_stores
@@ -67,9 +67,10 @@ def test_a_teacher_that_its_codec_serves_badly_is_refused(codec, ratio, serves, 
     teachers = (small_caches.teacher(codec=codec),)
     job = small_caches.job(tmp_path / "root", source, teachers=teachers)
     indexing.index_samples(job)
+    documented = QUANTISATIONS[codec].mean_cosine
     wanted = (
         rf"teacher lite0 at 64 px: codec {codec} keeps a mean cosine of 0\.\d+ on 600 of its "
-        rf"tokens, below the {MEAN_COSINE[codec]:g} it documents; {serves} \(0\.99\d+\) would serve"
+        rf"tokens, below the {documented:g} it documents; {serves} \(0\.99\d+\) would serve"
     )
     with pytest.raises(ValueError, match=wanted):
         precompute.resolve_stores(job, HandedOut(two_kinds(ratio)))
@@ -121,7 +122,7 @@ def test_a_rot4_store_is_sound_and_says_what_it_keeps(runs):
         assert not verify(store).problems
         said = describe(store.directory)["provenance"]["codec_quality"]
         assert said["codec"] == "rot4"
-        assert MEAN_COSINE["rot4"] <= said["cosine"] <= 1
+        assert QUANTISATIONS["rot4"].mean_cosine <= said["cosine"] <= 1
         assert said["cosine_worst"] <= said["cosine"]
         assert 0.9 < said["r2"] < 1
         assert 4 < said["bits_per_coefficient"] < 4.2
@@ -136,7 +137,7 @@ def test_a_rot4_store_keeps_the_features_of_a_float32_one(runs):
     rows, views = np.arange(32), np.arange(32) % 2
     exact, lossy = (reader.select(rows, views).decoded().reshape(-1, DIM) for reader in readers)
     cosine = torch.nn.functional.cosine_similarity(torch.tensor(exact), torch.tensor(lossy))
-    assert cosine.mean() >= MEAN_COSINE["rot4"]
+    assert cosine.mean() >= QUANTISATIONS["rot4"].mean_cosine
     np.testing.assert_array_equal(  # summaries are never quantised
         *(reader.select(rows, views).summaries for reader in readers)
     )

@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cache.codec.known import default_codec, make_codec
-from cache.codec.quantised import BITS, WORST_ERROR, unpack
+from cache.codec.plain import PlainCodec
+from cache.codec.quantised import QUANTISATIONS, unpack
 from eupe.moments import Moments
-from eupe.normalise import phi_s, zscore
+from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features import codec_torch
 from pipelines.features.buffers import Buffers
 from pipelines.features.codec_torch import Decoder, encode
@@ -27,7 +28,7 @@ WIDTHS = [7, 24, 120, 192, 768, 1280]
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 cuda = pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])
 devices = pytest.mark.parametrize("device", ["cpu", cuda])
-quantised = pytest.mark.parametrize("name", list(BITS))
+quantised = pytest.mark.parametrize("name", list(QUANTISATIONS))
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_decoding_is_the_oracle(name, dim, device):
 @example(name="rot3", num_rows=1, num_tokens=49, dim=40)
 @example(name="rot4", num_rows=0, num_tokens=3, dim=8)
 @given(
-    name=st.sampled_from([*PLAIN, *BITS]),
+    name=st.sampled_from([*PLAIN, *QUANTISATIONS]),
     num_rows=st.integers(0, 3),
     num_tokens=st.integers(1, 50),
     dim=st.integers(2, 65),
@@ -85,7 +86,7 @@ def test_every_shape_is_decoded_and_encoded_as_by_the_oracle(name, num_rows, num
     oracle = oracle_of(name, patches)
     encoded = oracle.encode(patches)
     wanted = oracle.decode(encoded.data, encoded.escapes)
-    escapes = encoded.escapes if name in BITS else None
+    escapes = encoded.escapes if name in QUANTISATIONS else None
     ours = Decoder(oracle)(encoded.data, escapes).numpy()
     assert ours.shape == wanted.shape == patches.shape
     assert encode(oracle, torch.from_numpy(patches)).data.shape == encoded.data.shape
@@ -104,7 +105,7 @@ def test_encoding_is_the_oracle(name, dim, device):
     assert ours.data.dtype == theirs.data.dtype
     split = 10 * oracle.token_bytes
     codes = [
-        unpack(e.data.reshape(3, -1)[:, :split].reshape(30, -1), oracle.bits, dim)
+        unpack(e.data.reshape(3, -1)[:, :split].reshape(30, -1), oracle.how.planes, dim)
         for e in (ours, theirs)
     ]
     assert (codes[0] == codes[1]).mean() >= SAME_CODES
@@ -130,7 +131,7 @@ def test_plain_codecs_are_the_oracle_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("normalise", [zscore, phi_s])
-@pytest.mark.parametrize("name", [*PLAIN, *BITS])
+@pytest.mark.parametrize("name", [*PLAIN, *QUANTISATIONS])
 def test_the_fused_normaliser_is_the_normaliser_afterwards(name, normalise):
     patches = features(192)
     patches[0, 3] = 0
@@ -152,14 +153,14 @@ def test_the_fused_normaliser_is_the_normaliser_afterwards(name, normalise):
 def test_phi_s_with_a_rotated_codec_is_one_dense_product():
     patches = features(192)
     decode = Decoder(oracle_of("rot4", patches), phi_s(moments_of(patches)))
-    assert decode._dequantiser is not None
-    assert decode._dequantiser.butterfly is None
-    assert decode._dequantiser.mix is not None
+    assert decode._rows._dequantiser is not None
+    assert decode._rows._dequantiser.butterfly is None
+    assert decode._rows._dequantiser.mix is not None
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    name=st.sampled_from(list(BITS)),
+    name=st.sampled_from(list(QUANTISATIONS)),
     kind=st.sampled_from(["gauss", "tails", "zeros", "outlier", "constant"]),
     exponent=st.integers(-44, 38),
     dim=st.sampled_from([7, 24, 96]),
@@ -184,7 +185,7 @@ def test_the_bound_holds_for_what_the_device_encoded(name, kind, exponent, dim, 
     got = Decoder(oracle)(encoded.data, encoded.escapes).numpy().astype(np.float64)
     wanted = patches.astype(np.float64)
     error, size = np.linalg.norm(got - wanted, axis=-1), np.linalg.norm(wanted, axis=-1)
-    assert (error <= WORST_ERROR[name] * (1 + BOUND_RTOL) * size).all()
+    assert (error <= QUANTISATIONS[name].worst_error * (1 + BOUND_RTOL) * size).all()
 
 
 @quantised
@@ -218,3 +219,22 @@ def test_buffers_come_back_when_the_last_view_of_them_is_gone():
     assert again.ctypes.data == place
     assert again.flags.c_contiguous
     assert again.flags.writeable
+
+
+class Negated(PlainCodec):
+    """A codec that torch knows nothing of."""
+
+    def encode(self, patches):
+        return super().encode(-patches)
+
+    def decode(self, data, escapes=None):
+        return -super().decode(data)
+
+
+def test_a_codec_without_a_twin_goes_through_its_oracle():
+    patches = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    codec, normaliser = Negated("float32"), Normaliser(torch.ones(4), torch.full((4,), 2.0))
+    encoded = encode(codec, torch.from_numpy(patches))
+    np.testing.assert_array_equal(encoded.data, -patches)
+    decoded = Decoder(codec, normaliser)(encoded.data)
+    torch.testing.assert_close(decoded, normaliser(torch.from_numpy(patches)))

@@ -6,8 +6,9 @@ from typing import Annotated, Any, get_args
 import pytest
 from pydantic import BaseModel, Field
 
+from cache.codec.known import KNOWN
 from pipelines.recipe import recipes
-from pipelines.recipe.config import ExtractionConfig, Recipe
+from pipelines.recipe.config import ExtractionConfig, Recipe, TeacherConfig
 from pipelines.recipe.marks import (
     EXECUTION,
     IDENTITY,
@@ -113,6 +114,7 @@ def test_identity_is_what_is_left_without_execution():
         (ExtractionConfig, "rows_per_shard", "a whole number | null, at least 1"),
         (StageConfig, "precision", "float32 | bfloat16"),
         (StageConfig, "compile", "true | false"),
+        (TeacherConfig, "codec", " | ".join(KNOWN)),
         (StageConfig, "student_scales", "a list: a whole number, length at least 1"),
     ],
 )

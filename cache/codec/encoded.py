@@ -1,6 +1,8 @@
-"""What a codec gives and takes: stored rows, which of them are valid, and escaped tokens."""
+"""What a codec is: what is known of it before any store, what it takes and what it gives."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -62,3 +64,66 @@ class Encoded(NamedTuple):
         """Bits spent on a coefficient, scales and escapes included."""
         num_bytes = self.data.nbytes + self.escapes.num_bytes
         return 8 * num_bytes / (len(self.data) * num_tokens * dim)
+
+
+class Codec(Protocol):
+    """What store, writer and reader need of a codec, fitted where it is fitted."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def storage_dtype(self) -> np.dtype[np.generic]:
+        """Element type of the Zarr array."""
+        ...
+
+    @property
+    def fill_value(self) -> int | str:
+        """What absent rows read as, in Zarr's JSON form."""
+        ...
+
+    @property
+    def has_escapes(self) -> bool:
+        """True if tokens may be kept beside the codes."""
+        ...
+
+    def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
+        """Shape of one row of the Zarr array."""
+        ...
+
+    def encode(self, patches: Floats) -> Encoded:
+        """Encode float32 [n, N, D]."""
+        ...
+
+    def decode(self, data: npt.NDArray[np.generic], escapes: Escapes | None = None) -> Floats:
+        """Decode [n, *storage_shape], with the escapes of those rows, to float32 [n, N, D]."""
+        ...
+
+    def to_json_dict(self) -> dict[str, object]:
+        """Everything a decoder needs, as plain data; goes into the array's attributes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A codec before it knows a store; `cache.codec.known.KNOWN` lists them by name.
+
+    Attributes:
+        bits: of one coefficient, scales and escapes left out.
+        fitted: moments of the patches -> codec; without a fit rule the moments may be None.
+        stored: what spec.json says (`Codec.to_json_dict`) -> that codec, to the last bit.
+        fit: name of the rule that fits its scaling; None if nothing is fitted.
+        mean_cosine: what it documents to keep of tokens, and a build must measure before it makes
+            a store; None for a codec that only rounds.
+    """
+
+    bits: int
+    fitted: Callable[[Moments | None], Codec]
+    stored: Callable[[Mapping[str, object]], Codec]
+    fit: str | None = None
+    mean_cosine: float | None = None
+
+    @property
+    def lossy(self) -> bool:
+        """True if it keeps less than a number type would, so that it has to be measured."""
+        return self.mean_cosine is not None

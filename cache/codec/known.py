@@ -1,69 +1,43 @@
-"""The codecs there are, by name: what one is, and how a spec becomes one (law 10).
+"""The codecs there are, by name, and how a spec becomes one (law 10).
 
 A codec undoes itself: decoding returns the teacher's features. What the loss wants of them (a
 normaliser) is another matter (law 9).
+
+Another codec is one file beside this one, with its `KINDS`, and its line in `KNOWN`. Its twin in
+torch has a line in `pipelines.features.codec_torch.TWINS`; a codec without one is slower there.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from cache.codec.encoded import Encoded, Escapes, Floats, Moments
-from cache.codec.plain import PLAIN, PlainCodec
-from cache.codec.quantised import BITS, FIT, QuantisedCodec
+from cache.codec import plain, quantised
+from cache.codec.encoded import Codec, Kind, Moments
 from eupe.errors import BadInput
 from eupe.spec import CodecSpec
 
+KNOWN: dict[str, Kind] = {**plain.KINDS, **quantised.KINDS}
+"""Every codec by name."""
 
-class Codec(Protocol):
-    """What store, writer and reader need of a codec."""
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
+def kind(name: str) -> Kind:
+    """Return what is known of a codec before it is fitted to a store.
 
-    @property
-    def storage_dtype(self) -> np.dtype[np.generic]:
-        """Element type of the Zarr array."""
-        ...
-
-    @property
-    def fill_value(self) -> int | str:
-        """What absent rows read as, in Zarr's JSON form."""
-        ...
-
-    @property
-    def has_escapes(self) -> bool:
-        """Whether tokens may be kept beside the codes."""
-        ...
-
-    def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
-        """Shape of one row of the Zarr array."""
-        ...
-
-    def encode(self, patches: Floats) -> Encoded:
-        """Encode float32 [n, N, D]."""
-        ...
-
-    def decode(self, data: npt.NDArray[np.generic], escapes: Escapes | None = None) -> Floats:
-        """Decode [n, *storage_shape], with the escapes of those rows, to float32 [n, N, D]."""
-        ...
-
-    def to_json_dict(self) -> dict[str, object]:
-        """Everything a decoder needs, as plain data; goes into the array's attributes."""
-        ...
+    Raises:
+        BadInput: no codec has that name.
+    """
+    if name not in KNOWN:
+        raise BadInput(f"codec = {name!r}: wants one of {', '.join(KNOWN)}")
+    return KNOWN[name]
 
 
 def default_codec(name: str) -> CodecSpec:
     """Return the spec of a codec by name, with the rule that fits its scaling.
 
     Raises:
-        ValueError: no codec has that name.
+        BadInput: no codec has that name.
     """
-    if name not in (*PLAIN, *BITS):
-        raise BadInput(f"codec = {name!r}: wants one of {', '.join((*PLAIN, *BITS))}")
-    return CodecSpec(name=name, fit=FIT if name in BITS else None)  # type: ignore[arg-type]
+    return CodecSpec(name=name, fit=kind(name).fit)
 
 
 def make_codec(spec: CodecSpec, moments: Moments | None = None) -> Codec:
@@ -77,11 +51,9 @@ def make_codec(spec: CodecSpec, moments: Moments | None = None) -> Codec:
         ValueError: the fit rule is not the codec's, or moments are needed and not given.
     """
     _check_fit(spec)
-    if spec.fit is None:
-        return PlainCodec(spec.name)
-    if moments is None:
+    if spec.fit is not None and moments is None:
         raise ValueError(f"codec {spec.name}: is fitted to the moments of the patches; give them")
-    return QuantisedCodec.fitted(spec.name, moments)
+    return kind(spec.name).fitted(moments)
 
 
 def stored_codec(spec: CodecSpec, said: Mapping[str, object]) -> Codec:
@@ -91,7 +63,7 @@ def stored_codec(spec: CodecSpec, said: Mapping[str, object]) -> Codec:
         ValueError: the fit rule is not the codec's.
     """
     _check_fit(spec)
-    return PlainCodec(spec.name) if spec.fit is None else QuantisedCodec.from_json_dict(said)
+    return kind(spec.name).stored(said)
 
 
 def _check_fit(spec: CodecSpec) -> None:

@@ -1,13 +1,13 @@
 """Plain codecs: features rounded to a number type that outside readers know."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats
+from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats, Kind
 
-PLAIN = ("float32", "float16", "bfloat16", "uint8")
 BFLOAT16_NAN = 0x7FC0
 
 
@@ -69,6 +69,16 @@ class PlainCodec:
     def to_json_dict(self) -> dict[str, object]:
         """Name and true dtype."""
         return {"name": self.name, "dtype": self.name}
+
+
+def _made(name: str, _: object) -> PlainCodec:
+    return PlainCodec(name)
+
+
+KINDS = {
+    name: Kind(bits, fitted=partial(_made, name), stored=partial(_made, name))
+    for name, bits in (("float32", 32), ("float16", 16), ("bfloat16", 16), ("uint8", 8))
+}
 
 
 def unfit(name: str, finite: bool, largest: float) -> str:

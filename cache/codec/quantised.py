@@ -18,15 +18,15 @@ values are kept beside the codes, so the bound holds for every token of finite f
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats, Moments
+from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats, Kind, Moments
 from cache.codec.rotation import Rotation
 from eupe.errors import BadInput
 
@@ -34,12 +34,36 @@ Codes = npt.NDArray[np.uint8]
 
 FIT = "standardise"
 """The fit rule: mean and standard deviation of each channel from the store's moments."""
-BITS = {"int8": 8, "rot4": 4, "rot3": 3, "rot2": 2}
-WORST_ERROR = {"int8": 0.12, "rot4": 0.25, "rot3": 0.40, "rot2": 0.65}
-"""Bound of a token's relative error; its cosine is at least sqrt(1 - bound^2): 0.993, 0.968, 0.917,
-0.760. About twice the error of Gaussian features, so escapes are the exception."""
-MEAN_COSINE = {"int8": 0.997, "rot4": 0.994, "rot3": 0.98, "rot2": 0.93}
-"""Documented mean cosine; a build whose sample falls below it is refused."""
+
+
+class Quantisation(NamedTuple):
+    """What sets the quantised codecs apart.
+
+    Attributes:
+        planes: bits of each plane of codes, lowest first.
+        worst_error: bound of a token's relative error; its cosine is at least sqrt(1 - bound^2).
+            About twice the error of Gaussian features, so escapes are the exception.
+        mean_cosine: documented; a build whose sample falls below it is refused.
+        rotated: True if tokens are rotated before they are rounded.
+    """
+
+    planes: tuple[int, ...]
+    worst_error: float
+    mean_cosine: float
+    rotated: bool = True
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return sum(self.planes)
+
+
+QUANTISATIONS = {
+    "int8": Quantisation((8,), 0.12, 0.997, rotated=False),  # worst cosine 0.993
+    "rot4": Quantisation((4,), 0.25, 0.994),  # 0.968
+    "rot3": Quantisation((2, 1), 0.40, 0.98),  # 0.917
+    "rot2": Quantisation((2,), 0.65, 0.93),  # 0.760
+}
 
 SMALLEST_STD = 1e-6  # of the widest channel's: below it a channel is dead in the sample
 CHUNK_TOKENS = 1 << 14  # encoded at a time: 50 MB of float32 at D = 768
@@ -53,7 +77,7 @@ class QuantisedCodec:
         name: int8, rot4, rot3 or rot2.
         mean: float32 [D].
         std: float32 [D], above zero.
-        bits: per code.
+        how: planes, bounds, and whether it rotates.
         levels: float32 [2^bits] of a rotated codec, rising; None for int8.
         rotation: of a rotated codec; None for int8.
     """
@@ -61,15 +85,15 @@ class QuantisedCodec:
     name: str
     mean: Floats
     std: Floats
-    bits: int = field(init=False)
+    how: Quantisation = field(init=False)
     levels: Floats | None = field(init=False)
     rotation: Rotation | None = field(init=False)
 
     def __post_init__(self) -> None:
-        rotated = self.name != "int8"
-        object.__setattr__(self, "bits", BITS[self.name])
-        object.__setattr__(self, "levels", lloyd_max(BITS[self.name]) if rotated else None)
-        object.__setattr__(self, "rotation", Rotation(len(self.mean)) if rotated else None)
+        how = QUANTISATIONS[self.name]
+        object.__setattr__(self, "how", how)
+        object.__setattr__(self, "levels", lloyd_max(how.bits) if how.rotated else None)
+        object.__setattr__(self, "rotation", Rotation(len(self.mean)) if how.rotated else None)
 
     @classmethod
     def fitted(cls, name: str, moments: Moments) -> "QuantisedCodec":
@@ -118,7 +142,7 @@ class QuantisedCodec:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's packed codes."""
-        return sum(-(-len(self.mean) * width // 8) for width in PLANES[self.bits])
+        return sum(-(-len(self.mean) * width // 8) for width in self.how.planes)
 
     def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
         """Return (1, bytes of a row)."""
@@ -170,7 +194,7 @@ class QuantisedCodec:
         """Everything a decoder needs that docs/store_format.md does not say."""
         said: dict[str, object] = {
             "name": self.name,
-            "bits": self.bits,
+            "bits": self.how.bits,
             "mean": [float(value) for value in self.mean],
             "std": [float(value) for value in self.std],
         }
@@ -205,15 +229,15 @@ class QuantisedCodec:
                 taken = self.levels[codes]
                 best = np.sum(z * taken, axis=1) / np.sum(taken * taken, axis=1)
                 scales = best.astype(np.float16)
-            packed = pack(codes, self.bits)
+            packed = pack(codes, self.how.planes)
             error = self._decode_tokens(packed, scales) - tokens
             squared = np.sum(np.square(error, dtype=np.float64), axis=1)
             allowed = np.sum(np.square(tokens, dtype=np.float64), axis=1)
-            good = squared <= WORST_ERROR[self.name] ** 2 * allowed
+            good = squared <= self.how.worst_error**2 * allowed
         return packed, scales, ~good  # not good, so that NaN is bad
 
     def _decode_tokens(self, packed: Codes, scales: npt.NDArray[np.float16]) -> Floats:
-        codes = unpack(packed, self.bits, len(self.mean))
+        codes = unpack(packed, self.how.planes, len(self.mean))
         scale = scales.astype(np.float32)[:, None]
         if self.levels is None or self.rotation is None:
             z = (codes.astype(np.float32) - 128) * scale
@@ -222,14 +246,23 @@ class QuantisedCodec:
         return z * self.std + self.mean
 
 
-PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
-"""Bits of each plane, lowest first."""
+def _fitted(name: str, moments: Moments | None) -> QuantisedCodec:
+    assert moments is not None  # `known.make_codec` asks for them
+    return QuantisedCodec.fitted(name, moments)
 
 
-def pack(codes: Codes, bits: int) -> Codes:
-    """Pack codes [k, D] below 2^bits into planes [k, token_bytes]."""
+KINDS = {
+    name: Kind(
+        how.bits, partial(_fitted, name), QuantisedCodec.from_json_dict, FIT, how.mean_cosine
+    )
+    for name, how in QUANTISATIONS.items()
+}
+
+
+def pack(codes: Codes, bits: Sequence[int]) -> Codes:
+    """Pack codes [k, D] into planes [k, token_bytes] of so many bits each, lowest first."""
     planes, below = [], 0
-    for width in PLANES[bits]:
+    for width in bits:
         per_byte = 8 // width
         num_bytes = -(-codes.shape[1] // per_byte)
         field_codes = np.zeros((len(codes), per_byte * num_bytes), np.uint8)
@@ -243,11 +276,11 @@ def pack(codes: Codes, bits: int) -> Codes:
     return np.concatenate(planes, axis=1)
 
 
-def unpack(packed: Codes, bits: int, dim: int) -> Codes:
+def unpack(packed: Codes, bits: Sequence[int], dim: int) -> Codes:
     """Undo `pack`: codes [k, D]."""
     codes = np.zeros((len(packed), dim), np.uint8)
     below, start = 0, 0
-    for width in PLANES[bits]:
+    for width in bits:
         per_byte = 8 // width
         num_bytes = -(-dim // per_byte)
         plane = packed[:, start : start + num_bytes]

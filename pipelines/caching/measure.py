@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cache.codec.encoded import Moments as StoredMoments
-from cache.codec.quantised import MEAN_COSINE
+from cache.codec.known import kind
 from cache.samples import Samples
 from eupe.errors import BadInput
 from eupe.moments import Moments, merge
@@ -60,7 +60,7 @@ def measure(
     outputs = [(spec.teacher.name, spec.resolution) for spec in specs]
     chunks = [chosen.slice(start, compute_batch) for start in range(0, count, compute_batch)]
     measured: dict[int, dict[Output, Measured]] = {}
-    lossy = any(spec.codec.name in MEAN_COSINE for spec in specs)
+    lossy = any(kind(spec.codec.name).lossy for spec in specs)
     per_chunk = -(-SAMPLE_TOKENS // len(chunks)) if lossy else 0
     tasks = [(job.views, chunk, outputs, compute_batch, per_chunk) for chunk in chunks]
     with track(count, f"Measuring moments of {job}") as progress:

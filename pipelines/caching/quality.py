@@ -1,6 +1,6 @@
 """What a lossy codec costs a teacher: measured on tokens of its own before a store is made.
 
-A codec documents the mean cosine it keeps (`cache.codec.quantised.MEAN_COSINE`). Features that it
+A codec documents the mean cosine it keeps (`cache.codec.encoded.Kind`). Features that it
 serves worse would train students on something else than the teacher says, so the build refuses
 them.
 """
@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from cache.codec.encoded import Moments
-from cache.codec.known import Codec, default_codec, make_codec
-from cache.codec.quantised import BITS, MEAN_COSINE
+from cache.codec.encoded import Codec, Moments
+from cache.codec.known import KNOWN, default_codec, kind, make_codec
 from eupe.errors import BadInput
 from eupe.spec import StoreSpec
 from pipelines.caching.measure import Sample
@@ -77,24 +76,29 @@ def check(spec: StoreSpec, sample: Sample) -> Quality | None:
             codec that would serve.
     """
     name, fitted_on = spec.codec.name, sample.moments["patches"]
-    if name not in MEAN_COSINE:
+    documented = kind(name).mean_cosine
+    if documented is None:
         return None
     found = quality(make_codec(spec.codec, fitted_on), sample.tokens)
-    if found.cosine < MEAN_COSINE[name]:
+    if found.cosine < documented:
         raise BadInput(
             f"teacher {spec.teacher.name} at {spec.resolution} px: codec {name} keeps a mean "
             f"cosine of {found.cosine:.4f} on {found.tokens} of its tokens, below the "
-            f"{MEAN_COSINE[name]:g} it documents; "
-            f"{_that_serves(BITS[name], fitted_on, sample.tokens)} would serve"
+            f"{documented:g} it documents; "
+            f"{_that_serves(kind(name).bits, fitted_on, sample.tokens)} would serve"
         )
     return found
 
 
 def _that_serves(bits: int, moments: Moments, tokens: np.ndarray) -> str:
     """Name the narrowest wider codec that keeps what it documents, with its figure."""
-    wider = sorted((wide, name) for name, wide in BITS.items() if wide > bits)
-    for _, name in wider:
+    wider = [
+        (each.bits, name, each.mean_cosine)
+        for name, each in KNOWN.items()
+        if each.mean_cosine is not None and each.bits > bits
+    ]
+    for _, name, documented in sorted(wider):
         cosine = quality(make_codec(default_codec(name), moments), tokens).cosine
-        if cosine >= MEAN_COSINE[name]:
+        if cosine >= documented:
             return f"{name} ({cosine:.4f})"
     return "float16"

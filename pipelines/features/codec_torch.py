@@ -1,6 +1,6 @@
 """Codecs on the device: stored bytes to normalised float32 tokens, and tokens to stored bytes.
 
-Equal to the numpy oracle in `cache.codec.known` to one float16 step. The narrow bytes cross to the
+Equal to the numpy oracles of `cache.codec` to one float16 step. The narrow bytes cross to the
 device; there they are unpacked, looked up, rotated back and sent through ONE affine map per
 channel, the codec's own and the loss normaliser's multiplied together (docs/design.md, law 9).
 
@@ -12,27 +12,21 @@ memory where butterflies need k.
 Shapes: T tokens, D channels.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache.codec.encoded import NOT_FINITE, Encoded, Escapes
-from cache.codec.known import Codec
+from cache.codec.encoded import NOT_FINITE, Codec, Encoded, Escapes
 from cache.codec.plain import PlainCodec, unfit
-from cache.codec.quantised import PLANES, WORST_ERROR, QuantisedCodec
+from cache.codec.quantised import QuantisedCodec
 from cache.codec.rotation import Rotation, hadamard
 from eupe.normalise import Normaliser
 from pipelines.features.buffers import Crossing
 
-STORED_AS: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "uint8": torch.uint8,
-}
 CPU_CHUNK = 1 << 18
 """Coefficients worked on at a time on a CPU, so that intermediate results stay in its caches."""
 
@@ -121,25 +115,91 @@ class Dequantiser:
         return torch.addcmul(self.offset, tokens, self.gain, out=tokens)
 
 
+class RowDecoder(Protocol):
+    """The twin of a codec's `decode`: rows of one store to tokens on a device.
+
+    Attributes:
+        apart: the normaliser, where it has not been fused with the codec and is still to be
+            applied.
+    """
+
+    apart: nn.Module | None
+
+    def __call__(self, stored: np.ndarray, device: torch.device) -> Tensor:
+        """Decode [n, *storage_shape], escapes left out, to float32 [n, N, D] on the device."""
+        ...
+
+
+class PlainRows:
+    """The twin of `PlainCodec`."""
+
+    def __init__(self, codec: PlainCodec, normaliser: nn.Module | None) -> None:
+        self.apart = normaliser
+        self._stored_as = getattr(torch, codec.name)
+        self._cross = Crossing()
+
+    def __call__(self, stored: np.ndarray, device: torch.device) -> Tensor:
+        """Widen on the device (see `RowDecoder`)."""
+        # numpy has no bfloat16 and torch takes no uint16: bits cross as int16.
+        bits = stored.view(np.int16) if stored.dtype == np.uint16 else stored
+        narrow = self._cross(torch.from_numpy(bits), device)
+        return narrow.view(self._stored_as).float()
+
+
+class QuantisedRows:
+    """The twin of `QuantisedCodec`; an `eupe.normalise.Normaliser` is fused with it."""
+
+    def __init__(self, codec: QuantisedCodec, normaliser: nn.Module | None) -> None:
+        fused = normaliser if isinstance(normaliser, Normaliser) else None
+        self.apart = None if fused is not None else normaliser
+        self._codec, self._dequantiser = codec, Dequantiser.of(codec, fused)
+        self._on: dict[torch.device, Dequantiser] = {}
+        self._cross = Crossing()
+
+    def __call__(self, stored: np.ndarray, device: torch.device) -> Tensor:
+        """Unpack, look up and rotate back on the device (see `RowDecoder`)."""
+        codec, narrow = self._codec, self._cross(torch.from_numpy(stored), device)
+        if device not in self._on:
+            self._on[device] = self._dequantiser.to(device)
+        dequantise, dim = self._on[device], len(codec.mean)
+        num_rows, num_tokens = len(narrow), narrow.shape[-1] // (codec.token_bytes + 2)
+        flat, split = narrow.view(num_rows, narrow.shape[-1]), num_tokens * codec.token_bytes
+        packed = flat[:, :split].reshape(-1, codec.token_bytes)
+        # Copied: of a single row the slice is contiguous as it is, and may begin at an odd byte.
+        halves = flat[:, split:].clone(memory_format=torch.contiguous_format)
+        scales = halves.view(torch.float16).float().view(-1, 1)
+        if device.type != "cpu":
+            tokens = dequantise(unpack(packed, codec.how.planes, dim), scales)
+            return tokens.view(num_rows, num_tokens, dim)
+        tokens = torch.empty(len(packed), dim)
+        for part in _chunks(len(packed), dim):
+            tokens[part] = dequantise(unpack(packed[part], codec.how.planes, dim), scales[part])
+        return tokens.view(num_rows, num_tokens, dim)
+
+
+class OracleRows:
+    """Decodes with the codec itself, on the host: what a codec without a twin gets."""
+
+    def __init__(self, codec: Codec, normaliser: nn.Module | None) -> None:
+        self.apart = normaliser
+        self._codec, self._cross = codec, Crossing()
+
+    def __call__(self, stored: np.ndarray, device: torch.device) -> Tensor:
+        """Decode on the host and copy to the device (see `RowDecoder`)."""
+        return self._cross(torch.from_numpy(self._codec.decode(stored)), device)
+
+
 class Decoder:
     """Decodes the rows of one store and normalises them for the loss.
 
     Args:
         codec: of the store, fitted.
         normaliser: what the loss wants done to patches [..., D]; None gives the teacher's features.
-            An `eupe.normalise.Normaliser` is fused with a quantised codec.
     """
 
     def __init__(self, codec: Codec, normaliser: nn.Module | None = None) -> None:
-        self._codec, self._normaliser = codec, normaliser
-        self._dequantiser: Dequantiser | None = None
-        self._apart = normaliser
-        if isinstance(codec, QuantisedCodec):
-            fused = normaliser if isinstance(normaliser, Normaliser) else None
-            self._dequantiser = Dequantiser.of(codec, fused)
-            self._apart = None if fused is not None else normaliser
-        self._on: dict[torch.device, Dequantiser] = {}
-        self._cross = Crossing()
+        self._normaliser = normaliser
+        self._rows: RowDecoder = twin(codec).decoder(codec, normaliser)
 
     def __call__(
         self,
@@ -151,7 +211,7 @@ class Decoder:
 
         Args:
             stored: [n, *storage_shape] in storage dtype, writable.
-            escapes: of those rows; only a quantised codec has them.
+            escapes: of those rows; only a codec that has escapes has them.
             device: to decode on; pinned memory crosses without waiting.
 
         Returns:
@@ -159,15 +219,10 @@ class Decoder:
             does not matter.
         """
         device = torch.device(device)
-        bits = stored.view(np.int16) if stored.dtype == np.uint16 else stored
-        narrow = self._cross(torch.from_numpy(bits), device)
         with torch.no_grad():
-            if self._dequantiser is None:
-                patches = narrow.view(STORED_AS[self._codec.name]).float()
-            else:
-                patches = self._dequantised(narrow, device)
-            if self._apart is not None:
-                patches = self._apart.to(device)(patches)
+            patches = self._rows(stored, device)
+            if self._rows.apart is not None:
+                patches = self._rows.apart.to(device)(patches)
             if escapes is not None and len(escapes.row):
                 values = torch.from_numpy(escapes.values).to(device)
                 if self._normaliser is not None:
@@ -179,27 +234,6 @@ class Decoder:
                 patches[row, token] = values
         return patches
 
-    def _dequantised(self, narrow: Tensor, device: torch.device) -> Tensor:
-        codec = self._codec
-        assert isinstance(codec, QuantisedCodec)
-        assert self._dequantiser is not None
-        if device not in self._on:
-            self._on[device] = self._dequantiser.to(device)
-        dequantise, dim = self._on[device], len(codec.mean)
-        num_rows, num_tokens = len(narrow), narrow.shape[-1] // (codec.token_bytes + 2)
-        flat, split = narrow.view(num_rows, narrow.shape[-1]), num_tokens * codec.token_bytes
-        packed = flat[:, :split].reshape(-1, codec.token_bytes)
-        # Copied: of a single row the slice is contiguous as it is, and may begin at an odd byte.
-        halves = flat[:, split:].clone(memory_format=torch.contiguous_format)
-        scales = halves.view(torch.float16).float().view(-1, 1)
-        if device.type != "cpu":
-            tokens = dequantise(unpack(packed, codec.bits, dim), scales)
-            return tokens.view(num_rows, num_tokens, dim)
-        tokens = torch.empty(len(packed), dim)
-        for part in _chunks(len(packed), dim):
-            tokens[part] = dequantise(unpack(packed[part], codec.bits, dim), scales[part])
-        return tokens.view(num_rows, num_tokens, dim)
-
 
 def encode(codec: Codec, patches: Tensor) -> Encoded:
     """Encode patches on the device they are on; what comes to the host is what is stored.
@@ -209,12 +243,13 @@ def encode(codec: Codec, patches: Tensor) -> Encoded:
         patches: float32 [n, N, D].
 
     Returns:
-        as `cache.codec.known.Codec.encode`: codes may differ from the oracle's where a coefficient
-        lies within rounding of the edge between two.
+        as `Codec.encode`: codes may differ from the oracle's where a coefficient lies within
+        rounding of the edge between two.
     """
-    if isinstance(codec, PlainCodec):
-        return _encode_plain(codec, patches)
-    assert isinstance(codec, QuantisedCodec)
+    return twin(codec).encode(codec, patches)
+
+
+def _encode_quantised(codec: QuantisedCodec, patches: Tensor) -> Encoded:
     num_rows, num_tokens, dim = patches.shape
     shape = (num_rows, *codec.storage_shape(num_tokens, dim))
     tokens = patches.reshape(-1, dim)
@@ -242,7 +277,7 @@ class _Quantiser:
     """What `QuantisedCodec` does to tokens, on one device."""
 
     def __init__(self, codec: QuantisedCodec, device: torch.device) -> None:
-        self._codec, self._allowed = codec, WORST_ERROR[codec.name] ** 2
+        self._codec, self._allowed = codec, codec.how.worst_error**2
         self._back = Dequantiser.of(codec, None).to(device)
         self._mean, self._std = (_tensor(part).to(device) for part in (codec.mean, codec.std))
         if codec.rotation is not None and codec.levels is not None:
@@ -267,7 +302,7 @@ class _Quantiser:
         error = self._back(codes, scales.float()[:, None]) - tokens
         squared, size = (each.double().square().sum(1) for each in (error, tokens))
         good = squared <= self._allowed * size  # not finite is not good
-        return pack(codes, self._codec.bits), scales, good
+        return pack(codes, self._codec.how.planes), scales, good
 
 
 def _encode_plain(codec: PlainCodec, patches: Tensor) -> Encoded:
@@ -278,7 +313,7 @@ def _encode_plain(codec: PlainCodec, patches: Tensor) -> Encoded:
         narrow = torch.where(inside, rounded, 0).to(torch.uint8)
         kept = inside.all(-1).all(-1)
     else:
-        narrow = patches.to(STORED_AS[codec.name])
+        narrow = patches.to(getattr(torch, codec.name))
         kept = torch.isfinite(narrow).all(-1).all(-1)
     largest = patches.abs().amax((1, 2))
     reasons: list[str | None] = [None] * len(patches)
@@ -290,10 +325,38 @@ def _encode_plain(codec: PlainCodec, patches: Tensor) -> Encoded:
     return Encoded(data, valid, reasons, Escapes.none(patches.shape[-1]))
 
 
-def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+def _encode_by_oracle(codec: Codec, patches: Tensor) -> Encoded:
+    return codec.encode(patches.cpu().numpy())
+
+
+class Twin(NamedTuple):
+    """A codec in torch.
+
+    Attributes:
+        decoder: (codec, normaliser) -> `RowDecoder`.
+        encode: (codec, patches float32 [n, N, D]) -> `Encoded`.
+    """
+
+    decoder: Callable[[Any, nn.Module | None], RowDecoder]
+    encode: Callable[[Any, Tensor], Encoded]
+
+
+TWINS: dict[type, Twin] = {
+    PlainCodec: Twin(PlainRows, _encode_plain),
+    QuantisedCodec: Twin(QuantisedRows, _encode_quantised),
+}
+"""Class of codec -> its twin."""
+
+
+def twin(codec: Codec) -> Twin:
+    """Return a codec's twin; the oracle itself, slower and on the host, where it has none."""
+    return TWINS.get(type(codec), Twin(OracleRows, _encode_by_oracle))
+
+
+def unpack(packed: Tensor, bits: Sequence[int], dim: int) -> Tensor:
     """Codes uint8 [T, D] of planes uint8 [T, token_bytes] (layout: `cache.codec.quantised`)."""
     codes, below, start = None, 0, 0
-    for width in PLANES[bits]:
+    for width in bits:
         per_byte = 8 // width
         num_bytes = -(-dim // per_byte)
         plane, mask = packed[:, start : start + num_bytes], 2**width - 1
@@ -305,10 +368,10 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return codes
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: Sequence[int]) -> Tensor:
     """Undo `unpack`."""
     planes, below = [], 0
-    for width in PLANES[bits]:
+    for width in bits:
         per_byte = 8 // width
         num_bytes = -(-codes.shape[1] // per_byte)
         fields = (codes >> below) & (2**width - 1)

@@ -7,15 +7,12 @@ on is turned into an `eupe.spec` (identity) when weights have been read and hash
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
+from cache.codec.known import KNOWN, kind
 from eupe.errors import BadInput
 from eupe.spec import (
     CentreView,
-    CodecName,
     DatasetName,
     Dtype,
     EncoderSpec,
@@ -23,11 +20,25 @@ from eupe.spec import (
     Spec,
     ViewPolicy,
 )
-from pipelines.recipe.marks import EXECUTION, IDENTITY
+from pipelines.recipe.marks import EXECUTION, IDENTITY, OneOf
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.named import Named
 from pipelines.recipe.stage import StageConfig, StageName
 
+
+def _known_codec(name: str) -> str:
+    kind(name)
+    return name
+
+
+def _list_codecs(schema: dict[str, object]) -> None:
+    schema["enum"] = list(KNOWN)
+
+
+CodecName = Annotated[
+    str, AfterValidator(_known_codec), OneOf(KNOWN), Field(json_schema_extra=_list_codecs)
+]
+"""A codec that `cache.codec.known` has."""
 PROXY = "proxy"
 """Name under which a stage lists the proxy as its teacher."""
 PIXELS = "pixels"

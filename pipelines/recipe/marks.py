@@ -5,7 +5,7 @@ configuration has none: the fields of that configuration have theirs. A field wh
 (`eupe.spec`) is identity as a whole.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -35,6 +35,12 @@ BOUNDS = {
     "min_length": "length at least",
 }
 """How pydantic names a bound -> how it is said."""
+
+
+class OneOf(NamedTuple):
+    """In a field's metadata: it takes one of these names. Whatever checks them stands beside it."""
+
+    names: Iterable[str]
 
 
 class Leaf(NamedTuple):
@@ -128,7 +134,8 @@ def allowed(annotation: Any, metadata: list[Any]) -> str:
         for kind, words in BOUNDS.items()
         if (bound := getattr(each, kind, None)) is not None
     ]
-    return ", ".join([_kind(annotation), *bounds])
+    names = [" | ".join(each.names) for each in metadata if isinstance(each, OneOf)]
+    return ", ".join([*(names or [_kind(annotation)]), *bounds])
 
 
 def _kind(annotation: Any) -> str:
