@@ -1,8 +1,9 @@
 """Read a store by (row, view): one copy from the page cache into the caller's buffer.
 
-A shard's index is parsed once when the shard is first touched; from then on a row costs one memory
-copy. Rows that are not in memory are read by position, several at a time: page faults would fetch a
-few pages each. Shards are kept open, the most recently used of all readers of the process
+`Reader.select` finds a batch's rows; the `Selection` it returns gives patches and all the rest.
+The index of a shard is parsed once, when the shard is first touched. From then on a row costs one
+memory copy. Rows that are not in memory are read by position, several at a time, where page faults
+would fetch a few pages each. The shards that all readers of a process used last stay open
 (`mapped.Recent`). Thread-safe.
 """
 
@@ -111,15 +112,15 @@ class Reader:
 
     @property
     def mirrored(self) -> bool:
-        """Whether the store lies in a bucket, so that hints spare waiting for the network."""
+        """True if the store lies in a bucket, so that hints spare waiting for the network."""
         return isinstance(self.store.directory, BucketPath)
 
     def __len__(self) -> int:
-        """Number of samples that are there in every view."""
+        """Count the samples that are there in every view."""
         return int(self._lengths.min(axis=0).sum())
 
     def shards(self) -> list[ShardRange]:
-        """Shards that are there in every view, with their rows: what an epoch is ordered from."""
+        """Return the shards that every view has, with their rows: what an epoch is ordered from."""
         shared = np.asarray((self._lengths > 0).all(axis=0))
         return [shard for shard in self.store.samples.shards() if shared[shard.shard]]
 

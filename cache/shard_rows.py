@@ -28,7 +28,7 @@ class ShardRows(Protocol):
     """What the reader asks of a shard; rows are numbered inside it, absent ones hold the fill."""
 
     def row(self, inside: int) -> Bytes:
-        """One row [row_bytes]: a view of the map, where there is one.
+        """Return one row [row_bytes]: a view of the map, where there is one.
 
         Raises:
             IndexError: the shard has no such row.
@@ -40,7 +40,7 @@ class ShardRows(Protocol):
         ...
 
     def is_resident(self, inside: int) -> bool:
-        """Whether reading this row needs no disk, as far as its first page tells."""
+        """True if reading this row needs no disk, as far as its first page tells."""
         ...
 
     def will_need(self, inside: Sequence[int]) -> None:
@@ -126,7 +126,7 @@ class PositionedRows:
         _read(self._handle, self._slots[inside], into, places, self._fill, self._path)
 
     def is_resident(self, inside: int) -> bool:
-        """Not known without reading."""
+        """Return False: it is not known without reading."""
         return False
 
     def will_need(self, inside: Sequence[int]) -> None:
@@ -222,14 +222,14 @@ os.register_at_fork(after_in_child=_disk.cache_clear)
 
 
 def _row(stored: Bytes, slots: Rows, fill: Bytes, inside: int) -> Bytes:
-    """One row [row_bytes] of a shard that does not hold every row."""
+    """Return one row [row_bytes] of a shard that does not hold every row."""
     slot = int(slots[inside])
     row: Bytes = fill if slot < 0 else stored[slot]
     return row
 
 
 def _offsets(slots: Rows, fill: Bytes) -> list[int]:
-    """Where stored rows begin in the file."""
+    """Return where stored rows begin in the file, bytes."""
     offsets: list[int] = (slots[slots >= 0] * len(fill)).tolist()
     return offsets
 

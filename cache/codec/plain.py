@@ -32,7 +32,7 @@ class PlainCodec:
 
     @property
     def has_escapes(self) -> bool:
-        """No: what does not fit makes its row invalid."""
+        """False: what does not fit makes its row invalid."""
         return False
 
     def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:

@@ -136,7 +136,7 @@ class QuantisedCodec:
 
     @property
     def has_escapes(self) -> bool:
-        """Yes: a token that would exceed the bound is kept as it is."""
+        """True: a token that would exceed the bound is kept as it is."""
         return True
 
     @property

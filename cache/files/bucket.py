@@ -38,7 +38,7 @@ _URI = re.compile(rf"({'|'.join(SCHEMES)}):/+(?=[^/])")
 
 
 def is_uri(name: str) -> bool:
-    """Whether a name is one of a bucket or its objects: `s3://bucket/prefix`."""
+    """True if a name is that of a bucket or of its objects: `s3://bucket/prefix`."""
     return _URI.match(name) is not None
 
 
@@ -95,7 +95,7 @@ class BucketPath(PosixPath):
         return found["size"], found["e_tag"] or found["last_modified"].isoformat()
 
     def is_file(self) -> bool:
-        """Whether there is such an object."""
+        """True if there is such an object."""
         try:
             self.describe()
         except FileNotFoundError:
@@ -103,11 +103,11 @@ class BucketPath(PosixPath):
         return True
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether there is such an object."""
+        """True if there is such an object."""
         return self.is_file()
 
     def is_dir(self) -> bool:
-        """Whether there are objects below."""
+        """True if there are objects below."""
         found = self._children()
         return bool(found["objects"] or found["common_prefixes"])
 

@@ -1,8 +1,8 @@
-"""Files mapped into memory, with what the standard mmap lacks: no descriptor kept, residency asked.
+"""Memory-mapped files and the maps that a process keeps.
 
-Python's mmap keeps a file descriptor open for as long as the map lives; with the usual limit of
-1024 descriptors a store of a few hundred shards would exhaust them. The kernel allows 65,530 maps
-a process, so what is kept is bounded for the process, not for each of its readers.
+Unlike Python's mmap these maps hold no file descriptor, and can tell whether a page is already in
+memory. With the usual limit of 1024 descriptors a store of a few hundred shards would exhaust them.
+The kernel allows 65,530 maps a process, so the bound is the process's, not that of each reader.
 """
 
 import ctypes
@@ -88,7 +88,7 @@ class MappedFile:
         self.bytes: Bytes = np.asarray(self._region)
 
     def is_resident(self, offset: int) -> bool:
-        """Whether the page at an offset is in memory; True where the kernel does not tell."""
+        """True if the page at an offset is in memory, or the kernel does not tell."""
         page = offset // mmap.PAGESIZE * mmap.PAGESIZE
         told = ctypes.create_string_buffer(1)
         failed = _libc.mincore(self._region.address + page, 1, told)
@@ -167,7 +167,7 @@ def major_faults() -> int:
 
 
 def let_go() -> bool:
-    """Forget the less recently used half of what every `Recent` keeps; whether there was any.
+    """Forget the less recently used half of what every `Recent` keeps. False if it kept nothing.
 
     Files are unmapped as soon as nobody reads them; mapping one again takes microseconds.
     """
@@ -210,7 +210,7 @@ class Recent(Generic[T]):
         return value
 
     def forget(self, count: int) -> bool:
-        """Forget so many of the oldest; whether there was anything to forget."""
+        """Forget so many of the oldest. Returns False if there were none."""
         with self._lock:
             count = min(count, len(self._values))
             for _ in range(count):
