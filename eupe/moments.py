@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float
+from jaxtyping import Float64
 
-Vector = Float[npt.NDArray[np.float64], " d"]
-Matrix = Float[npt.NDArray[np.float64], "d d"]
+Vector = Float64[np.ndarray, " d"]
+Matrix = Float64[np.ndarray, "d d"]
 
 
 @dataclasses.dataclass(frozen=True)
