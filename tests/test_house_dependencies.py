@@ -25,7 +25,6 @@ LOCK = runpy.run_path(str(ROOT / ".ci/lock.py"))
 NOT_IMPORTED = {
     "torchvision": "timm and open_clip import it; each release is built for one torch",
     "tensorboard": "torch.utils.tensorboard imports it",
-    "fastapi": "a bound for Prefect",
     "honcho": "the local stack runs its command",
 }
 SCREEN_LINES = 24
