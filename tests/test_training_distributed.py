@@ -55,7 +55,7 @@ def small(directory: Path, **stage: object) -> Recipe:
         "checkpoint_every": CHECKPOINT_EVERY,
         **stage,
     }
-    return two_workers.recipe(directory, **settings)
+    return small_stage.recipe(directory, **settings)
 
 
 def losses(run: Recipe) -> dict[int, dict[str, float]]:

@@ -16,8 +16,12 @@ import pytest
 import torch
 from filelock import FileLock
 from support import small_stage, train_child
+from timm.layers import DropPath
+from torch import nn
 
+from eupe.drop_path import RowDraws
 from eupe.errors import BadInput
+from eupe.students import build_student
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
 from pipelines.recipe.named import by_name
@@ -77,37 +81,55 @@ def test_drop_path_is_addressed_by_the_step_not_by_what_ran_before(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch, size):
-    without_drop_path(monkeypatch)
+def test_micro_batches_add_up_to_the_batch(tmp_path, size):
     whole = trained(tmp_path / "whole", micro_batch=1000, steps=6)
     parts = trained(tmp_path / "parts", micro_batch=size, steps=6)
     np.testing.assert_allclose(totals(parts), totals(whole), **SAME_MATHS)
 
 
 @pytest.mark.parametrize("invalid", [(0, 1, 2), (5,), (0, 7)])
-def test_invalid_rows_weigh_nothing_however_they_fall_into_micro_batches(
-    tmp_path, monkeypatch, invalid
-):
-    without_drop_path(monkeypatch)
+def test_invalid_rows_weigh_nothing_however_they_fall_into_micro_batches(tmp_path, invalid):
     whole = trained(tmp_path / "whole", micro_batch=1000, steps=6, invalid=invalid)
     parts = trained(tmp_path / "parts", micro_batch=2, steps=6, invalid=invalid)
     np.testing.assert_allclose(totals(parts), totals(whole), **SAME_MATHS)
     assert not np.allclose(totals(whole), totals(trained(tmp_path / "all", steps=6)))
 
 
-def without_drop_path(monkeypatch) -> None:
-    """Leave out what is drawn per forward pass, so that only the sums are compared."""
-    original = small_stage.recipe
+def test_what_a_row_skips_is_its_own_whatever_stands_beside_it(tmp_path):
+    network = small_stage.recipe(tmp_path).student.encoder
+    encoder = build_student(network).train()
+    draws = RowDraws(encoder.network)
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
 
-    def recipe(directory, **stage):
-        run = original(directory, **stage)
-        arguments = {**run.student.encoder.model_arguments, "drop_path_rate": 0.0}
-        encoder = run.student.encoder.model_copy(update={"model_arguments": arguments})
-        return run.model_copy(
-            update={"student": run.student.model_copy(update={"encoder": encoder})}
-        )
+    def summaries(address, places):
+        draws.draw(address, np.array(places), torch.device("cpu"))
+        return encoder(pixels[places]).summary.detach()
 
-    monkeypatch.setattr(small_stage, "recipe", recipe)
+    whole = summaries("network/0/stage2/5", list(range(8)))
+    for places in ([3], [6, 7], [0, 2, 5]):
+        part = summaries("network/0/stage2/5", places)
+        torch.testing.assert_close(part, whole[places], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(summaries("network/0/stage2/6", list(range(8))), whole)
+
+
+def test_rows_skip_a_branch_as_often_as_the_rate_says_and_the_mean_stays(tmp_path):
+    layer = nn.Sequential(DropPath(0.3))
+    draws = RowDraws(layer)
+    draws.draw("network/0/stage2/0", np.arange(20_000), torch.device("cpu"))
+    out = layer.train()(torch.ones(20_000, 2, 3))
+    assert out.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert (out == 0).float().mean().item() == pytest.approx(0.3, abs=0.015)  # four sigmas
+    assert torch.equal(layer.eval()(out), out)
+
+
+@pytest.mark.parametrize("rate", ["proj_drop_rate", "attn_drop_rate", "patch_drop_rate"])
+def test_a_student_that_draws_what_has_no_row_is_refused(tmp_path, rate):
+    run = small_stage.recipe(tmp_path)
+    arguments = {**run.student.encoder.model_arguments, rate: 0.1}
+    encoder = run.student.encoder.model_copy(update={"model_arguments": arguments})
+    run = run.model_copy(update={"student": run.student.model_copy(update={"encoder": encoder})})
+    with pytest.raises(BadInput, match="of the rates of timm's models drop_path_rate alone"):
+        train_stage(run, run.stage("stage2"), small_stage.inputs(run), tmp_path / "stage2")
 
 
 def test_a_batch_without_valid_rows_is_refused(tmp_path):
@@ -161,7 +183,7 @@ def test_a_compiled_stage_learns_as_one_that_is_not(tmp_path):
     short = {"steps": 4, "log_every": 1, "checkpoint_every": 4, "student_scales": [32]}
     for name in ("plain", "compiled"):
         stage = {**short, "compile": name == "compiled"}
-        assert run_child(tmp_path / name, 0, drop_path=0.0, **stage).wait(timeout=300) == 0
+        assert run_child(tmp_path / name, 0, **stage).wait(timeout=300) == 0
     plain, compiled = (
         [line["loss/total"] for line in figures(tmp_path / name / "stage2")]
         for name in ("plain", "compiled")

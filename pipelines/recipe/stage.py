@@ -66,7 +66,9 @@ class StageConfig(Spec):
         ge=1, description="views a step, of all workers together"
     )
     micro_batch: Annotated[int, EXECUTION] = Field(
-        ge=1, description="views that go through the student at once, at its smallest scale"
+        ge=1,
+        description="views that go through the student at once, at its smallest scale; losses are "
+        "equal up to rounding, since drop path is drawn by row",
     )
     head_hidden: Annotated[int, IDENTITY] = Field(
         3072, ge=1, description="width inside the adapter heads"

@@ -34,8 +34,8 @@ from pipelines.training.draws import Draw, Drawn
 HINTED_BATCHES = 32
 """Micro-batches whose shards and images are asked of a bucket ahead of those being made."""
 
-Address = tuple[int, int, int, Drawn]
-"""Step, micro-batch, micro-batches of the step, rows."""
+Address = tuple[int, int, int, int, Drawn]
+"""Step, micro-batch, micro-batches of the step, place of the first row, rows."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Batch:
         step: global step.
         micro: number of this micro-batch in the step, from 0.
         num_micro: micro-batches of this rank in the step.
+        first_place: of its first row in the global batch; the others follow.
         scales: resolutions of student and teachers at this step.
         sample_ids: [B].
         view_numbers: int64 [B].
@@ -121,6 +122,7 @@ class Batch:
     step: int
     micro: int
     num_micro: int
+    first_place: int
     scales: Scales
     sample_ids: list[str]
     view_numbers: np.ndarray
@@ -131,6 +133,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    @property
+    def places(self) -> np.ndarray:
+        """Places of its rows in the global batch, int64 [B]."""
+        return np.arange(self.first_place, self.first_place + len(self))
 
     @property
     def last(self) -> bool:
@@ -232,7 +239,7 @@ class Batches:
                 yield self._waited(ahead.popleft())
 
     def _addresses(self) -> Iterator[Address]:
-        """Walk over (step, micro, num_micro, rows): cheap, done by the consuming thread."""
+        """Walk over addresses: cheap, done by the consuming thread."""
         for step in self._steps:
             drawn = self._draw(step)
             start, stop = self._loader.stretch(len(drawn))
@@ -245,7 +252,7 @@ class Batches:
             starts = range(start, stop, size)
             for micro, first in enumerate(starts):
                 rows = slice(first, min(first + size, stop))
-                yield step, micro, len(starts), Drawn(*(column[rows] for column in drawn))
+                yield step, micro, len(starts), first, Drawn(*(column[rows] for column in drawn))
 
     def _announced(self, addresses: Iterator[Address]) -> Iterator[Address]:
         """Say what is wanted HINTED_BATCHES ahead to feeds that are read through a mirror."""
@@ -254,7 +261,7 @@ class Batches:
             return
         ahead: deque[Address] = deque()
         for address in addresses:
-            step, _, _, drawn = address
+            step, *_, drawn = address
             for number, feed in enumerate(self._feeds):
                 places = np.flatnonzero(drawn.datasets == number)
                 feed.will_need(drawn.rows[places], drawn.views[places], self._scales(step))
@@ -271,7 +278,13 @@ class Batches:
         return replace(batch, wait_seconds=waited)
 
     def _make(
-        self, step: int, micro: int, num_micro: int, drawn: Drawn, drawers: ThreadPoolExecutor
+        self,
+        step: int,
+        micro: int,
+        num_micro: int,
+        first_place: int,
+        drawn: Drawn,
+        drawers: ThreadPoolExecutor,
     ) -> Batch:
         """Make one batch, its images decoded and drawn by `drawers`; called in a thread."""
         scales = self._scales(step)
@@ -296,7 +309,18 @@ class Batches:
             valid[places] = own
             for place, name in zip(places.tolist(), ids, strict=True):
                 sample_ids[place] = name
-        return Batch(step, micro, num_micro, scales, sample_ids, drawn.views, pixels, valid, parts)
+        return Batch(
+            step,
+            micro,
+            num_micro,
+            first_place,
+            scales,
+            sample_ids,
+            drawn.views,
+            pixels,
+            valid,
+            parts,
+        )
 
 
 def _serve(

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from eupe.addressed import bits
+from eupe.drop_path import RowDraws
 from eupe.encoders import Features
 from eupe.errors import BadInput
 from eupe.heads import DistillationModel
@@ -96,7 +96,7 @@ def train_stage(
             gradient that is not finite.
     """
     workers = workers or OneProcess()
-    with _locked(directory, workers.rank), _addressed_randomness(device):
+    with _locked(directory, workers.rank):
         return _Run(recipe, stage, inputs, directory, workers, torch.device(device)).train(
             resume, evaluate
         )
@@ -122,6 +122,8 @@ class _Run:
         if stage.activation_checkpointing:
             network: Any = model.encoder.network  # timm's and open_clip's have it
             network.set_grad_checkpointing(True)
+        self.draws = RowDraws(model.encoder.network)
+        self.address = f"network/{recipe.seed}/{stage.name}"
         self.wrapped = workers.wrap(self.model)
         if stage.compile:
             self.wrapped.compile()
@@ -182,9 +184,8 @@ class _Run:
         step, rows, valid = 0, self.stage.global_batch, 0
         sums = torch.zeros_like(self.window.sums)
         for batch in micros:
-            if batch.micro == 0:
-                self._seed(batch.step)
             step = batch.step
+            self.draws.draw(f"{self.address}/{step}", batch.places, self.device)
             with self.workers.accumulate(self.wrapped, batch.last):
                 sums += self._backward(batch, rows)
             valid += int(batch.valid.sum())
@@ -324,11 +325,6 @@ class _Run:
         self.workers.barrier()
         return checkpoint.require(self.directory)
 
-    def _seed(self, step: int) -> None:
-        """Address what the network itself draws (drop path, dropout) by the step and the rank."""
-        address = f"network/{self.recipe.seed}/{self.stage.name}/{step}/{self.workers.rank}"
-        torch.manual_seed(bits(address, count=56))
-
 
 def _steps(batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:
     """Group micro-batches by step; each group must be used up before the next is asked for."""
@@ -363,12 +359,3 @@ def _locked(directory: Path, rank: int) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _addressed_randomness(device: str | torch.device) -> Iterator[None]:
-    """Leave the global random state as it was, whatever the steps seed it with."""
-    device = torch.device(device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -180,6 +180,7 @@ def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: in
                     step,
                     micro,
                     len(starts),
+                    begin,
                     drawn,
                     ids,
                     views,

@@ -177,15 +177,6 @@ def train(
     return Trained(order, result, looked_at)
 
 
-def recipe(directory: Path, **stage: object) -> Recipe:
-    """Return the small stage without drop path, which every worker draws for itself."""
-    run = small_stage.recipe(directory, **stage)
-    arguments = {**run.student.encoder.model_arguments, "drop_path_rate": 0.0}
-    encoder = run.student.encoder.model_copy(update={"model_arguments": arguments})
-    student = run.student.model_copy(update={"encoder": encoder})
-    return run.model_copy(update={"student": student})
-
-
 def noise_inputs(
     run: Recipe, stage: StageConfig, pins: Mapping[str, int] | None, loader: Loader
 ) -> Inputs:
@@ -280,6 +271,7 @@ def train_on_random_tokens(
                     step,
                     micro // stage.micro_batch,
                     -(-own // stage.micro_batch),
+                    workers.rank * own + micro,
                     Scales(
                         side, {name: scales[0] for name, scales in stage.teacher_scales.items()}
                     ),
