@@ -28,11 +28,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def _tiny(name: str) -> Recipe:
-    return family.tiny(RECIPES[name]())
+def _tiny(make: Callable[[], Recipe]) -> Recipe:
+    return family.tiny(make())
 
 
-RECIPES |= {f"{name}_tiny": partial(_tiny, name) for name in (*family.STUDENTS, "proxy_vitg")}
+RECIPES |= {
+    f"{name}_tiny": partial(_tiny, RECIPES[name]) for name in (*family.STUDENTS, "proxy_vitg")
+}
 
 
 def get(name: str, overrides: Sequence[str] = ()) -> Recipe:
