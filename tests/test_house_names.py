@@ -1,6 +1,7 @@
 """The naming rule: a module says what it is for, and shadows nothing."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -16,6 +17,7 @@ ROOMS = ("eupe", "cache", "pipelines", "flows")
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
+@functools.cache
 def dependencies() -> set[str]:
     """Import names of everything pyproject.toml asks for (extras included)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -97,6 +99,25 @@ def test_tests_are_flat_and_named_after_what_they_test():
         )
     ]
     assert stray == []
+
+
+def test_the_page_of_the_tests_names_what_they_share():
+    """Every module of support/, every fixture of conftest.py, every marker; and no other."""
+    page = (ROOT / "tests/README.md").read_text()
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    support = {path.stem for path in (ROOT / "tests/support").glob("[a-z]*.py")}
+    tree = ast.parse((ROOT / "tests/conftest.py").read_text())
+    fixtures = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        if any("fixture" in ast.unparse(each) for each in node.decorator_list)
+        if not any("autouse" in ast.unparse(each) for each in node.decorator_list)
+    }
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    markers = {marker.partition(":")[0] for marker in options["markers"]}
+    assert named - {"support", "conftest"} == support | fixtures | markers
 
 
 FUNCTIONS_A_CLASS = 20

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import small_recipe
 from support.small_caches import COMPUTE_BATCH, build, pictures, teacher, write_parquet
 from support.stage_runs import from_cache, live, losses, training_job
 
@@ -19,19 +20,19 @@ from cache.errors import StoreError
 from cache.format import layout
 from cache.reader import Reader
 from cache.store import Store
-from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
+from eupe.spec import AugmentedView, CodecName, EncoderSpec
 from pipelines.features.sources import Fetched, Resolutions
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import (
     DatasetConfig,
-    EvaluationConfig,
     ExtractionConfig,
     Recipe,
+    SourceConfig,
     StudentConfig,
     WorkersConfig,
 )
 from pipelines.recipe.named import by_name
-from pipelines.recipe.stage import OptimizerConfig, StageConfig
+from pipelines.recipe.stage import OptimizerConfig
 from pipelines.recipe.stores import open_stores
 from pipelines.training import inputs
 from pipelines.training.batches import Feed
@@ -57,40 +58,34 @@ def images(tmp_path_factory, emoji) -> Path:
 
 
 def recipe(root: Path, images: Path, codec: CodecName) -> Recipe:
-    source = {"kind": "parquet", "path": str(images), "label_columns": ("label",)}
-    stage = StageConfig(
-        name="stage2",
-        teachers=("lite0",),
-        teacher_scales={"lite0": (SIDE,)},
-        student_scales=(SIDE,),
+    source = SourceConfig(kind="parquet", path=str(images), label_columns=("label",))
+    stage = small_recipe.stage(
+        {"lite0": (SIDE,)},
+        (SIDE,),
         steps=STEPS,
-        global_batch=8,
         micro_batch=4,
         head_hidden=64,
         optimizer=OptimizerConfig(lr=1e-3),
         warmup_steps=2,
-        precision="float32",
-        log_every=1,
         checkpoint_every=STEPS,
     )
-    return Recipe(
+    return small_recipe.recipe(
+        root,
+        [teacher((SIDE,), codec)],
+        [stage],
+        canvas=SIDE,
         name="parity",
-        run_directory=str(root / "run"),
         cache_root=str(root),
         seed=3,
         train=by_name(DatasetConfig(name="emoji", source=source)),
         held_out=DatasetConfig(name="held-out", source=source),
         views=AugmentedView(seed=11, canvas=SIDE),
         num_views=2,
-        held_out_views=CentreView(canvas=SIDE),
-        teachers=by_name(teacher((SIDE,), codec)),
         student=StudentConfig(name="student", encoder=NETWORK),
-        stages=by_name(stage),
         extraction=ExtractionConfig(
             rows_per_shard=12, moments_samples=IMAGES, compute_batch=COMPUTE_BATCH
         ),
         workers=WorkersConfig(loader_threads=2, prefetch_batches=3),
-        evaluation=EvaluationConfig(resolution=SIDE),
     )
 
 

@@ -25,6 +25,7 @@ from eupe.students import build_student
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
 from pipelines.recipe.named import by_name
+from pipelines.recipe.stage import OptimizerConfig
 from pipelines.records import checkpoint, tracking
 from pipelines.training import loop, start
 from pipelines.training.loop import train_stage
@@ -219,7 +220,7 @@ def test_another_configuration_is_refused_field_by_field_and_nothing_is_lost(tmp
     trained(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"stage\.optimizer\.lr: 0\.1 != 0\.003") as refused:
-        trained(tmp_path, optimizer=small_stage.OptimizerConfig(lr=0.1))
+        trained(tmp_path, optimizer=OptimizerConfig(lr=0.1))
     assert "\n" not in str(refused.value)
     assert sorted(tmp_path.rglob("*")) == before
 

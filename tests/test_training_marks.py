@@ -12,24 +12,20 @@ import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
-from support import small_caches, stage_runs
+from support import small_caches, small_recipe, stage_runs
 
 from cache.store import Store
-from eupe.spec import AugmentedView, CentreView, EncoderSpec
+from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import load_teacher
 from pipelines.features.sources import LiveSource
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import (
     PROXY,
-    DatasetConfig,
-    EvaluationConfig,
     ExtractionConfig,
     Recipe,
     StudentConfig,
-    TeacherConfig,
 )
 from pipelines.recipe.marks import EXECUTION, IDENTITY, Mark, mark_of
-from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import LossConfig, OptimizerConfig, StageConfig
 from pipelines.records import tracking
 from pipelines.training import inputs
@@ -41,19 +37,15 @@ SIDES = (16, 32)
 # Gradients of micro-batches are added in another order; everything else is the same arithmetic.
 RTOL = {"micro_batch": 2e-4}
 VIEWS = AugmentedView(seed=3, canvas=32, solarize_probability=0.5)
-STAGE = StageConfig(
-    name="stage2",
-    teachers=("near", "far"),
-    teacher_scales={"near": SIDES, "far": SIDES[1:]},
-    student_scales=SIDES,
+STAGE = small_recipe.stage(
+    {"near": SIDES, "far": SIDES[1:]},
+    SIDES,
     steps=STEPS,
     global_batch=4,
     micro_batch=4,
     head_hidden=16,
     optimizer=OptimizerConfig(lr=3e-3, clip_norm=0.3),
     warmup_steps=2,
-    precision="float32",
-    log_every=1,
 )
 Model = TypeVar("Model", bound=BaseModel)
 Changes = Mapping[str, object]
@@ -129,8 +121,8 @@ class Small:
 
     def __init__(self, directory: Path, emoji: Path) -> None:
         images = small_caches.pictures(emoji, 12)
-        source = small_caches.write_parquet(directory / "images.parquet", images)
-        self.run = recipe(directory, DatasetConfig(name="emoji", source=source))
+        small_caches.write_parquet(directory / "train.parquet", images)
+        self.run = recipe(directory)
         job = stage_runs.training_job(self.run, STAGE)
         self.stores: list[Store] = small_caches.build(job)
         self.teachers = {
@@ -153,7 +145,7 @@ class Small:
             normalisers,
             compute_batch=4,
         )
-        feeds = {"emoji": Feed(source, ImageReader(), run.views)}
+        feeds = {"train": Feed(source, ImageReader(), run.views)}
         return inputs.of_feeds(run, stage, feeds, normalisers, {})
 
     def losses(self, directory: Path, model: type[BaseModel], changes: Changes) -> np.ndarray:
@@ -185,40 +177,20 @@ def altered(model: Model, changes: Changes) -> Model:
     return type(model)(**{**fields, **changes})
 
 
-def recipe(directory: Path, dataset: DatasetConfig) -> Recipe:
-    return Recipe(
-        name="marks",
-        run_directory=str(directory / "run"),
-        cache_root=str(directory / "cache"),
+def recipe(directory: Path) -> Recipe:
+    return small_recipe.recipe(
+        directory,
+        [
+            small_recipe.random_teacher(name, SIDES, small_recipe.vit(patch_size=patch, depth=1))
+            for name, patch in (("near", 8), ("far", 16))
+        ],
+        [altered(STAGE, {"name": "stage1", "steps": 2}), STAGE],
+        canvas=32,
         seed=5,
-        train=by_name(dataset),
-        held_out=dataset.model_copy(update={"name": "held-out"}),
         views=VIEWS,
-        held_out_views=CentreView(canvas=32),
-        teachers=by_name(
-            *(
-                TeacherConfig(
-                    name=name,
-                    encoder=vit(patch),
-                    weights="random:1",
-                    resolutions=SIDES,
-                    codec="float32",
-                )
-                for name, patch in (("near", 8), ("far", 16))
-            )
-        ),
-        proxy=StudentConfig(name=PROXY, encoder=vit(8, depth=3)),
-        student=StudentConfig(name="student", encoder=vit(8, depth=2)),
-        stages=by_name(altered(STAGE, {"name": "stage1", "steps": 2}), STAGE),
+        proxy=StudentConfig(name=PROXY, encoder=small_recipe.vit(patch_size=8, depth=3)),
+        student=StudentConfig(name="student", encoder=small_recipe.vit(patch_size=8)),
         extraction=ExtractionConfig(rows_per_shard=6, moments_samples=12, compute_batch=4),
-        evaluation=EvaluationConfig(label=None, resolution=32),
-    )
-
-
-def vit(patch: int, depth: int = 1) -> EncoderSpec:
-    return EncoderSpec(
-        architecture="vit_tiny_patch16_dinov3_qkvb",
-        model_arguments={"patch_size": patch, "embed_dim": 32, "depth": depth, "num_heads": 2},
     )
 
 

@@ -10,21 +10,13 @@ import torch.nn.functional as F
 
 from cache.samples import ShardRange
 from eupe.normalise import Normaliser
-from eupe.spec import CentreView, EncoderSpec
+from eupe.spec import CentreView
 from pipelines.features.sources import FeatureSource, Fetched, Normalisers, Targets
 from pipelines.recipe import scales
-from pipelines.recipe.config import (
-    DatasetConfig,
-    EvaluationConfig,
-    Recipe,
-    SourceConfig,
-    StudentConfig,
-    TeacherConfig,
-)
-from pipelines.recipe.named import by_name
-from pipelines.recipe.stage import OptimizerConfig, StageConfig
+from pipelines.recipe.config import Recipe, StudentConfig
 from pipelines.training.batches import Batch, Part
 from pipelines.training.inputs import Inputs
+from support import small_recipe
 
 TEACHERS = {"near": (6, 4), "far": (5, 3)}
 STRIDE = 8  # of both teachers' grids, pixels
@@ -90,50 +82,17 @@ def recipe(directory: Path, *, drop_path: float = 0.2, **stage: object) -> Recip
         drop_path: rate, above zero so that a test sees whether the network's draws are addressed.
         stage: fields of the stage.
     """
-    settings = {
-        "name": "stage2",
-        "teachers": tuple(TEACHERS),
-        "teacher_scales": {"near": (16, 32), "far": (32,)},
-        "student_scales": (16, 32),
-        "steps": 12,
-        "global_batch": 8,
-        "micro_batch": 8,
-        "head_hidden": 16,
-        "optimizer": OptimizerConfig(lr=3e-3),
-        "warmup_steps": 2,
-        "precision": "float32",
-        "log_every": 1,
-        "checkpoint_every": 3,
-        **stage,
-    }
-    source = SourceConfig(kind="folder", path="nowhere")
-    network = EncoderSpec(
-        architecture="vit_tiny_patch16_dinov3_qkvb",
-        model_arguments={
-            "patch_size": 8,
-            "embed_dim": 32,
-            "depth": 2,
-            "num_heads": 2,
-            "drop_path_rate": drop_path,
-        },
-    )
-    return Recipe(
-        name="small",
+    settings = {"head_hidden": 16, "warmup_steps": 2, "checkpoint_every": 3, **stage}
+    scales = {"near": (16, 32), "far": (32,)}
+    network = small_recipe.vit(patch_size=8, drop_path_rate=drop_path)
+    return small_recipe.recipe(
+        directory,
+        [small_recipe.random_teacher(name, (16, 32), network) for name in TEACHERS],
+        [small_recipe.stage(scales, (16, 32), **settings)],
+        canvas=32,
         run_directory=str(directory),
-        cache_root=str(directory / "cache"),
-        train=by_name(DatasetConfig(name="noise", source=source)),
-        held_out=DatasetConfig(name="more-noise", source=source),
         views=CentreView(canvas=32),
-        held_out_views=CentreView(canvas=32),
-        teachers={
-            name: TeacherConfig(
-                name=name, encoder=network, weights="random:0", resolutions=(16, 32)
-            )
-            for name in TEACHERS
-        },
         student=StudentConfig(name="student", encoder=network),
-        stages=by_name(StageConfig(**settings)),
-        evaluation=EvaluationConfig(resolution=32),
     )
 
 

@@ -2,29 +2,25 @@
 
 from pathlib import Path
 
-from eupe.spec import AugmentedView, CentreView, EncoderSpec
+from eupe.spec import AugmentedView, EncoderSpec
 from eupe.teachers import load_teacher
 from pipelines.features.sources import LiveSource
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import (
     PROXY,
-    DatasetConfig,
     EvaluationConfig,
     ExtractionConfig,
     Recipe,
-    SourceConfig,
     StudentConfig,
-    TeacherConfig,
     WorkersConfig,
 )
-from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig, StageConfig
 from pipelines.recipe.stores import CacheJob, jobs_of, open_stores
 from pipelines.records import tracking
 from pipelines.training import inputs
 from pipelines.training.batches import Feed
 from pipelines.training.loop import train_stage
-from support import small_caches
+from support import small_caches, small_recipe
 
 PYRAMID = (32, 48, 64)  # with patch 16: grids of 2, 3 and 4 tokens a side
 
@@ -65,11 +61,8 @@ def live(run: Recipe, stage: StageConfig, compute_batch: int) -> inputs.Inputs:
 
 
 def vit(**arguments: int) -> EncoderSpec:
-    """Return a ViT of two narrow blocks, patch 16 unless told."""
-    return EncoderSpec(
-        architecture="vit_tiny_patch16_dinov3_qkvb",
-        model_arguments={"embed_dim": 48, "depth": 2, "num_heads": 2, **arguments},
-    )
+    """Return a ViT of two blocks."""
+    return small_recipe.vit(**{"embed_dim": 48, **arguments})
 
 
 def three_stages(directory: Path, emoji: Path) -> Recipe:
@@ -79,61 +72,37 @@ def three_stages(directory: Path, emoji: Path) -> Recipe:
     (2 x 2) and a random ViT with patch 8 at 32 (4 x 4). The proxy sees them at 48 (3 x 3).
     """
     found = list(small_caches.pictures(emoji, 20).items())
-    sources: dict[str, SourceConfig] = {}
     for name, part in (("train", found[:14]), ("held-out", found[14:])):
-        path = directory / f"{name}.parquet"
-        sources[name] = small_caches.write_parquet(path, dict(part))
+        small_caches.write_parquet(directory / f"{name}.parquet", dict(part))
     experts = (
         small_caches.teacher((64,)),
-        TeacherConfig(
-            name="vit8",
-            encoder=vit(patch_size=8),
-            weights="random:5",
-            resolutions=(32,),
-            codec="float32",
-        ),
+        small_recipe.random_teacher("vit8", (32,), vit(patch_size=8), weights="random:5"),
     )
-    return Recipe(
+    common = {
+        "steps": 4,
+        "global_batch": 6,
+        "micro_batch": 6,
+        "optimizer": OptimizerConfig(lr=1e-3),
+    }
+    native = {each.name: each.resolutions for each in experts}
+    first, pyramid = {PROXY: PYRAMID[:1]}, {PROXY: PYRAMID}
+    return small_recipe.recipe(
+        directory,
+        experts,
+        [
+            small_recipe.stage(native, (48,), name="stage1", student="proxy", **common),
+            small_recipe.stage(first, PYRAMID[:1], **common),
+            small_recipe.stage(pyramid, PYRAMID, name="stage3", initial="stage2", **common),
+        ],
         name="three_stages",
-        run_directory=str(directory / "run"),
-        cache_root=str(directory / "cache"),
         seed=178,  # draws all nine pairs of scales in ten steps
-        train=by_name(DatasetConfig(name="train", source=sources["train"])),
-        held_out=DatasetConfig(name="held-out", source=sources["held-out"]),
         views=AugmentedView(seed=11, canvas=64),
         num_views=2,
-        held_out_views=CentreView(canvas=64),
-        teachers=by_name(*experts),
         proxy=StudentConfig(name=PROXY, encoder=vit(depth=3)),
         proxy_dtype="float32",
         proxy_codec="float32",
         student=StudentConfig(name="student", encoder=vit()),
-        stages=by_name(
-            _stage("stage1", {each.name: each.resolutions for each in experts}, (48,), 4),
-            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], 4),
-            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, 4),
-        ),
         extraction=ExtractionConfig(rows_per_shard=8, moments_samples=14, compute_batch=8),
         workers=WorkersConfig(loader_threads=2, prefetch_batches=3),
         evaluation=EvaluationConfig(label="label", k=3, resolution=64, batch=8),
-    )
-
-
-def _stage(
-    name: str, teacher_scales: dict[str, tuple[int, ...]], scales: tuple[int, ...], steps: int
-) -> StageConfig:
-    return StageConfig(
-        name=name,
-        teachers=tuple(teacher_scales),
-        student="proxy" if name == "stage1" else "student",
-        teacher_scales=teacher_scales,
-        student_scales=scales,
-        steps=steps,
-        global_batch=6,
-        micro_batch=6,
-        head_hidden=32,
-        optimizer=OptimizerConfig(lr=1e-3),
-        precision="float32",
-        log_every=1,
-        initial="stage2" if name == "stage3" else None,
     )
