@@ -111,6 +111,12 @@ def test_every_command_tells_its_use(installed: Path, tmp_path: Path, command: s
     assert "usage: " in done.stdout.lower()
 
 
+def test_it_says_its_version(wheel: Path, installed: Path, tmp_path: Path):
+    done = run([str(installed / "bin/eupe"), "--version"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert wheel.name.split("-")[1] in done.stdout
+
+
 def test_recipes_are_listed(installed: Path, tmp_path: Path):
     done = run([str(installed / "bin/eupe"), "recipes"], tmp_path)
     assert done.returncode == 0, done.stderr
