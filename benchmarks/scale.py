@@ -9,6 +9,7 @@ memory, since mapped pages of files are the kernel's to drop.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -67,22 +68,24 @@ def build(root: Path, num_rows: int, console: Console) -> Store:
     moments = {kind: (1, np.zeros(dim), np.zeros((dim, dim))) for kind, dim in dims.items()}
     store = create_store(root, spec, moments, {})
 
-    offsets = np.arange(ROWS_PER_SHARD, dtype="<u8") * np.uint64(ROW_BYTES)
-    index = np.stack([offsets, np.full_like(offsets, ROW_BYTES)], axis=1).tobytes()
+    stored = zarr_shard.stored_bytes(ROW_BYTES)
+    offsets = np.arange(ROWS_PER_SHARD, dtype="<u8") * np.uint64(stored)
+    index = np.stack([offsets, np.full_like(offsets, stored)], axis=1).tobytes()
     tail = index + zarr_shard.checksum(index)
     names = [f"{n}" for n in range(ROWS_PER_SHARD)]
     summary = np.zeros((ROWS_PER_SHARD, spec.summary_dim), np.float32)
-    rows = arrow_tables.to_bytes(
-        rows_table.make(names, [None] * len(names), names, ["{}"] * len(names), summary)
-    )
+    told = rows_table.make(names, [None] * len(names), names, ["{}"] * len(names), summary)
+    hole = np.zeros((1, ROW_BYTES), np.uint8)  # what a hole in a file reads as
+    sums = zarr_shard.checksums(hole).repeat(ROWS_PER_SHARD)
+    rows = arrow_tables.to_bytes(rows_table.with_checksums(told, sums))
+    rows_sha256 = hashlib.sha256(rows).hexdigest()
     records = []
     view = layout.view_directory(store.directory, 0)
     view.mkdir()
     for shard in track(samples.shards(), "writing shards", console=console, transient=True):
         patches = layout.patches_file(store.directory, 0, shard.shard)
-        patches.parent.mkdir(parents=True)
         with open(patches, "wb") as file:
-            file.seek(ROWS_PER_SHARD * ROW_BYTES)
+            file.seek(ROWS_PER_SHARD * stored)
             file.write(tail)
         original = layout.rows_file(store.directory, 0, shard.shard // LINKS * LINKS)
         if shard.shard % LINKS == 0:
@@ -98,10 +101,10 @@ def build(root: Path, num_rows: int, console: Console) -> Store:
                 num_valid=len(shard),
                 num_escapes=0,
                 samples_digest=samples.shard_digest(shard.shard),
-                patches_bytes=ROWS_PER_SHARD * ROW_BYTES + len(tail),
+                patches_bytes=ROWS_PER_SHARD * stored + len(tail),
                 patches_sha256="0" * 64,
                 rows_bytes=len(rows),
-                rows_sha256="0" * 64,
+                rows_sha256=rows_sha256,
                 provenance='{"compute_batch":32,"device":"cpu","torch":"2.14.1"}',
             )
         )

@@ -253,4 +253,4 @@ class Manifest:
 
     def _segment(self, segment: Segment) -> pa.Table:
         # Comparing the checksums of a million shards takes 0.2 s.
-        return map_segment(self.directory, segment, SCHEMA, compared=True)
+        return map_segment(self.directory, segment, SCHEMA)

@@ -17,7 +17,7 @@ import numpy as np
 from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError, WrongSize
 from cache.files.bucket import BucketPath
 from cache.files.mapped import Bytes, Recent, major_faults
-from cache.files.place import using, will_need
+from cache.files.place import drop_damaged, using, will_need
 from cache.format import arrow_tables, layout
 from cache.samples import Rows, ShardRange
 from cache.selection import Group, Selection, Views, grouped
@@ -154,11 +154,30 @@ class Reader:
 
     def copy(self, groups: Sequence[Group], into: Bytes) -> None:
         """Copy the patches of rows into a batch [n * row_bytes]; see `Selection.patches`."""
+        try:
+            self._copy(groups, into)
+        except Corrupt:
+            if not (self.mirrored and self._dropped(groups)):
+                raise
+            self._copy(groups, into)
+
+    def _copy(self, groups: Sequence[Group], into: Bytes) -> None:
         pieces = self._pieces(groups)
         if self._undisturbed() or self._resident(pieces):
             copy_all(mapped_rows(pieces), into, self._pool, self._threads)
         else:
             read_all(pieces, into.reshape(-1, self._row_bytes))
+
+    def _dropped(self, groups: Sequence[Group]) -> bool:
+        """Drop copies of a bucket's shards that are damaged; True if there was one."""
+        damaged = [
+            (view, shard)
+            for view, shard, _, _ in groups
+            if drop_damaged(*self._file(view, shard, "patches"))
+        ]
+        for key in damaged:
+            self._patches.drop(*key)
+        return bool(damaged)
 
     def read_ahead(self, groups: Sequence[Group]) -> None:
         """Start bringing rows that will be copied soon; see `Selection.read_ahead`."""
@@ -241,32 +260,28 @@ class Reader:
             )
         self._checked[position] = True
 
-    def _use(self, view: int, shard: int, kind: Kind, use: Callable[[Path, int], T]) -> T:
-        """Open one of a shard's files, given as path and size."""
+    def _use(self, view: int, shard: int, kind: Kind, use: Callable[[Path, int, str], T]) -> T:
+        """Open one of a shard's files, given as path, size and sha256."""
         self._check_samples(view, shard)
         path, num_bytes, sha256 = self._file(view, shard, kind)
         try:
-            return using(path, lambda local: use(local, num_bytes), num_bytes, sha256)
+            return using(path, lambda local: use(local, num_bytes, sha256), num_bytes, sha256)
         except NotBuilt as error:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
         except WrongSize as error:
             raise Corrupt(f"{error}; build again") from error
 
     def _open_patches(self, view: int, shard: int) -> ShardRows:
-        samples = self.store.samples
-        sizes = samples.rows_per_shard, len(samples.shard_range(shard))
         rows_class = MappedRows if self._mapped else PositionedRows
+        shape = self.store.samples.rows_per_shard, self.table(view, shard).sums, self._fill
         return self._use(
-            view,
-            shard,
-            "patches",
-            lambda path, num_bytes: rows_class(path, num_bytes, *sizes, self._fill),
+            view, shard, "patches", lambda path, num_bytes, _: rows_class(path, num_bytes, *shape)
         )
 
     def _open_table(self, view: int, shard: int) -> TableRows:
         path = layout.rows_file(self.store.directory, view, shard)
-        content = self._use(view, shard, "rows", arrow_tables.map_file)
         try:
+            content = self._use(view, shard, "rows", arrow_tables.map_local)
             table = arrow_tables.parse_table(content, str(path))
         except Corrupt as error:
             raise Corrupt(f"{error}; {AGAIN}") from error

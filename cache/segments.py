@@ -113,16 +113,13 @@ def write_segment(directory: Path, stem: str, table: pa.Table, scratch: Path) ->
     return Segment(name=name, rows=table.num_rows, sha256=written.sha256)
 
 
-def map_segment(
-    directory: Path, segment: Segment, schema: pa.Schema, compared: bool = False
-) -> pa.Table:
+def map_segment(directory: Path, segment: Segment, schema: pa.Schema) -> pa.Table:
     """Map a segment; columns are views of the file.
 
     Args:
         directory: the folder.
         segment: as HEAD names it.
         schema: its columns.
-        compared: True to compare its checksum, which reads all of it.
 
     Raises:
         NotBuilt: there is no such file.
@@ -130,8 +127,6 @@ def map_segment(
     """
     path = directory / segment.name
     buffer = arrow_tables.map_file(path, sha256=segment.sha256)
-    if compared:
-        check_pinned(path, buffer, segment.sha256)
     table = arrow_tables.parse_table(buffer, str(path))
     if table.num_rows != segment.rows or table.schema != schema:
         raise Corrupt(f"{path}: not the segment its HEAD describes")

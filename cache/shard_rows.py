@@ -8,15 +8,18 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.errors import Corrupt, NotBuilt, WrongSize
+from cache.errors import AGAIN, Corrupt, NotBuilt, WrongSize
 from cache.files.mapped import Bytes, MappedFile, inode, open_to_read
 from cache.format import arrow_tables, rows_table, zarr_shard
 from cache.samples import Rows
+
+Sums = npt.NDArray[np.uint32]
 
 SHARES = 2
 """Parts that each copying thread does of a batch, on average: what a late one leaves, others do."""
@@ -53,25 +56,30 @@ class MappedRows:
 
     row: Callable[[int], Bytes]
 
-    def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, num_rows: int, fill: Bytes):
+    def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, sums: Sums, fill: Bytes):
         """Map a shard file and parse its index; see `zarr_shard`.
 
         Args:
             path: the file.
             num_bytes: its size, as its record says.
             rows_per_shard: entries of its index.
-            num_rows: rows of the shard, stored or absent.
+            sums: crc32c of each row of the shard, stored or absent, as its table of rows has it.
             fill: what an absent row holds, [row_bytes].
         """
+        num_rows = len(sums)
         self._path, self._fill, self._file = path, fill, MappedFile(path, num_bytes)
         content, row_bytes = self._file.bytes, len(fill)
+        self._stored_bytes = zarr_shard.stored_bytes(row_bytes)
         end = max(len(content) - zarr_shard.index_bytes(rows_per_shard), 0)
         self._file.will_need(end, len(content) - end)  # and no more: a fault would read megabytes
+        self._sums = sums
         self._slots = _parse(content[end:].tobytes(), num_bytes, num_rows, row_bytes, path)
-        stored = content[:end].reshape(-1, row_bytes)
+        stored = content[:end].reshape(-1, self._stored_bytes)
         dense = len(stored) == num_rows and (self._slots == np.arange(num_rows)).all()
-        # Neither refers to this object: in a circle, the map would outlive its last user.
-        self.row = stored.__getitem__ if dense else partial(_row, stored, self._slots, fill)
+        rows = stored[:, :row_bytes]
+        plain = rows.__getitem__ if dense else partial(_row, rows, self._slots, fill)
+        # None refers to this object but weakly: in a circle, the map would outlive its last user.
+        self.row = _FirstTouch(plain, sums, self._slots, path, weakref.ref(self))
 
     def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
         """Read rows from the file itself, in large pieces; the map would fetch page by page."""
@@ -82,7 +90,8 @@ class MappedRows:
         if handle is not None:
             try:
                 if inode(os.fstat(handle)) == self._file.inode:
-                    _read(handle, self._slots[inside], into, places, self._fill, self._path)
+                    path, fill = self._path, self._fill
+                    _read(handle, self._slots, self._sums, inside, into, places, fill, path)
                     return
             finally:
                 os.close(handle)
@@ -92,19 +101,20 @@ class MappedRows:
     def is_resident(self, inside: int) -> bool:
         """Ask the kernel about the row's first page."""
         slot = int(self._slots[inside])
-        return slot < 0 or self._file.is_resident(slot * len(self._fill))
+        return slot < 0 or self._file.is_resident(slot * self._stored_bytes)
 
     def will_need(self, inside: Sequence[int]) -> None:
         """Ask for whole rows at once; page faults would ask for a few pages at a time."""
         for offset in _offsets(self._slots[inside], self._fill):
-            self._file.will_need(offset, len(self._fill))
+            self._file.will_need(offset, self._stored_bytes)
 
 
 class PositionedRows:
     """Rows through pread: for file systems on which maps are slow (NFS, Lustre)."""
 
-    def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, num_rows: int, fill: Bytes):
+    def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, sums: Sums, fill: Bytes):
         """Open a shard file and parse its index; as `MappedRows`."""
+        self._sums = sums
         self._handle = open_to_read(path)
         weakref.finalize(self, os.close, self._handle)
         self._path, self._fill = path, fill
@@ -113,7 +123,7 @@ class PositionedRows:
             raise WrongSize(f"{path}: {size} bytes, its record says {num_bytes}")
         tail_bytes = zarr_shard.index_bytes(rows_per_shard)
         tail = os.pread(self._handle, tail_bytes, max(size - tail_bytes, 0))
-        self._slots = _parse(tail, num_bytes, num_rows, len(fill), path)
+        self._slots = _parse(tail, num_bytes, len(sums), len(fill), path)
 
     def row(self, inside: int) -> Bytes:
         """Read one row; `read` is what batches use."""
@@ -123,7 +133,8 @@ class PositionedRows:
 
     def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
         """Read each row straight into its place."""
-        _read(self._handle, self._slots[inside], into, places, self._fill, self._path)
+        handle, path = self._handle, self._path
+        _read(handle, self._slots, self._sums, inside, into, places, self._fill, path)
 
     def is_resident(self, inside: int) -> bool:
         """Return False: it is not known without reading."""
@@ -132,7 +143,8 @@ class PositionedRows:
     def will_need(self, inside: Sequence[int]) -> None:
         """Ask for whole rows at once, so that the reads that follow overlap."""
         for offset in _offsets(self._slots[inside], self._fill):
-            os.posix_fadvise(self._handle, offset, len(self._fill), os.POSIX_FADV_WILLNEED)
+            size = zarr_shard.stored_bytes(len(self._fill))
+            os.posix_fadvise(self._handle, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 class TableRows:
@@ -143,6 +155,7 @@ class TableRows:
         self.table = table
         self.valid = rows_table.valid(table)
         self.summary = rows_table.summaries(table)
+        self.sums = rows_table.checksums(table)
         if "escape_token" in table.schema.names:
             lengths = pc.list_value_length(table["escape_token"])
             self.num_escapes: npt.NDArray[np.int32] = arrow_tables.to_numpy(lengths)
@@ -221,6 +234,60 @@ def _disk() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_disk.cache_clear)
 
 
+class _FirstTouch:
+    """Rows of a map, each compared with its crc32c when it is first asked for.
+
+    Every read would cost half as much again as the copy. Once all rows are checked the shard gets
+    the plain way back; a shard that is mapped anew is checked anew.
+
+    Args:
+        plain: number of a row in the shard -> its bytes [row_bytes], unchecked.
+        sums: uint32 [rows], what each row shall give.
+        slots: int64 [rows], place of each row in the file; -1 where absent.
+        path: of the file, for errors.
+        owner: whose `row` this is.
+    """
+
+    def __init__(
+        self,
+        plain: Callable[[int], Bytes],
+        sums: Sums,
+        slots: Rows,
+        path: Path,
+        owner: "weakref.ref[MappedRows]",
+    ) -> None:
+        self._plain, self._sums, self._path, self._owner = plain, sums, path, owner
+        self._pending = bytearray((slots >= 0).tobytes())
+        self._left = sum(self._pending)
+
+    def __call__(self, inside: int) -> Bytes:
+        """Return a row [row_bytes].
+
+        Raises:
+            Corrupt: it is not what was written.
+        """
+        row = self._plain(inside)
+        if self._pending[inside]:
+            _check(row, self._sums, inside, self._path)
+            self._pending[inside] = 0
+            self._left -= 1
+        # Threads that check one row at once count it twice: look again before letting go.
+        if self._left <= 0 and not any(self._pending):
+            owner = self._owner()
+            if owner is not None:
+                owner.row = self._plain
+        return row
+
+
+def _check(row: Bytes, sums: Sums, inside: int, path: Path) -> None:
+    """Compare a row [row_bytes] with the crc32c that its table of rows has."""
+    if google_crc32c.value(row) != sums[inside]:
+        raise Corrupt(
+            f"{path}: row {inside} of the shard does not match its crc32c: the file was damaged, "
+            f"or exchanged for another; {AGAIN}"
+        )
+
+
 def _row(stored: Bytes, slots: Rows, fill: Bytes, inside: int) -> Bytes:
     """Return one row [row_bytes] of a shard that does not hold every row."""
     slot = int(slots[inside])
@@ -230,24 +297,33 @@ def _row(stored: Bytes, slots: Rows, fill: Bytes, inside: int) -> Bytes:
 
 def _offsets(slots: Rows, fill: Bytes) -> list[int]:
     """Return where stored rows begin in the file, bytes."""
-    offsets: list[int] = (slots[slots >= 0] * len(fill)).tolist()
+    offsets: list[int] = (slots[slots >= 0] * zarr_shard.stored_bytes(len(fill))).tolist()
     return offsets
 
 
 def _read(
-    handle: int, slots: Rows, into: Bytes, places: Sequence[int], fill: Bytes, path: Path
+    handle: int,
+    slots: Rows,
+    sums: Sums,
+    inside: Sequence[int],
+    into: Bytes,
+    places: Sequence[int],
+    fill: Bytes,
+    path: Path,
 ) -> None:
-    """Read each row straight into its place; the fill where there is none."""
-    for place, slot in zip(places, slots.tolist(), strict=True):
+    """Read each row straight into its place and check it; the fill where there is none."""
+    stored_bytes = zarr_shard.stored_bytes(len(fill))
+    for place, row, slot in zip(places, inside, slots[inside].tolist(), strict=True):
         if slot < 0:
             into[place] = fill
             continue
-        rest, offset = into[place].data, slot * len(fill)
+        rest, offset = into[place].data, slot * stored_bytes
         while len(rest):
             count = os.preadv(handle, [rest], offset)
             if not count:
-                raise Corrupt(f"{path}: was cut while it was read; build again")
+                raise Corrupt(f"{path}: was cut while it was read; {AGAIN}")
             rest, offset = rest[count:], offset + count
+        _check(into[place], sums, row, path)
 
 
 def _parse(tail: bytes, num_bytes: int, num_rows: int, row_bytes: int, path: Path) -> Rows:

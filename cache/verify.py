@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from cache.errors import AGAIN, StoreError
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
@@ -177,6 +178,26 @@ def _check_contents(
     present = slots >= 0
     if present[len(valid) :].any() or not np.array_equal(present[: len(valid)], valid):
         yield Problem(patches, "the rows in its index are not the valid rows of its table")
+        return
+    kept = _stored_checksums(patches, slots[present], row_bytes)
+    told = rows_table.checksums(table)[valid]
+    if differing := np.flatnonzero(kept != told).tolist():
+        inside = np.flatnonzero(valid)[differing[0]]
+        yield Problem(
+            patches, f"row {inside} of the shard has another crc32c than its table; {AGAIN}"
+        )
+
+
+def _stored_checksums(
+    path: Path, slots: npt.NDArray[np.int64], row_bytes: int
+) -> npt.NDArray[np.uint32]:
+    """Return the crc32c that a shard file has beside the rows in these slots; reads no row."""
+    kept = bytearray()
+    with path.open("rb") as file:
+        for slot in slots.tolist():
+            file.seek(slot * zarr_shard.stored_bytes(row_bytes) + row_bytes)
+            kept += file.read(zarr_shard.CHECKSUM_BYTES)
+    return np.frombuffer(kept, "<u4").astype(np.uint32)
 
 
 def _compare(path: Path, sha256: str, report: Report) -> Problem | None:

@@ -74,10 +74,13 @@ def write_shard(
         table = rows_table.with_escapes(table, escapes)
         num_escapes = int(valid[escapes.row].sum())
 
+    flat = zarr_shard.as_bytes(patches)
+    sums = zarr_shard.checksums(flat)
+    table = rows_table.with_checksums(table, sums)
     scratch = layout.scratch_directory(store.directory)
     patches_file = atomic.write(
         layout.patches_file(store.directory, view, shard.shard),
-        zarr_shard.pack(patches, valid, store.samples.rows_per_shard),
+        zarr_shard.pack(flat, valid, sums, store.samples.rows_per_shard),
         scratch,
     )
     rows_file = atomic.write(
@@ -104,7 +107,7 @@ def write_shard(
 def _conform(rows: pa.Table | pl.DataFrame, summary_dim: int, where: str) -> pa.Table:
     """Bring a table of rows, in any Arrow or polars flavour, to the one form that is stored."""
     table = rows.to_arrow() if isinstance(rows, pl.DataFrame) else rows
-    names = rows_table.schema(summary_dim).names
+    names = rows_table.given_schema(summary_dim).names
     if set(table.schema.names) != set(names):
         raise ValueError(f"{where}: rows have columns {table.schema.names}, wants {names}")
     summary = np.full((table.num_rows, summary_dim), np.nan, np.float32)

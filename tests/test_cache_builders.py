@@ -107,7 +107,7 @@ def test_moments_of_another_store_are_refused(tmp_path):
     layout.moments_file(first.directory).write_bytes(
         layout.moments_file(other.directory).read_bytes()
     )
-    with pytest.raises(Corrupt, match="do not match the sha256 in HEAD"):
+    with pytest.raises(Corrupt, match="do not match the recorded sha256"):
         first.moments()
 
 

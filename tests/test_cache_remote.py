@@ -283,7 +283,7 @@ def test_a_missing_object_is_named(root):
     bucket_child.build(root)
     store = open_store(root, store_spec())
     reader = Reader(store, range(2))
-    lost = store.directory / "view-0001" / "c" / "1" / "0" / "0"
+    lost = store.directory / "view-0001" / "c.1.0.0"
     lost.unlink()
     with pytest.raises(Corrupt, match=f"{lost}: no such object, though the manifest has it"):
         reader.select([4], 1).patches()
@@ -296,7 +296,7 @@ def test_a_missing_object_is_named(root):
 def test_a_changed_object_is_refused(root, tmp_path):
     bucket_child.build(root)
     store = open_store(root, store_spec())
-    changed = store.directory / "view-0000" / "c" / "0" / "0" / "0"
+    changed = store.directory / "view-0000" / "c.0.0.0"
     content = bytearray(changed.read_bytes())
     content[7] ^= 1
     (tmp_path / "f").write_bytes(content)

@@ -135,7 +135,7 @@ def test_a_damaged_manifest_is_refused_by_readers(store):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(Corrupt, match="do not match the sha256 in HEAD"):
+    with pytest.raises(Corrupt, match="do not match the recorded sha256"):
         Reader(store)
 
 

@@ -108,7 +108,7 @@ def test_a_lost_shard_alone_is_computed_again(tmp_path, images):
     work = job(tmp_path / "root", write_folder(tmp_path / "images", images), num_views=2)
     (store,) = build(work)
     before = data_files(tmp_path / "root")
-    (store.directory / "view-0001" / "c" / "1" / "0" / "0").unlink()
+    (store.directory / "view-0001" / "c.1.0.0").unlink()
     with pytest.raises(NotBuilt, match="half built, 1 of 6 shards are missing"):
         open_stores(work)
     done = precompute.extract_missing(work, [store], HerePool(work))

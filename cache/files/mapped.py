@@ -209,6 +209,11 @@ class Recent(Generic[T]):
         self._keep_bound()
         return value
 
+    def drop(self, view: int, shard: int) -> None:
+        """Forget the value of a shard, so that it is made anew."""
+        with self._lock:
+            self._values.pop((view, shard), None)
+
     def forget(self, count: int) -> bool:
         """Forget so many of the oldest. Returns False if there were none."""
         with self._lock:

@@ -5,11 +5,10 @@ files to be mapped or opened are asked for here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
-from cache.errors import NotBuilt
+from cache.errors import Corrupt, NotBuilt
 from cache.files import bucket, mirror
 from cache.files.bucket import BucketPath
 from cache.files.mirror import Wanted
@@ -50,17 +49,39 @@ def using(
         num_bytes: its size, if known.
         sha256: its checksum, if known; compared when the copy is filled.
 
+    A copy that `use` finds damaged is dropped and filled again, once.
+
     Raises:
         NotBuilt: there is no such object; or what `use` raises.
         StoreError: see `Mirror.local`.
     """
     if not isinstance(path, BucketPath):
         return use(path)
+    wanted, filled_again = Wanted(path, num_bytes, sha256), False
     for _ in range(OPEN_TRIES):
-        copy = mirror.default().local(Wanted(path, num_bytes, sha256))
-        with suppress(NotBuilt, FileNotFoundError):
+        copy = mirror.default().local(wanted)
+        try:
             return use(copy)
+        except (NotBuilt, FileNotFoundError):
+            continue
+        except Corrupt:
+            if filled_again or not mirror.default().drop_damaged(wanted):
+                raise
+            filled_again = True
     raise mirror.default().evicted(path, OPEN_TRIES)
+
+
+def drop_damaged(path: Path, num_bytes: int, sha256: str) -> bool:
+    """Drop the copy of an object if it is not what it should be; True if it was there and was not.
+
+    Args:
+        path: of the object.
+        num_bytes: its size.
+        sha256: its checksum.
+    """
+    return isinstance(path, BucketPath) and mirror.default().drop_damaged(
+        Wanted(path, num_bytes, sha256)
+    )
 
 
 def opened(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> IO[bytes]:

@@ -1,5 +1,6 @@
 """Arrow IPC files, written as bytes and read without copying: every table of a cache root."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -53,28 +54,31 @@ def to_bytes(table: pa.Table) -> memoryview:
 
 
 def map_table(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> pa.Table:
-    """Map an Arrow IPC file (of a known size); columns are views of the file.
-
-    A checksum is compared where the file comes from a bucket.
+    """Map an Arrow IPC file (of a known size and checksum); columns are views of the file.
 
     Raises:
         NotBuilt: there is no such file.
-        Corrupt: it is no whole Arrow file, or has another size.
+        Corrupt: it is no whole Arrow file, or has another size or checksum.
     """
     return parse_table(map_file(path, num_bytes, sha256), str(path))
 
 
 def map_file(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> pa.Buffer:
-    """Map a whole file (of a known size) for reading.
-
-    A checksum is compared where the file comes from a bucket.
+    """Map a whole file (of a known size and checksum) for reading.
 
     Raises:
         NotBuilt: there is no such file.
-        Corrupt: it is empty, or has another size.
+        Corrupt: it is empty, or has another size or checksum.
     """
-    file = place.using(path, lambda local: MappedFile(local, num_bytes), num_bytes, sha256)
-    return pa.py_buffer(file.bytes)
+    return place.using(path, lambda local: map_local(local, num_bytes, sha256), num_bytes, sha256)
+
+
+def map_local(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> pa.Buffer:
+    """Map a file that lies here, as `map_file`."""
+    content = pa.py_buffer(MappedFile(path, num_bytes).bytes)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise Corrupt(f"{path}: contents do not match the recorded sha256")
+    return content
 
 
 def parse_table(buffer: pa.Buffer, where: str) -> pa.Table:

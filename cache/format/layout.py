@@ -54,8 +54,8 @@ def zarr_file(store: Path, view: int) -> Path:
 
 
 def patches_file(store: Path, view: int, shard: int) -> Path:
-    """One shard of patches, named as Zarr's default chunk keys have it."""
-    return view_directory(store, view) / "c" / str(shard) / "0" / "0"
+    """One shard of patches, named as Zarr's default chunk keys have it, separated by dots."""
+    return view_directory(store, view) / f"c.{shard}.0.0"
 
 
 def rows_file(store: Path, view: int, shard: int) -> Path:

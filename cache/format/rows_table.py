@@ -9,6 +9,8 @@ One record a row of the shard, in row order:
     parameters   string                 of the view, JSON; null likewise
     summary      float32 [D]            always full precision
 
+    crc32c       uint32, null where not valid   of the row's patches, as its shard has it
+
 and, in stores of a quantised codec, the tokens it serves badly (cache/codec/quantised.py):
 
     escape_token   list of int32        places of the row's escaped tokens, rising
@@ -33,8 +35,11 @@ ESCAPE_FIELDS = (
 )
 
 
-def schema(summary_dim: int, escapes: bool = False) -> pa.Schema:
-    """Return the schema for summaries of that width, with or without columns of escapes."""
+CHECKSUM_FIELD = pa.field("crc32c", pa.uint32())
+
+
+def given_schema(summary_dim: int) -> pa.Schema:
+    """Return the columns that a row's maker knows, for summaries of that width."""
     return pa.schema(
         [
             ("sample_id", pa.string()),
@@ -43,9 +48,14 @@ def schema(summary_dim: int, escapes: bool = False) -> pa.Schema:
             ("view_digest", pa.string()),
             ("parameters", pa.string()),
             ("summary", pa.list_(pa.float32(), summary_dim)),
-            *(ESCAPE_FIELDS if escapes else ()),
         ]
     )
+
+
+def schema(summary_dim: int, escapes: bool = False) -> pa.Schema:
+    """Return the columns that are stored, with or without those of escapes."""
+    added = [*(pa.field(*field) for field in ESCAPE_FIELDS if escapes), CHECKSUM_FIELD]
+    return pa.schema([*given_schema(summary_dim), *added])
 
 
 def make(
@@ -98,7 +108,7 @@ def make(
             pa.array(parameters, pa.string()),
             pa.FixedSizeListArray.from_arrays(values, summary.shape[1]),
         ],
-        schema=schema(summary.shape[1]),
+        schema=given_schema(summary.shape[1]),
     )
 
 
@@ -118,6 +128,21 @@ def with_escapes(table: pa.Table, escapes: Escapes) -> pa.Table:
         )
         table = table.append_column(pa.field(name, kind), column.cast(kind))
     return table
+
+
+def with_checksums(table: pa.Table, sums: npt.NDArray[np.uint32]) -> pa.Table:
+    """Return a table with the crc32c of each row's patches, uint32 [n]; null where not valid.
+
+    The table's own digest is in the manifest: by this column a shard that was exchanged for another
+    one, each sound in itself, is noticed.
+    """
+    return table.append_column(CHECKSUM_FIELD, pa.array(sums, pa.uint32(), mask=~valid(table)))
+
+
+def checksums(table: pa.Table) -> npt.NDArray[np.uint32]:
+    """Return the crc32c of each row's patches, uint32 [n]; 0 where there are none."""
+    found: npt.NDArray[np.uint32] = table["crc32c"].fill_null(0).to_numpy()
+    return found
 
 
 def escapes_of(table: pa.Table, row: int, dim: int) -> tuple[npt.NDArray[np.int32], Floats]:

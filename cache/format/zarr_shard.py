@@ -2,7 +2,7 @@
 
 A shard file (sharding_indexed, index at the end), R rows a shard, each of B bytes:
 
-    row | row | ... (present rows in order, no padding)      present rows x B bytes
+    row | its crc32c, u32 | row | its crc32c | ...           present rows x (B + 4) bytes
     R x (offset u64, nbytes u64), little endian              16 R bytes
     crc32c of those 16 R bytes, u32 little endian            4 bytes
 
@@ -43,14 +43,17 @@ def array_metadata(
             "name": "regular",
             "configuration": {"chunk_shape": [rows_per_shard, *row_shape]},
         },
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": fill_value,
         "codecs": [
             {
                 "name": "sharding_indexed",
                 "configuration": {
                     "chunk_shape": [1, *row_shape],
-                    "codecs": [little if dtype.itemsize > 1 else {"name": "bytes"}],
+                    "codecs": [
+                        little if dtype.itemsize > 1 else {"name": "bytes"},
+                        {"name": "crc32c"},
+                    ],
                     "index_codecs": [little, {"name": "crc32c"}],
                     "index_location": "end",
                 },
@@ -67,27 +70,46 @@ def index_bytes(rows_per_shard: int) -> int:
     return rows_per_shard * ENTRY_BYTES + CHECKSUM_BYTES
 
 
+def as_bytes(rows: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """Return rows [n, N, D] in storage dtype as they are stored, uint8 [n, row_bytes]."""
+    little = np.ascontiguousarray(rows.astype(rows.dtype.newbyteorder("<"), copy=False))
+    return little.reshape(len(little), -1).view(np.uint8)
+
+
+def checksums(flat: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """Return the crc32c of each row of `as_bytes`, uint32 [n]."""
+    return np.fromiter((google_crc32c.value(row) for row in flat), np.uint32, len(flat))
+
+
 def pack(
-    rows: npt.NDArray[np.generic], present: npt.NDArray[np.bool_], rows_per_shard: int
+    flat: npt.NDArray[np.uint8],
+    present: npt.NDArray[np.bool_],
+    sums: npt.NDArray[np.uint32],
+    rows_per_shard: int,
 ) -> Iterator[memoryview | bytes]:
     """Yield the bytes of one shard file.
 
     Args:
-        rows: [n, N, D] in storage dtype, n <= rows_per_shard.
+        flat: uint8 [n, row_bytes], rows as `as_bytes` gives them, n <= rows_per_shard.
         present: [n]; rows that are not present are left out.
+        sums: uint32 [n], their `checksums`.
         rows_per_shard: number of entries of the index.
     """
-    rows = np.ascontiguousarray(rows.astype(rows.dtype.newbyteorder("<"), copy=False))
     index = np.full((rows_per_shard, 2), ABSENT, "<u8")
-    row_bytes = rows[:1].nbytes
+    stored = stored_bytes(flat.shape[1])
     places = np.flatnonzero(present)
-    index[places, 0] = np.arange(len(places), dtype=np.uint64) * np.uint64(row_bytes)
-    index[places, 1] = row_bytes
-    flat = rows.reshape(len(rows), -1).view(np.uint8)
-    for start, stop in _runs(present):
-        yield flat[start:stop].data.cast("B")
+    index[places, 0] = np.arange(len(places), dtype=np.uint64) * np.uint64(stored)
+    index[places, 1] = stored
+    for place in places:
+        yield flat[place].data
+        yield sums[place].astype("<u4").tobytes()
     tail = index.tobytes()
     yield tail + checksum(tail)
+
+
+def stored_bytes(row_bytes: int) -> int:
+    """Return what a row takes in the file: itself and its crc32c."""
+    return row_bytes + CHECKSUM_BYTES
 
 
 def checksum(index: bytes) -> bytes:
@@ -103,7 +125,7 @@ def parse_index(
 
     Args:
         tail: the last `index_bytes(rows_per_shard)` bytes of the file.
-        row_bytes: size of a row.
+        row_bytes: size of a row, its crc32c left out.
         file_bytes: size of the file.
         where: name of the file, for errors.
 
@@ -116,15 +138,9 @@ def parse_index(
     index = np.frombuffer(body, "<u8").reshape(-1, 2)
     absent = (index == ABSENT).all(axis=1)
     offsets, sizes = index[~absent, 0], index[~absent, 1]
-    data_bytes = file_bytes - len(tail)
-    if np.any(sizes != row_bytes) or np.any(offsets % row_bytes) or np.any(offsets >= data_bytes):
+    data_bytes, stored = file_bytes - len(tail), stored_bytes(row_bytes)
+    if np.any(sizes != stored) or np.any(offsets % stored) or np.any(offsets >= data_bytes):
         raise Corrupt(f"{where}: the index points outside its {row_bytes}-byte rows; {AGAIN}")
     slots = np.full(len(index), -1, np.int64)
-    slots[~absent] = offsets // row_bytes
+    slots[~absent] = offsets // stored
     return slots
-
-
-def _runs(present: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of each run of present rows."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], present, [False])).astype(np.int8)))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

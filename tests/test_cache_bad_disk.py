@@ -1,0 +1,193 @@
+"""A disk that lies: what is damaged or exchanged is refused when it is read, or by verify."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+from support.toy_stores import DATASET, GRID, Toy, ids
+
+from cache.errors import Corrupt, StoreError
+from cache.format import layout
+from cache.format.rows_table import checksums
+from cache.reader import Reader
+from cache.samples import Samples
+from cache.store import Store, open_store
+from cache.verify import verify
+
+FLIPS = 100
+"""Seeded bits of a file that are flipped, one at a time."""
+
+
+@pytest.fixture(params=["float16", "rot4"])
+def store(request, tmp_path: Path) -> Store:
+    """Two views of seven samples in shards of four, one sample without features."""
+    toy = Toy(tmp_path, codec=request.param, bad={"a/001": "no image"})
+    toy.add_samples(ids(7))
+    return toy.build(num_views=2)
+
+
+def all_values(store: Store, access: str = "map") -> list[np.ndarray]:
+    """Read everything that training reads of a store, opened anew."""
+    opened = open_store(store.root, store.spec)
+    reader = Reader(opened, range(2), access=access)
+    found = []
+    for view in (0, 1):
+        selected = reader.select(np.arange(7), view)
+        digests = np.array([str(digest) for digest in selected.digests])
+        found += [selected.decoded(), selected.summaries, selected.valid, digests]
+    return [*found, np.array(reader.sample_ids(np.arange(7))), opened.samples.table["digest"]]
+
+
+def flipped(path: Path, bit: int) -> Callable[[], object]:
+    """Flip one bit of a file in place; return what flips it back."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    content[bit // 8] ^= 1 << bit % 8
+    return lambda: path.write_bytes(content)
+
+
+def refused_or_equal(store: Store, wanted: list[np.ndarray], access: str = "map") -> bool:
+    """Read everything: True if refused, False if every value is as before."""
+    try:
+        found = all_values(store, access)
+    except StoreError:
+        return True
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    return False
+
+
+@pytest.mark.parametrize("access", ["map", "read"])
+def test_a_flipped_bit_of_patches_is_refused_when_read(store, access):
+    path = layout.patches_file(store.directory, 1, 0)
+    wanted = all_values(store, access)
+    rng = np.random.Generator(np.random.Philox(7))
+    refused = 0
+    for bit in rng.integers(0, 8 * path.stat().st_size, FLIPS).tolist():
+        back = flipped(path, bit)
+        refused += refused_or_equal(store, wanted, access)
+        back()
+    # What nobody of ours reads is the crc32c beside each row: 4 bytes a row, for outside readers.
+    beside = 4 * 3 / path.stat().st_size
+    assert refused / (FLIPS) > 1 - 2 * beside
+    assert not refused_or_equal(store, wanted, access)
+
+
+def test_every_flipped_bit_of_patches_is_found_by_verify(store):
+    path = layout.patches_file(store.directory, 0, 1)
+    rng = np.random.Generator(np.random.Philox(8))
+    for bit in rng.integers(0, 8 * path.stat().st_size, FLIPS // 4).tolist():
+        back = flipped(path, bit)
+        assert verify(open_store(store.root, store.spec)).problems
+        back()
+    assert verify(open_store(store.root, store.spec)).problems == []
+
+
+def small_files(store: Store) -> list[Path]:
+    """Files that say what the store holds: of each kind one."""
+    samples = layout.samples_directory(store.root, DATASET.name)
+    manifest = layout.manifest_directory(store.directory)
+    return [
+        layout.rows_file(store.directory, 0, 0),
+        next(samples.glob("*.arrow")),
+        next(manifest.glob("*.arrow")),
+        layout.spec_file(store.directory),
+        layout.moments_file(store.directory),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(5), ids=["rows", "samples", "manifest", "spec", "moments"])
+def test_a_flipped_bit_of_a_table_changes_no_value(store, kind):
+    path = small_files(store)[kind]
+    wanted = all_values(store)
+    rng = np.random.Generator(np.random.Philox(9))
+    for bit in rng.integers(0, 8 * path.stat().st_size, FLIPS // 4).tolist():
+        back = flipped(path, bit)
+        if not refused_or_equal(store, wanted):  # moments: no value of a row depends on them
+            with suppress(StoreError):
+                assert verify(open_store(store.root, store.spec)).problems
+        back()
+
+
+def test_two_shards_that_changed_places_are_refused(store):
+    paths = [layout.patches_file(store.directory, view, 0) for view in (0, 1)]
+    contents = [path.read_bytes() for path in paths]
+    assert len(contents[0]) == len(contents[1])
+    assert contents[0] != contents[1]
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content)
+    opened = open_store(store.root, store.spec)
+    with pytest.raises(Corrupt, match=r"c\.0\.0\.0: row 0 of the shard .* exchanged"):
+        Reader(opened, range(2)).select([0]).patches()
+    for deep in (True, False):
+        problems = verify(opened, deep).problems
+        assert {problem.path for problem in problems} == set(paths)
+
+
+def test_two_tables_of_rows_that_changed_places_are_refused(store):
+    paths = [layout.rows_file(store.directory, view, 0) for view in (0, 1)]
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content.ljust(len(contents[0]), b"\0"))
+    with pytest.raises(Corrupt, match="rows-00000000"):
+        _ = Reader(open_store(store.root, store.spec), range(2)).select([0]).summaries
+
+
+def test_a_row_is_checked_when_it_is_first_touched_and_then_no_more(store):
+    reader = Reader(open_store(store.root, store.spec), range(2))
+    reader.select([0, 2]).patches()
+    path = layout.patches_file(store.directory, 0, 0)
+    row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
+    with path.open("r+b") as file:  # in place: the map sees it
+        for slot in (0, 2):  # rows 0 and 3; row 1 is not stored
+            file.seek(slot * (row_bytes + 4))
+            file.write(b"\xff\xfe")
+    reader.select([0]).patches()
+    with pytest.raises(Corrupt, match="row 3 of the shard"):
+        reader.select([3]).patches()
+
+
+def test_a_shard_that_is_checked_whole_reads_the_plain_way(store):
+    reader = Reader(open_store(store.root, store.spec), range(2))
+    shard = reader._patches.get(0, 0)
+    first = shard.row
+    reader.select(np.arange(4)).patches()
+    assert shard.row is not first
+
+
+def test_outside_readers_check_rows_too(store):
+    array = layout.view_directory(store.directory, 0)
+    flipped(layout.patches_file(store.directory, 0, 0), 13)
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_array(array, mode="r")[0]
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array)}}
+    with pytest.raises(ValueError, match="Digest mismatch"):
+        tensorstore.open(spec).result()[0].read().result()
+
+
+def test_the_table_of_rows_holds_what_the_shard_holds(store):
+    reader = Reader(store, range(2))
+    array = zarr.open_array(layout.view_directory(store.directory, 0), mode="r")
+    raw = layout.patches_file(store.directory, 0, 0).read_bytes()
+    row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
+    sums = checksums(reader.table(0, 0).table)
+    assert array.shape[0] == 7
+    assert GRID
+    for slot, row in enumerate((0, 2, 3)):
+        end = slot * (row_bytes + 4) + row_bytes
+        assert int.from_bytes(raw[end : end + 4], "little") == sums[row]
+    assert sums[1] == 0
+
+
+def test_a_bit_of_the_sample_table_ends_no_process_and_changes_no_label(store):
+    path = next(layout.samples_directory(store.root, DATASET.name).glob("*.arrow"))
+    back = flipped(path, 8 * (path.stat().st_size // 2))
+    with pytest.raises(Corrupt, match="do not match the recorded sha256"):
+        Samples.open(store.root, DATASET.name)
+    back()
+    assert len(Samples.open(store.root, DATASET.name)) == 7
