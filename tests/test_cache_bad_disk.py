@@ -1,5 +1,6 @@
 """A disk that lies: what is damaged or exchanged is refused when it is read, or by verify."""
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from support.bucket_server import NAME
 from support.toy_stores import DATASET, GRID, Toy, ids
 
 from cache.errors import Corrupt, StoreError
+from cache.files import bucket
 from cache.format import layout
 from cache.format.rows_table import checksums
 from cache.reader import Reader
@@ -39,7 +42,11 @@ def all_values(store: Store, access: str = "map") -> list[np.ndarray]:
         selected = reader.select(np.arange(7), view)
         digests = np.array([str(digest) for digest in selected.digests])
         found += [selected.decoded(), selected.summaries, selected.valid, digests]
-    return [*found, np.array(reader.sample_ids(np.arange(7))), opened.samples.table["digest"]]
+    return [
+        *found,
+        np.array(reader.sample_ids(np.arange(7))),
+        np.array(opened.samples.table["digest"].to_list()),
+    ]
 
 
 def flipped(path: Path, bit: int) -> Callable[[], object]:
@@ -191,3 +198,36 @@ def test_a_bit_of_the_sample_table_ends_no_process_and_changes_no_label(store):
         Samples.open(store.root, DATASET.name)
     back()
     assert len(Samples.open(store.root, DATASET.name)) == 7
+
+
+@pytest.mark.parametrize("kind", ["c.0.0.0", "rows-00000000", "00000000.arrow"])
+@pytest.mark.parametrize("damage", ["a bit", "cut"])
+def test_a_damaged_copy_in_a_mirror_is_fetched_again(s3, tmp_path, kind, damage):
+    root = f"s3://{NAME}/{tmp_path.name}"
+    toy = Toy(root, bad={"a/001": "no image"})
+    toy.add_samples(ids(7))
+    store = toy.build()
+    wanted = all_values(store)
+    copies = [path for path in Path(os.environ["EUPE_MIRROR"]).rglob(f"*{kind}*") if path.is_file()]
+    assert copies
+    for copy in copies:
+        if damage == "a bit":
+            flipped(copy, 8 * 3)
+        else:
+            os.truncate(copy, copy.stat().st_size // 2)
+    assert not refused_or_equal(store, wanted)
+
+
+def test_an_object_that_is_damaged_itself_is_refused(s3, tmp_path):
+    root = f"s3://{NAME}/{tmp_path.name}"
+    toy = Toy(root)
+    toy.add_samples(ids(7))
+    store = toy.build()
+    path = layout.patches_file(store.directory, 0, 0)
+    content = bytearray(path.read_bytes())
+    content[1] ^= 1
+    changed = tmp_path / "changed"
+    changed.write_bytes(content)
+    bucket.send(changed, path)
+    with pytest.raises(Corrupt, match=r"c\.0\.0\.0"):
+        Reader(open_store(store.root, store.spec), range(2)).select([0]).patches()
