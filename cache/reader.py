@@ -154,19 +154,17 @@ class Reader:
 
     def copy(self, groups: Sequence[Group], into: Bytes) -> None:
         """Copy the patches of rows into a batch [n * row_bytes]; see `Selection.patches`."""
-        try:
-            self._copy(groups, into)
-        except Corrupt:
-            if not (self.mirrored and self._dropped(groups)):
-                raise
-            self._copy(groups, into)
-
-    def _copy(self, groups: Sequence[Group], into: Bytes) -> None:
-        pieces = self._pieces(groups)
-        if self._undisturbed() or self._resident(pieces):
-            copy_all(mapped_rows(pieces), into, self._pool, self._threads)
-        else:
-            read_all(pieces, into.reshape(-1, self._row_bytes))
+        for first in (True, False):
+            pieces = self._pieces(groups)
+            try:
+                if self._undisturbed() or self._resident(pieces):
+                    copy_all(mapped_rows(pieces), into, self._pool, self._threads)
+                else:
+                    read_all(pieces, into.reshape(-1, self._row_bytes))
+                return
+            except Corrupt:
+                if not (first and self.mirrored and self._dropped(groups)):
+                    raise
 
     def _dropped(self, groups: Sequence[Group]) -> bool:
         """Drop copies of a bucket's shards that are damaged; True if there was one."""
