@@ -45,11 +45,17 @@ class DatasetSpec(Spec):
 
 
 class CentreView(Spec):
-    """One view a sample: shorter side resized to the canvas, centre square kept."""
+    """One view a sample: the centre square, resized to the canvas."""
 
     kind: Literal["centre"] = Field("centre", description="one view, nothing drawn")
     canvas: int = Field(512, ge=16, description="side of the square canvas, pixels")
     background: tuple[int, int, int] = Field((255, 255, 255), description="under transparency, RGB")
+    share: float = Field(
+        1.0,
+        ge=0.01,
+        le=1,
+        description="side of the square over the shorter side; 0.875: 256 to 224",
+    )
 
 
 class AugmentedView(Spec):
@@ -66,11 +72,12 @@ class AugmentedView(Spec):
     crop_area: tuple[float, float] = Field((0.32, 1.0), description="share of the picture's area")
     crop_aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height")
     flip_probability: float = Field(0.5, ge=0, le=1, description="of left for right")
+    jitter_rule: Literal["hsv"] = Field("hsv", description="what the factors mean: eupe.colours")
     jitter_probability: float = Field(0.8, ge=0, le=1, description="of other colours")
     brightness: float = Field(0.4, ge=0, le=1, description="factor drawn from 1 -+ this")
     contrast: float = Field(0.4, ge=0, le=1, description="factor drawn from 1 -+ this")
     saturation: float = Field(0.2, ge=0, le=1, description="factor drawn from 1 -+ this")
-    hue: float = Field(0.1, ge=0, le=0.5, description="turn of the colour circle, drawn from -+")
+    hue: float = Field(0.1, ge=0, le=0.5, description="turn of HSV's circle, drawn from -+")
     blur_probability: float = Field(0.5, ge=0, le=1, description="of a Gaussian blur")
     blur_sigma: tuple[float, float] = Field((0.2, 4.0), description="range, canvas pixels")
     solarize_probability: float = Field(0.1, ge=0, le=1, description="of bright inverted")

@@ -5,7 +5,6 @@ random state, so any process on any machine draws the same view (docs/design.md,
 """
 
 import dataclasses
-import functools
 import hashlib
 import io
 import math
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
+from eupe import colours
 from eupe.addressed import uniforms
 from eupe.fingerprint import canonical_json
 from eupe.spec import AugmentedView, CentreView
@@ -51,7 +51,6 @@ _DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's conversion to grey
 
 
 class ImageError(ValueError):
@@ -68,7 +67,7 @@ class ViewParameters:
         brightness: factor of every channel, 1 for none.
         contrast: factor about the mean grey, 1 for none.
         saturation: factor about each pixel's grey, 1 for none.
-        hue: turn of the colour circle as a share of a full turn, 0 for none.
+        hue: turn of HSV's hue circle as a share of a full turn, 0 for none.
         blur_sigma: standard deviation in canvas pixels, 0 for none.
         solarize: True if channels at or above the policy's threshold are inverted.
     """
@@ -128,7 +127,7 @@ def draw(
     blur, solarization, applied in this order.
 
     Deviation: within the jitter the order is fixed (brightness, contrast, saturation, hue) where
-    the usual code shuffles it, so that all four are one affine map of the colours.
+    the usual code shuffles it, so that a view's parameters are its four factors and no more.
 
     Args:
         policy: the view policy; its seed is part of the address of an augmented view.
@@ -147,7 +146,7 @@ def draw(
             raise ValueError(
                 f"view {view} of sample {sample_id!r}: a centre policy has only view 0"
             )
-        return ViewParameters(_centre_square(width, height))
+        return ViewParameters(_centre_square(policy.share, width, height))
     address = canonical_json([policy.seed, sample_id, view]).decode()
     uniform = uniforms(address, count=2 * CROP_ATTEMPTS + 11)
     # Every number is drawn whether used or not: changing one probability moves no other draw.
@@ -179,7 +178,7 @@ def render(
         canvas = canvas.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     jitter = parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue
     if jitter != (1.0, 1.0, 1.0, 0.0):
-        canvas = canvas.convert("RGB", _colour_matrix(canvas, *jitter))
+        canvas = colours.jitter(canvas, *jitter)
     if parameters.blur_sigma > 0:
         canvas = canvas.filter(ImageFilter.GaussianBlur(parameters.blur_sigma))
     if parameters.solarize and policy.kind == "augmented":
@@ -264,8 +263,8 @@ def _between(span: tuple[float, float], uniform: float) -> float:
     return span[0] + (span[1] - span[0]) * uniform
 
 
-def _centre_square(width: int, height: int) -> tuple[float, float, float, float]:
-    side = min(width, height)
+def _centre_square(share: float, width: int, height: int) -> tuple[float, float, float, float]:
+    side = share * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
@@ -288,36 +287,3 @@ def _random_crop(
         left, top = (width - crop_width) / 2, (height - crop_height) / 2
     # Rounding may leave the far edge a hair outside, which Pillow refuses.
     return left, top, min(left + crop_width, float(width)), min(top + crop_height, float(height))
-
-
-def _colour_matrix(
-    canvas: Image.Image, brightness: float, contrast: float, saturation: float, hue: float
-) -> tuple[float, ...]:
-    """Jitter as one affine map of RGB, 12 numbers row by row, for one pass with one rounding.
-
-    Deviation: hue turns about the grey axis at constant luma (a linear map) instead of through
-    HSV, and colours are clipped once, after all four factors. The paper states neither.
-    """
-    grey = brightness * _mean_luma(canvas)
-    colours = saturation * _hue_rotation(hue) + (1 - saturation) * np.outer(np.ones(3), _LUMA)
-    linear = contrast * brightness * colours
-    offset = (1 - contrast) * grey  # grey is a fixed point of `colours`
-    return tuple(float(v) for row in linear for v in (*row, offset))
-
-
-def _mean_luma(canvas: Image.Image) -> float:
-    counts = np.array(canvas.convert("L").histogram(), dtype=np.float64)
-    return float(counts @ np.arange(256) / counts.sum())
-
-
-@functools.cache
-def _luma_chroma() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    forward = np.stack([_LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
-    return forward, np.linalg.inv(forward)  # RGB to YIQ and back
-
-
-def _hue_rotation(turn: float) -> npt.NDArray[np.float64]:
-    cos, sin = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
-    forward, back = _luma_chroma()
-    rotated = back @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ forward
-    return np.asarray(rotated, dtype=np.float64)

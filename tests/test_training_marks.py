@@ -6,7 +6,7 @@ Six steps of a tiny student, its two tiny teachers in the loop, one field change
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -105,6 +105,7 @@ CHANGED: dict[type[BaseModel], dict[str, Changes]] = {
         "kind": {"kind": "augmented"},
         "canvas": {"canvas": 48},
         "background": {"background": (0, 0, 255)},
+        "share": {"share": 0.5},
     },
 }
 ELSEWHERE = {
@@ -217,9 +218,17 @@ def mark(model: type[BaseModel], field: str) -> Mark | None:
     return mark_of(declared) if model.__module__.startswith("pipelines.") else IDENTITY
 
 
+def has_one_value(annotation: object) -> bool:
+    return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
+
+
 def without_change(model: type[BaseModel], changed: Mapping[str, Changes]) -> set[str]:
-    """Return the marked fields of a model that the table changes nowhere."""
-    marked = {name for name in model.model_fields if mark(model, name) is not None}
+    """Return the marked fields of a model that the table changes nowhere, although it could."""
+    marked = {
+        name
+        for name, declared in model.model_fields.items()
+        if mark(model, name) is not None and not has_one_value(declared.annotation)
+    }
     return marked - {name for name, changes in changed.items() if name in changes}
 
 
