@@ -12,6 +12,7 @@ checkpoint, evaluation and report by the fingerprint of what they were made of.
 import os
 import sys
 import time
+from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -22,55 +23,61 @@ from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
 from pipelines.evaluation import report
-from pipelines.machines.errors import BAD_INPUT
-from pipelines.machines.progress import Relay
+from pipelines.machines import job_folder
+from pipelines.machines.errors import BAD_INPUT, failure
+from pipelines.machines.progress import followed
 from pipelines.recipe import recipes
 from pipelines.recipe.config import PROXY
 from pipelines.recipe.stores import cache_jobs, proxy_jobs
 
 
 @task(name="train", task_run_name="train {stage}", cache_policy=NO_CACHE)
-def train(stage: str, arguments: list[str], address: str, gpus: int) -> None:
+def train(stage: str, arguments: list[str], directory: Path, address: str, gpus: int) -> None:
     """Train one stage of the recipe that `arguments` name, as a Ray job; see `run`."""
-    run(f"train-{stage}", [stage, "--recipe", *arguments], address, gpus)
+    run(f"train-{stage}", [stage, "--recipe", *arguments], directory, address, gpus)
 
 
 @task(name="report", cache_policy=NO_CACHE)
-def make_report(arguments: list[str], seconds: dict[str, float], address: str, gpus: int) -> None:
+def make_report(
+    arguments: list[str], seconds: dict[str, float], directory: Path, address: str, gpus: int
+) -> None:
     """Evaluate the recipe that `arguments` name and write its report, as a Ray job; see `run`."""
     clocked = [f"--seconds={step}={took:.1f}" for step, took in seconds.items()]
-    run("report", ["eupe", "report", *arguments, *clocked], address, gpus)
+    run("report", ["eupe", "report", *arguments, *clocked], directory, address, gpus)
 
 
-def run(key: str, words: list[str], address: str, gpus: int) -> None:
+def run(key: str, words: list[str], directory: Path, address: str, gpus: int) -> None:
     """Run one of our commands as a Ray job, its output and progress shown here.
 
     Args:
         key: of the progress artifact.
         words: of the command.
+        directory: of the run, which the job sees too: it says there how far it is.
         address: of the job API.
         gpus: that the command itself, not workers that it starts, computes on.
 
     Raises:
-        BadInput: the job refused its input; its own sentence is the last of its output.
+        BadInput: the job refused its input; with its own sentence.
         RuntimeError: the job failed.
     """
-    env = {"EUPE_HOME": str(recipes.home()), "EUPE_PROGRESS": "records"}
+    env = {"EUPE_HOME": str(recipes.home())}
     if "RAY_ADDRESS" not in os.environ:  # Ray gives a job's driver one thread; a cluster's own
         env["OMP_NUM_THREADS"] = str(os.cpu_count())  # setting is that of its nodes
-    last = ""
 
-    def say(line: str) -> None:
-        nonlocal last
-        last = line.strip() or last
-        print(line.rstrip("\n"), file=sys.stderr)
+    def say(chunk: str) -> None:
+        print(chunk, end="", file=sys.stderr, flush=True)
 
-    with artifacts.progress(key), Relay(say) as relay:
-        code = run_job(words, address, env, relay.feed, gpus)
+    with job_folder.made(directory, key) as folder:
+        env[job_folder.VARIABLE] = str(folder)
+        with artifacts.progress(key), followed(folder):
+            code = run_job(words, address, env, say, gpus)
+        why = failure(folder)
+    if not code:
+        return
+    said = "its output is above" if why is None else why.sentence
     if code == BAD_INPUT:
-        raise BadInput(f"{words[0]}: {last}")
-    if code:
-        raise RuntimeError(f"{words[0]} failed with exit code {code}; its output is above")
+        raise BadInput(f"{words[0]}: {said}")
+    raise RuntimeError(f"{words[0]} failed with exit code {code}: {said}")
 
 
 @flow(name="distill", flow_run_name="distill {recipe}")
@@ -111,11 +118,12 @@ def distill(
                 build([proxy_jobs(asked)], f"Stores of the proxy of recipe {recipe}")
                 cached = True
                 clock("proxy caches")
-            train(stage.name, arguments, address, gpus if asked.workers.count == 1 else 0)
+            own = gpus if asked.workers.count == 1 else 0
+            train(stage.name, arguments, asked.directory, address, own)
             clock(stage.name)
         found = report.current(asked)
         if found is None:
-            make_report(arguments, seconds, address, gpus)
+            make_report(arguments, seconds, asked.directory, address, gpus)
             found = report.read(asked)
     artifacts.table("distill-summary", report.closing_rows(found), report.steps_line(found))
     print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)

@@ -69,7 +69,7 @@ def test_a_run_goes_from_images_to_a_summary(first, home):
 
 def test_progress_of_the_job_is_shown_as_progress(first):
     assert "Training stage2: 2/2 steps" in first.stderr
-    assert "@progress" not in first.stderr
+    assert not list(home.rglob(".job-*"))
 
 
 def test_a_second_run_repeats_nothing(first, home):

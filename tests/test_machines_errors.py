@@ -18,7 +18,14 @@ from eupe.schedules import warmup_cosine
 from flows import local_stack
 from flows.cli import main
 from pipelines import stages
-from pipelines.machines.errors import bad_input, keeping_traceback
+from pipelines.machines import job_folder
+from pipelines.machines.errors import (
+    Failure,
+    bad_input,
+    failure,
+    keeping_traceback,
+    one_sentence,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -201,3 +208,19 @@ def test_the_local_stack_explains_itself_and_stops_what_is_not_there(monkeypatch
             local_stack.main()
         assert left.value.code == 0
         assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (NotBuilt("no store there"), Failure("no store there", bad_input=True)),
+        (KeyError("x"), Failure("KeyError: 'x'", bad_input=False)),
+    ],
+)
+def test_a_job_leaves_its_error_for_whoever_waits_for_it(tmp_path, monkeypatch, error, told):
+    with job_folder.made(tmp_path, "job") as folder:
+        assert failure(folder) is None
+        monkeypatch.setenv(job_folder.VARIABLE, str(folder))
+        with pytest.raises((SystemExit, KeyError)), one_sentence():
+            raise error
+        assert failure(folder) == told

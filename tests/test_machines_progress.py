@@ -1,22 +1,27 @@
-"""Progress reaches a listener here, and through the output of another process."""
+"""Progress reaches a listener here, and through the job folder of another process."""
 
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import pytest
 
-from pipelines.machines import progress
-from pipelines.machines.progress import Reading, Relay, set_listener, track
+from pipelines.machines import job_folder, progress
+from pipelines.machines.progress import Reading, followed, set_listener, track
 
 CHILD = """
 import sys
 from pipelines.machines.progress import track
 print("before", file=sys.stderr)
 with track(3, "Counting", "sheep") as progress:
-    for _ in range(3):
-        progress.advance()
-print("after, without a newline", end="", file=sys.stderr)
+    progress.advance()
+    progress.note("black")
+    with track(1, "Feeding", "sheep") as inner:
+        inner.advance()
+    progress.advance(2)
+print("after", file=sys.stderr)
 """
 
 
@@ -36,23 +41,48 @@ def test_a_listener_hears_the_beginning_and_the_end(heard):
     assert (heard[-1].done, heard[-1].total, heard[-1].finished) == (5, 5, True)
 
 
-@pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_another_process_is_shown_as_if_it_were_here(heard, size, monkeypatch):
-    monkeypatch.setenv("EUPE_PROGRESS", "records")
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD], capture_output=True, text=True, check=True
-    )
-    monkeypatch.delenv("EUPE_PROGRESS")
-    said: list[str] = []
-    with Relay(said.append) as relay:
-        for start in range(0, len(child.stderr), size):
-            relay.feed(child.stderr[start : start + size])
-    assert said == ["before\n", "after, without a newline"]
-    assert heard[-1].description == "Counting"
-    assert (heard[-1].done, heard[-1].finished) == (3, True)
+def child(folder: str) -> str:
+    """Run CHILD with a job folder and return what it says on stderr."""
+    return subprocess.run(
+        [sys.executable, "-c", CHILD],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, job_folder.VARIABLE: folder},
+    ).stderr
 
 
-def test_a_process_that_dies_halfway_ends_its_step(heard, monkeypatch):
+def test_another_process_is_shown_as_if_it_were_here(heard, tmp_path, capsys):
+    with job_folder.made(tmp_path, "sheep") as folder, followed(folder):
+        assert child(str(folder)) == "before\nafter\n"
+    ended = {reading.description: reading for reading in heard if reading.finished}
+    assert [(name, step.done, step.note) for name, step in sorted(ended.items())] == [
+        ("Counting", 3, "black"),
+        ("Feeding", 1, ""),
+    ]
+    assert "Counting: 3/3 sheep" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_several_that_do_the_same_says_nothing(tmp_path):
+    assert child("") == "before\nafter\n"
+
+
+def test_a_step_is_shown_once_however_often_it_is_looked_at(heard, tmp_path):
+    steps = progress._Followed(heard.append)
+    going = asdict(Reading("Counting", "sheep", 1, 3, 0.5))
+    over = asdict(Reading("Counting", "sheep", 3, 3, 0.9, finished=True))
+    for seen in (going, going, over, over, going):  # the last: the same step done again
+        steps.show([seen])
+    assert [(reading.done, reading.finished) for reading in heard] == [
+        (1, False),
+        (3, True),
+        (1, False),
+    ]
+    steps.close()
+
+
+def test_a_process_that_dies_halfway_ends_its_step(heard, monkeypatch, tmp_path):
     """What shows the step, a bar say, is left: else it would spin on for ever."""
     seen: list[object] = []
 
@@ -63,14 +93,20 @@ def test_a_process_that_dies_halfway_ends_its_step(heard, monkeypatch):
         seen.append("ended")
 
     monkeypatch.setattr(progress, "_shown", shown)
-    with Relay(lambda line: None) as relay:
-        relay.feed(
-            '@progress {"description": "Counting", "unit": "sheep", "done": 1, "total": 3, '
-            '"seconds": 0.5, "finished": false}\n'
-        )
+    step = asdict(Reading("Counting", "sheep", 1, 3, 0.5))
+    with followed(tmp_path):
+        job_folder.write(tmp_path, job_folder.PROGRESS, [step])
         assert "ended" not in seen
     assert seen == [("begun", 3, "Counting", "sheep"), 1, "ended"]
     assert [reading.done for reading in heard] == [1]
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(job_folder.VARIABLE, str(tmp_path / "file"))
+    with track(2, "Counting", "sheep") as step:
+        step.advance(2)
+    assert "is not told" in capsys.readouterr().err
 
 
 def test_a_step_says_how_it_goes(heard):
@@ -88,12 +124,3 @@ def test_what_an_earlier_start_did_counts_and_does_not_make_the_rate(heard):
     assert (heard[-1].done, heard[-1].total) == (8, 10)
     reading = Reading("Training", "steps", 8, 10, 4.0, before=6)
     assert (reading.rate, reading.eta_seconds) == (0.5, 4.0)
-
-
-def test_a_record_that_somebody_printed_into_is_an_ordinary_line(heard):
-    said: list[str] = []
-    with Relay(said.append) as relay:
-        relay.feed('@progress {"description": "Counting", "unit": (raylet) hello\n')
-        relay.feed('@progress {"unknown": 1}\n')
-    assert [line.partition(" ")[0] for line in said] == ["@progress", "@progress"]
-    assert heard == []

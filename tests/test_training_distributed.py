@@ -1,6 +1,5 @@
 """Several workers learn what one process learns: DDP, FSDP2, Ray Train; any may resume another."""
 
-import json
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -267,19 +266,20 @@ def travelling(ray_cluster: None) -> Iterator[None]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("travelling")
-def test_ray_train_runs_the_same_loop(tmp_path, alone):
+def test_ray_train_runs_the_same_loop(tmp_path, alone, capsys):
     run = small(tmp_path).model_copy(update={"workers": WorkersConfig(count=2)})
     with pytest.raises(Exception, match="rank 1 is on fire; put it out") as bug:
         launch.train(run, run.stage("stage2"), make_inputs=two_workers.inputs_that_fail_on_rank_1)
     assert bad_input(bug.value) is None  # no room of ours raised it
     shown = "".join(traceback.format_exception(bug.value))
     assert all(f"in {name}" in shown for name in ("_worker", "inputs_that_fail_on_rank_1"))
-    assert "workers.rank, workers.size)" in shown  # the middle, which Ray Train leaves out
+    assert "self.pins, loader)" in shown  # the middle, which Ray Train leaves out
     odd = run.stage("stage2").model_copy(update={"strategy": "fsdp2", "global_batch": 7})
     with pytest.raises(ValueError, match=r"^stage2: global_batch = 7 and 2 workers") as refused:
         launch.train(run, odd, make_inputs=two_workers.noise_inputs)
     assert bad_input(refused.value) == str(refused.value)
     done = train_with_ray(run)
+    assert f"Training stage2: {STEPS}/{STEPS} steps" in capsys.readouterr().err
     assert done.images_per_second == pytest.approx(images_per_second(run))
     assert done.checkpoint == checkpoint.require(run.directory / "stage2")
     assert done.checkpoint.step == STEPS
@@ -316,10 +316,3 @@ def test_one_worker_trains_here(tmp_path, alone):
     assert done.checkpoint.step == STEPS
     assert done.images_per_second == pytest.approx(images_per_second(run))
     assert losses(run) == losses(alone[0])
-
-
-def test_figures_are_read_off_a_file_that_is_being_written(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert launch._last_figures(path) == {}
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20)) + '{"st')
-    assert launch._last_figures(path) == {"step": 20}

@@ -4,6 +4,7 @@
     pool       restartable actors with a few calls in flight each
     progress   how far a long step is, shown here or told to another process
     errors     bad input is one sentence at the edge, a bug keeps its traceback
+    job_folder where a process tells both to the one that waits for it
 
 Nothing here knows of images, stores, recipes or models: a file that needs one of them belongs
 higher up.

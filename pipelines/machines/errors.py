@@ -1,15 +1,40 @@
-"""Faults at the edge: bad input is one sentence and exit code 2, a bug keeps its traceback."""
+"""Faults at the edge: bad input is one sentence and exit code 2, a bug keeps its traceback.
+
+A process that another one waits for writes either to its job's folder, too.
+"""
 
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from cache.errors import StoreError
 from eupe.errors import BadInput
+from pipelines.machines import job_folder
 
 BAD_INPUT = 2
 """Exit code of a command that was asked for what cannot be done."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job failed.
+
+    Attributes:
+        sentence: what it says.
+        bad_input: True if the user can put it right, False for a bug.
+    """
+
+    sentence: str
+    bad_input: bool
+
+
+def failure(folder: Path) -> Failure | None:
+    """Return why the job of a folder failed, None if it did not say."""
+    told = job_folder.read(folder, job_folder.ERROR)
+    return None if told is None else Failure(**told)
 
 
 @contextmanager
@@ -19,6 +44,10 @@ def one_sentence() -> Iterator[None]:
         yield
     except Exception as error:
         sentence = bad_input(error)
+        if (folder := job_folder.ours()) is not None:
+            named = f"{type(error).__name__}: {error}" if sentence is None else sentence
+            failure = Failure(named, sentence is not None)
+            job_folder.write(folder, job_folder.ERROR, asdict(failure))
         if sentence is None:
             raise
         print(sentence, file=sys.stderr)

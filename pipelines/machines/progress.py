@@ -1,19 +1,18 @@
 """Progress of long steps: a rich bar on a terminal, plain lines elsewhere, and one listener.
 
-A process whose output somebody relays (a Ray job, say) reports records instead, when EUPE_PROGRESS
-is "records"; `Relay` on the other side shows them as if the step ran there. With "none" it shows
-nothing: it is one of several that do the same step, and another process shows it for all.
+A process that another one waits for writes how far it is to its job's folder instead
+(pipelines.machines.job_folder); `followed` shows it there as if the steps ran there.
 """
 
-import json
-import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -29,10 +28,11 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from pipelines.machines import job_folder
+
 LINE_EVERY_SECONDS = 10.0
 LISTEN_EVERY_SECONDS = 1.0
-RECORD = "@progress "
-"""Start of a line that is a record: a Reading as JSON follows."""
+LOOK_EVERY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -162,84 +162,100 @@ def track(
             progress.finish()
 
 
-class Relay:
-    """Shows here what another process prints: its lines as they are, its records as progress.
+@contextmanager
+def followed(folder: Path) -> Iterator[None]:
+    """Show here, until the block ends, the steps of a process that was given a folder.
+
+    A step that the other process leaves unfinished, because it was killed, ends with the block.
 
     Args:
-        say: called with each ordinary line, its newline included.
+        folder: the job's (pipelines.machines.job_folder).
     """
+    steps, ended = _Followed(_listener.get()), threading.Event()
 
-    def __init__(self, say: Callable[[str], object]) -> None:
-        self._say, self._listener, self._rest = say, _listener.get(), ""
-        self._steps: dict[str, tuple[ExitStack, Listener]] = {}
+    def follow() -> None:
+        over = False
+        while not over:
+            over = ended.wait(LOOK_EVERY_SECONDS)
+            steps.show(job_folder.read(folder, job_folder.PROGRESS) or [])
 
-    def __enter__(self) -> Self:
-        return self
+    # In the caller's context: what a listener calls may ask it whose run this is.
+    thread = threading.Thread(target=copy_context().run, args=(follow,), name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        steps.close()
 
-    def __exit__(self, *error: object) -> None:
-        if self._rest:
-            self._line(self._rest)
-        for stack, _ in self._steps.values():  # the other process ended in the middle of them
+
+class _Followed:
+    """The steps of another process, as they are shown here."""
+
+    def __init__(self, listener: Listener | None) -> None:
+        self._listener = listener
+        self._last: dict[str, Reading] = {}
+        self._open: dict[str, tuple[ExitStack, Listener]] = {}
+
+    def show(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Show what is new in the readings of all steps."""
+        for step in steps:
+            reading = Reading(**step)
+            if self._last.get(reading.description) != reading:
+                self._last[reading.description] = reading
+                self._show(reading)
+
+    def close(self) -> None:
+        """End the steps that the other process did not end."""
+        for stack, _ in self._open.values():
             stack.close()
 
-    def feed(self, chunk: str) -> None:
-        """Take the next piece of the other process's output, cut anywhere."""
-        *lines, self._rest = (self._rest + chunk).split("\n")
-        for line in lines:
-            self._line(line + "\n")
-
-    def _line(self, line: str) -> None:
-        reading = _reading(line)
-        if reading is None:
-            self._say(line)
-        else:
-            self._show(reading)
-
     def _show(self, reading: Reading) -> None:
-        if reading.description not in self._steps:
+        if reading.description not in self._open:
             stack = ExitStack()
             shown = stack.enter_context(_shown(reading.total, reading.description, reading.unit))
-            self._steps[reading.description] = (stack, shown)
-        stack, shown = self._steps[reading.description]
+            self._open[reading.description] = (stack, shown)
+        stack, shown = self._open[reading.description]
         shown(reading)
         if self._listener is not None:
             self._listener(reading)
         if reading.finished:
             stack.close()
-            del self._steps[reading.description]
-
-
-def _reading(line: str) -> Reading | None:
-    """Parse a record; None for any other line, and a record that somebody else printed into."""
-    if not line.startswith(RECORD):
-        return None
-    try:
-        return Reading(**json.loads(line.removeprefix(RECORD)))
-    except (ValueError, TypeError):
-        return None
+            del self._open[reading.description]
 
 
 @contextmanager
 def _shown(total: int | None, description: str, unit: str) -> Iterator[Listener]:
     """Yield what shows readings in the way that fits where our output goes."""
     console = Console(stderr=True)
-    ways = {"records": _records, "none": _nothing}
-    show = ways.get(os.environ.get("EUPE_PROGRESS", ""), _bar if console.is_terminal else _lines)
+    if job_folder.silent():
+        show = _nothing
+    elif job_folder.ours() is not None:
+        show = _told
+    else:
+        show = _bar if console.is_terminal else _lines
     with show(console, total, description, unit) as shown:
         yield shown
 
 
+_steps: dict[str, dict[str, Any]] = {}
+_steps_lock = threading.Lock()
+
+
 @contextmanager
-def _records(
-    console: Console, total: int | None, description: str, unit: str
-) -> Iterator[Listener]:
-    printed = -LISTEN_EVERY_SECONDS
+def _told(console: Console, total: int | None, description: str, unit: str) -> Iterator[Listener]:
+    """Write the readings of this process's steps, by description, to its job's folder."""
+    folder, written = job_folder.ours(), -LISTEN_EVERY_SECONDS
+    assert folder is not None
 
     def shown(reading: Reading) -> None:
-        nonlocal printed
-        if reading.finished or reading.seconds - printed >= LISTEN_EVERY_SECONDS:
-            printed = reading.seconds
-            print(RECORD + json.dumps(asdict(reading)), file=sys.stderr, flush=True)
+        nonlocal written
+        if reading.finished or reading.seconds - written >= LISTEN_EVERY_SECONDS:
+            written = reading.seconds
+            with _steps_lock:
+                _steps[description] = asdict(reading)
+                job_folder.write(folder, job_folder.PROGRESS, list(_steps.values()))
 
     yield shown
 

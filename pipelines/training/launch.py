@@ -1,6 +1,5 @@
 """Launching a stage: here with one worker, else as Ray Train's; what they run is the same loop."""
 
-import json
 import os
 import secrets
 import signal
@@ -15,18 +14,16 @@ import torch
 
 from eupe.errors import BadInput
 from eupe.heads import DistillationModel
-from pipelines.machines import cluster
+from pipelines.machines import cluster, job_folder
 from pipelines.machines.errors import bad_input, keeping_traceback
-from pipelines.machines.progress import track
+from pipelines.machines.progress import followed
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
-from pipelines.records.tracking import METRICS_FILE
 from pipelines.training import distributed, start
 from pipelines.training.batches import Loader
 from pipelines.training.inputs import Inputs, from_caches
 from pipelines.training.loop import Evaluate, StageResult, train_stage
-from pipelines.training.meters import in_words
 from pipelines.training.workers import OneProcess, Workers
 
 MakeInputs = Callable[[Recipe, StageConfig, Mapping[str, int] | None, Loader], Inputs]
@@ -37,9 +34,6 @@ MakeEvaluate = Callable[[Recipe, StageConfig, Inputs], Evaluate]
 
 RAY_FOLDER = "ray"
 """Below the stage's directory: what Ray Train keeps of its runs. Nothing of ours is in it."""
-LOOK_EVERY_SECONDS = 1.0
-TAIL_BYTES = 1 << 16
-"""Of a file of figures: a line is a small part of it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,7 @@ class _Job:
     make_evaluate: MakeEvaluate | None
     pins: Mapping[str, int] | None
     resume: bool
+    folder: Path | None = None
 
     @property
     def directory(self) -> Path:
@@ -124,8 +119,8 @@ def _train_distributed(job: _Job) -> StageResult:
     # workers read the versions that are the newest now, whatever a builder commits meanwhile.
     first = Loader(job.recipe.workers, 0, job.recipe.workers.count)
     inputs = job.make_inputs(job.recipe, job.stage, job.pins, first)
-    job = replace(job, pins=dict(inputs.pins))
-    with cluster.connect():
+    with job_folder.made(job.directory, "workers") as folder, cluster.connect():
+        job = replace(job, pins=dict(inputs.pins), folder=folder)
         _check_room(job.recipe)
         # Imported only now: Ray reads its settings then, and `connect` settles them.
         from ray.train import RunConfig, ScalingConfig, WorkerGroupError
@@ -146,7 +141,7 @@ def _train_distributed(job: _Job) -> StageResult:
             ),
         )
         try:
-            with _own_interrupts(), _followed(job):
+            with _own_interrupts(), followed(folder):
                 result: Any = trainer.fit()  # Ray's annotations lack return_value
         except WorkerGroupError as error:
             fault = _fault(error.worker_failures)
@@ -165,8 +160,10 @@ def _worker(config: dict[str, _Job]) -> StageResult:
     from ray.train.torch import get_device
 
     job, device = config["job"], get_device()
-    os.environ["EUPE_PROGRESS"] = "none"  # the launching process shows it, once for all workers
-    return job.train(distributed.of_process_group(job.stage, device), device)
+    workers = distributed.of_process_group(job.stage, device)
+    # Rank 0 tells the launching process, once for all workers.
+    os.environ[job_folder.VARIABLE] = "" if workers.rank else str(job.folder)
+    return job.train(workers, device)
 
 
 def _on_rank_0(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> Evaluate:
@@ -210,42 +207,3 @@ def _own_interrupts() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _followed(job: _Job) -> Iterator[None]:
-    """Show here how far the workers are, as their figures say."""
-    saved = checkpoint.latest(job.directory)
-    first, ended = 0 if saved is None else saved.step, threading.Event()
-    with track(job.stage.steps, f"Training {job.stage.name}", "steps", first) as progress:
-
-        def follow() -> None:
-            seen, over = first, False
-            while not over:
-                over = ended.wait(LOOK_EVERY_SECONDS)
-                # Lines after the checkpoint are there until the workers drop them: it may go back.
-                figures = _last_figures(job.directory / METRICS_FILE)
-                step = max(first, int(figures.get("step", 0)))
-                if step > first and "loss/total" in figures:
-                    progress.note(in_words(figures, job.stage.teachers))
-                progress.advance(step - seen)
-                seen = step
-
-        thread = threading.Thread(target=follow, name="progress")
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-
-def _last_figures(path: Path) -> dict[str, float]:
-    """Return the last whole line of a file of figures, nothing if there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return {}
-    return json.loads(lines[-2]) if len(lines) > 1 else {}

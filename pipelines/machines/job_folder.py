@@ -1,0 +1,71 @@
+"""A job's folder: what a process leaves there for another one, which started it and waits for it.
+
+    progress.json   how far its steps are (pipelines.machines.progress)
+    error.json      why it failed (pipelines.machines.errors)
+
+VARIABLE in the job's environment names the folder. If it is set and empty, the process is one of
+several that do the same, and another of them tells. The two processes meet in the folder alone: no
+line of the job's output means anything, a lost connection or a driver that starts anew loses
+nothing, and what cannot be written stops nothing.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cache.errors import StoreError
+from cache.files import atomic
+
+VARIABLE = "EUPE_JOB_FOLDER"
+PROGRESS, ERROR = "progress.json", "error.json"
+
+
+@contextmanager
+def made(directory: Path, name: str) -> Iterator[Path]:
+    """Make a folder for one job, and remove it when the block ends.
+
+    Args:
+        directory: where; the job must see it too.
+        name: of the job.
+    """
+    folder = directory.absolute() / f".job-{name}-{secrets.token_hex(4)}"
+    atomic.make_directories(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # a worker that dies slowly may still write
+
+
+def ours() -> Path | None:
+    """Return this process's folder, None if nobody waits for it or another one tells."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else None
+
+
+def silent() -> bool:
+    """Return True if another process tells for this one."""
+    return os.environ.get(VARIABLE) == ""
+
+
+def write(folder: Path, name: str, value: object) -> bool:
+    """Write plain data; return False, and say why on stderr, if it cannot be written."""
+    try:
+        atomic.write(folder / name, [json.dumps(value).encode()], folder)
+    except (StoreError, OSError) as error:
+        print(f"whoever waits for this job is not told: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def read(folder: Path, name: str) -> Any | None:
+    """Return the plain data of a file, None if the job has not written it."""
+    try:
+        return json.loads((folder / name).read_bytes())
+    except FileNotFoundError:
+        return None
