@@ -67,7 +67,7 @@ def test_a_run_goes_from_images_to_a_summary(first, home):
     assert re.search(r'(src|href)="?https?:|url\((?!#)|@import', page) is None
 
 
-def test_progress_of_the_job_is_shown_as_progress(first):
+def test_progress_of_the_job_is_shown_as_progress(first, home):
     assert "Training stage2: 2/2 steps" in first.stderr
     assert not list(home.rglob(".job-*"))
 

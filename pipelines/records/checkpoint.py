@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cache.files import atomic
+from cache.format import layout
 from eupe import fingerprint as fp
 from eupe.errors import BadInput
 from eupe.weights import CHECKPOINT_FILE, state_digest
@@ -143,6 +145,7 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
         raise FileExistsError(f"{final}: step {contents.step} is already saved")
     for left in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(left)
+    atomic.sweep(layout.scratch_directory(stage_directory))
     temporary = folder / f"{_TEMPORARY}{final.name}"
     temporary.mkdir()
     for name, tensors in (
@@ -163,7 +166,7 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
         "recipe": contents.recipe,
     }
     fp.canonical_json(description)  # refuses what would not be read back as it was written
-    (temporary / CONFIG).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    _write_config(temporary, description)
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
     temporary.rename(final)
@@ -181,15 +184,18 @@ def judge(stage_directory: Path, judged: Checkpoint, score: float, keep: int) ->
         score: the figure.
         keep: as for `save`; a best one that is beaten now goes.
     """
-    path = judged.directory / CONFIG
-    temporary = path.with_name(f".{CONFIG}")
-    description = {**json.loads(path.read_text(encoding="utf-8")), "score": score}
-    temporary.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(judged.directory)
+    description = json.loads((judged.directory / CONFIG).read_text(encoding="utf-8"))
+    _write_config(judged.directory, {**description, "score": score})
     _prune(stage_directory, keep)
     return replace(judged, score=score)
+
+
+def _write_config(directory: Path, description: Mapping[str, object]) -> None:
+    """Write what a checkpoint's folder says of it; the file appears whole."""
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    atomic.write(
+        directory / CONFIG, [text.encode()], layout.scratch_directory(directory.parents[1])
+    )
 
 
 def find(stage_directory: Path) -> list[Checkpoint]:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from cache.files import atomic
+from cache.format import layout
 from eupe.errors import BadInput
 
 METRICS_FILE = "metrics.jsonl"
@@ -38,9 +40,8 @@ class JsonLines:
     def __init__(self, path: Path, first_step: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read(path) if line["step"] < first_step]
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(_line(line) for line in kept))
-        temporary.replace(path)
+        content = "".join(_line(line) for line in kept).encode()
+        atomic.write(path, [content], layout.scratch_directory(path.parent))
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
