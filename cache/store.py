@@ -301,20 +301,34 @@ def open_store(root: str | Path, spec: StoreSpec) -> Store:
     return Store(base, spec, manifest)
 
 
+def store_directories(root: str | Path) -> list[Path]:
+    """List where the stores of a cache root lie, sorted; nothing of them is read.
+
+    Raises:
+        NotBuilt: there is no such folder.
+    """
+    base = layout.cache_root(root)
+    if not base.is_dir():
+        raise NotBuilt(f"{base}: no such folder, so no cache root")
+    return [head.parent.parent for head in sorted(base.glob("*/*/*/*/manifest/HEAD"))]
+
+
 def find_stores(root: str | Path) -> list[StoreInfo]:
-    """List the stores of a cache root, sorted by directory.
+    """Describe the stores of a cache root, sorted by directory.
 
     Raises:
         NotBuilt: there is no such folder.
         Corrupt: a store's spec or manifest cannot be read.
     """
-    base = layout.cache_root(root)
-    if not base.is_dir():
-        raise NotBuilt(f"{base}: no such folder, so no cache root")
-    return [_info(head.parent.parent) for head in sorted(base.glob("*/*/*/*/manifest/HEAD"))]
+    return [store_info(directory) for directory in store_directories(root)]
 
 
-def _info(directory: Path) -> StoreInfo:
+def store_info(directory: Path) -> StoreInfo:
+    """Describe the store in a directory.
+
+    Raises:
+        Corrupt: its spec or manifest cannot be read.
+    """
     spec = StoreSpec.model_validate(_read_spec(directory))
     manifest = Manifest.open(directory)
     table = manifest.table()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import numpy.typing as npt
 from cache.errors import AGAIN, StoreError
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.manifest import Manifest, ShardRecord
-from cache.samples import num_rows_now, segment_files
-from cache.store import Store
+from cache.samples import Samples, num_rows_now, segment_files
+from cache.store import Store, open_store, store_directories, store_info
 
 READ_BYTES = 1 << 22
 
@@ -48,9 +49,47 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
 
 
-def verify(
-    store: Store, deep: bool = True, progress: Callable[[int, int], None] | None = None
-) -> Report:
+Progress = Callable[[int, int], None]
+"""Called with (shards done, shards in all) after each shard."""
+
+
+def verify_root(
+    root: str | Path, deep: bool, progress: Callable[[Store], AbstractContextManager[Progress]]
+) -> Iterator[tuple[str, Report]]:
+    """Check all that a cache root holds, whatever of it is damaged.
+
+    Args:
+        root: the cache root.
+        deep: as in `verify`.
+        progress: store -> what shows how far its check is.
+
+    Yields:
+        what was checked, `<dataset>/samples` or a store's folder below the root, and its report;
+        what cannot be opened at all is a problem of that report.
+
+    Raises:
+        NotBuilt: there is no such folder.
+    """
+    base = layout.cache_root(root)
+    directories = store_directories(base)
+    for head in sorted(base.glob(f"*/samples/{layout.HEAD}")):
+        dataset, report = head.parent.parent.name, Report()
+        try:
+            report.num_rows = len(Samples.open(base, dataset))
+        except StoreError as error:
+            report.problems.append(Problem(head.parent, str(error)))
+        yield f"{dataset}/samples", report
+    for directory in directories:
+        name = str(directory.relative_to(base))
+        try:
+            store = open_store(base, store_info(directory).spec)
+            with progress(store) as shown:
+                yield name, verify(store, deep, shown)
+        except StoreError as error:
+            yield name, Report(problems=[Problem(directory, str(error))])
+
+
+def verify(store: Store, deep: bool = True, progress: Progress | None = None) -> Report:
     """Check every committed shard.
 
     Args:

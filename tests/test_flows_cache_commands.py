@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.toy_stores import Toy, ids
+from support.toy_stores import DATASET, Toy, ids
+
+from cache.format import layout
 
 EUPE = [sys.executable, "-m", "flows.cli", "cache"]
 NUM_SAMPLES, NUM_VIEWS = 6, 2
@@ -51,7 +53,7 @@ def test_verify_finds_one_flipped_bit(toy):
     sound = eupe("verify", str(toy.root), "--json")
     assert sound.returncode == 0, sound.stderr
     assert json.loads(sound.stdout)["problems"] == []
-    (shard, *_) = sorted(toy.store().directory.glob("view-0001/c/*/0/0"))
+    (shard, *_) = sorted(toy.store().directory.glob("view-0001/c.*.0.0"))
     content = bytearray(shard.read_bytes())
     content[5] ^= 1
     shard.write_bytes(content)
@@ -62,3 +64,27 @@ def test_verify_finds_one_flipped_bit(toy):
     assert str(shard) in damaged.stderr
     quick = eupe("verify", str(toy.root), "--quick")
     assert quick.returncode == 0  # the size is right, and nothing else was asked
+
+
+def test_verify_looks_at_everything_although_much_is_damaged(toy):
+    lost = layout.spec_file(toy.store().directory)
+    other = Toy(toy.root, codec="rot4").build(NUM_VIEWS)
+    (shard, *_) = sorted(other.directory.glob("view-0000/c.*.0.0"))
+    shard.unlink()
+    lost.unlink()
+    (segment, *_) = layout.samples_directory(toy.root, DATASET.name).glob("*.arrow")
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    damaged = eupe("verify", str(toy.root), "--json")
+    assert damaged.returncode == 1
+    found = json.loads(damaged.stdout)
+    assert len(found["stores"]) == 3
+    assert all(each["problems"] for each in found["stores"])
+    for path in (lost, segment):
+        assert any(str(path) in problem for problem in found["problems"])
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    found = json.loads(eupe("verify", str(toy.root), "--json").stdout)
+    assert [bool(each["problems"]) for each in found["stores"]].count(False) == 1
+    assert any(str(shard) in problem for problem in found["problems"])

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -98,22 +100,27 @@ def verify(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check every committed file against its recorded checksum; exit code 1 if one is wrong."""
-    from cache.store import find_stores, open_store
-    from cache.verify import verify
+    """Check every committed file against its recorded checksum; exit code 1 if one is wrong.
+
+    Everything is looked at, sample tables too, whatever of it is damaged.
+    """
+    from cache.store import Store
+    from cache.verify import verify_root
     from pipelines.machines.progress import track
 
-    base = root_of(root)
-    stores = [open_store(base, info.spec) for info in find_stores(base)]
-    lines, problems = [], list[str]()
-    for store in stores:
+    @contextmanager
+    def shown(store: Store) -> Iterator[Callable[[int, int], None]]:
         total = len(store.manifest().records())
         with track(total, f"Verifying {store.spec.directory()}", "shards") as progress:
-            report = verify(store, not quick, lambda done, all_of_them: progress.advance())
+            yield lambda done, all_of_them: progress.advance()
+
+    base = root_of(root)
+    lines, problems = [], list[str]()
+    for name, report in verify_root(base, not quick, shown):
         problems += [str(problem) for problem in report.problems]
         lines.append(
             {
-                "store": str(store.spec.directory()),
+                "store": name,
                 "shards": report.num_shards,
                 "rows": report.num_rows,
                 "invalid": report.num_invalid,
