@@ -69,7 +69,7 @@ def test_a_shard_shows_one_view_an_epoch_and_another_the_next():
         views = {}
         for shard in SHARDS:
             inside = (drawn.rows >= shard.start) & (drawn.rows < shard.stop)
-            (views[shard.shard],) = set(drawn.views[inside].tolist())
+            (views[shard.shard],) = set(drawn.view_numbers[inside].tolist())
         of_epoch.append(views)
     for shard in SHARDS:
         assert {views[shard.shard] for views in of_epoch} == set(range(num_views))
@@ -242,7 +242,7 @@ def test_a_mix_of_datasets_keeps_every_row_in_its_place(feeds):
         for place in range(BATCH):
             source = feeds[draw.names[drawn.datasets[place]]].source
             assert batch.sample_ids[place] == source.samples.sample_ids(drawn.rows[[place]])[0]
-            view = drawn.views[[place]]
+            view = drawn.view_numbers[[place]]
             alone = source.targets([batch.sample_ids[place]], view, {"lite0": 64})["lite0"]
             assert torch.equal(targets.patches[place], alone.patches[0])
             assert bool(targets.valid[place]) == bool(batch.valid[place])

@@ -243,8 +243,11 @@ class Extractor:
         The next batch is decoded, and all its views are drawn, while this one computes; the first
         one from now on, while the call before may still compute.
         """
-        sides = {view: sorted({side for _, side in outputs}) for view, outputs in wanted.items()}
-        draw = partial(self._draw, policy, sides)
+        resolutions = {
+            view: sorted({resolution for _, resolution in outputs})
+            for view, outputs in wanted.items()
+        }
+        draw = partial(self._draw, policy, resolutions)
 
         def decode(start: int) -> list[Future[dict[int, DrawnView]]]:
             rows = samples.slice(start, compute_batch).iter_rows(named=True)
@@ -256,11 +259,15 @@ class Extractor:
                 images = [future.result() for future in coming]
                 for view, outputs in wanted.items():
                     drawn = [image[view] for image in images]
-                    pixels = {side: _stacked(drawn, side) for side in sides[view]}
+                    pixels = {
+                        resolution: _stacked(drawn, resolution) for resolution in resolutions[view]
+                    }
                     tokens = {}
-                    for name, side in outputs:
+                    for name, resolution in outputs:
                         teacher = self._teacher(name)
-                        tokens[name, side] = teacher.features(pixels[side], compute_batch)
+                        tokens[name, resolution] = teacher.features(
+                            pixels[resolution], compute_batch
+                        )
                     yield _Pass(start, view, drawn, tokens)
 
         return walk(decode(0))
@@ -268,7 +275,7 @@ class Extractor:
     def _draw(
         self,
         policy: CentreView | AugmentedView,
-        sides: Mapping[int, Sequence[int]],
+        resolutions: Mapping[int, Sequence[int]],
         sample: Mapping[str, object],
     ) -> dict[int, DrawnView]:
         """Decode a sample once and draw its views, each at its own resolutions."""
@@ -276,13 +283,13 @@ class Extractor:
         try:
             image = views.decode(data, policy.background)
         except views.ImageError as error:
-            return dict.fromkeys(sides, DrawnView({}, None, None, str(error)))
+            return dict.fromkeys(resolutions, DrawnView({}, None, None, str(error)))
         drawn = {}
-        for view, resolutions in sides.items():
+        for view, of_view in resolutions.items():
             canvas, parameters, digest = views.view_of(
                 image, policy, str(sample["sample_id"]), view
             )
-            pixels = {side: views.resize(canvas, side) for side in resolutions}
+            pixels = {resolution: views.resize(canvas, resolution) for resolution in of_view}
             as_json = json.dumps(parameters.to_json_dict(), sort_keys=True)
             drawn[view] = DrawnView(pixels, digest, as_json, None)
         return drawn
@@ -324,10 +331,10 @@ def _check_teacher(loaded: TeacherSpec, store: Store) -> None:
         )
 
 
-def _stacked(drawn: Sequence[DrawnView], side: int) -> np.ndarray:
+def _stacked(drawn: Sequence[DrawnView], resolution: int) -> np.ndarray:
     """Stack pictures, uint8 [n, R, R, 3]; black where there is none, its row is invalid."""
-    none = np.zeros((side, side, 3), np.uint8)
-    return np.stack([each.pixels.get(side, none) for each in drawn])
+    none = np.zeros((resolution, resolution, 3), np.uint8)
+    return np.stack([each.pixels.get(resolution, none) for each in drawn])
 
 
 def _summary_reason(summary: np.ndarray) -> str | None:

@@ -94,13 +94,13 @@ class FeatureSource(ABC):
         return False
 
     def will_need(  # noqa: B027 (where nothing is mirrored there is nothing to start)
-        self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions
+        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
     ) -> None:
         """Start mirroring the shards of rows that will be fetched soon; returns at once.
 
         Args:
             rows: int64 [n].
-            views: int64 [n].
+            view_numbers: int64 [n].
             resolutions: as they will be fetched.
         """
 
@@ -229,18 +229,20 @@ class CachedSource(FeatureSource):
         """True if a store lies in a bucket: it then pays to say what will be fetched."""
         return any(reader.mirrored for reader in self._readers)
 
-    def will_need(self, rows: np.ndarray, views: np.ndarray, resolutions: Resolutions) -> None:
+    def will_need(
+        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
+    ) -> None:
         """Start mirroring the shards of rows that will be fetched soon; returns at once.
 
         Args:
             rows: int64 [n].
-            views: int64 [n].
+            view_numbers: int64 [n].
             resolutions: as they will be fetched.
         """
         for teacher, resolution in resolutions.items():
             reader = self._store(teacher, resolution).reader
             if reader.mirrored:
-                reader.select(rows, views).read_ahead()
+                reader.select(rows, view_numbers).read_ahead()
 
     def fetch(
         self,

@@ -229,13 +229,13 @@ class Opened:
         return self._readers[key]
 
 
-def open_stores(job: CacheJob, begun: bool = False, opened: Opened | None = None) -> list[Store]:
+def open_stores(job: CacheJob, resuming: bool = False, opened: Opened | None = None) -> list[Store]:
     """Open a job's stores for training: every wanted shard must be there.
 
     Args:
         job: whose stores.
-        begun: for a run that has begun, with every shard there was: shards of samples that were
-            added to the dataset since may be missing.
+        resuming: True for a run that goes on: shards of samples that were added to the dataset
+            since it began may be missing.
         opened: stores that are open already; those opened here are added. None opens all anew.
 
     Raises:
@@ -244,7 +244,7 @@ def open_stores(job: CacheJob, begun: bool = False, opened: Opened | None = None
     """
     opened = opened or Opened()
     stores = [opened.store(job.root, spec) for spec in store_specs(job)]
-    if not begun:
+    if not resuming:
         for store in stores:
             opened.check_whole(store, job.num_views)
     return stores

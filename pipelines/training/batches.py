@@ -264,7 +264,7 @@ class Batches:
             step, *_, drawn = address
             for number, feed in enumerate(self._feeds):
                 places = np.flatnonzero(drawn.datasets == number)
-                feed.will_need(drawn.rows[places], drawn.views[places], self._scales(step))
+                feed.will_need(drawn.rows[places], drawn.view_numbers[places], self._scales(step))
             ahead.append(address)
             if len(ahead) > HINTED_BATCHES:
                 yield ahead.popleft()
@@ -298,7 +298,7 @@ class Batches:
             if not len(places):
                 continue
             part, ids, own, resized = _serve(
-                feed, places, drawn.rows[places], drawn.views[places], scales, drawers
+                feed, places, drawn.rows[places], drawn.view_numbers[places], scales, drawers
             )
             parts.append(part)
             channels_first = torch.from_numpy(resized).permute(0, 3, 1, 2)
@@ -316,7 +316,7 @@ class Batches:
             first_place,
             scales,
             sample_ids,
-            drawn.views,
+            drawn.view_numbers,
             pixels,
             valid,
             parts,
@@ -355,11 +355,11 @@ def _serve(
 
 
 def _stored(
-    reader: Reader, rows: np.ndarray, view_numbers: np.ndarray, side: int
+    reader: Reader, rows: np.ndarray, view_numbers: np.ndarray, resolution: int
 ) -> tuple[np.ndarray, list[str | None]]:
     """Read cached pixels, uint8 [n, R, R, 3], and the digests of the canvases they came from."""
     selected = reader.select(rows, view_numbers)
-    return selected.patches().reshape(len(rows), side, side, 3), selected.digests
+    return selected.patches().reshape(len(rows), resolution, resolution, 3), selected.digests
 
 
 def _check_digests(

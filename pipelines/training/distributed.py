@@ -45,7 +45,7 @@ class _ProcessGroup:
 
     def __init__(self) -> None:
         self.rank: int = dist.get_rank()
-        self.size: int = dist.get_world_size()
+        self.world_size: int = dist.get_world_size()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over workers, the same on each."""
@@ -102,7 +102,7 @@ class Shards(_ProcessGroup):
         """Shard the model where it stands, block by block, and return it."""
         if self.rank == 0:
             self._unsharded = deepcopy(model).cpu()
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+        mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
         for module in (*_blocks(model), model):
             fully_shard(module, mesh=mesh, mp_policy=self._precision)
         return model

@@ -17,12 +17,12 @@ class Drawn(NamedTuple):
     Attributes:
         datasets: int64 [B], index into `Draw.names`.
         rows: int64 [B], row in that dataset's sample table.
-        views: int64 [B], view number.
+        view_numbers: int64 [B].
     """
 
     datasets: np.ndarray
     rows: np.ndarray
-    views: np.ndarray
+    view_numbers: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -176,7 +176,7 @@ def centre_feeds(
     recipe: Recipe,
     stage: StageConfig,
     normalisers: Mapping[str, Normalisers],
-    begun: bool = False,
+    resuming: bool = False,
     opened: Opened | None = None,
 ) -> dict[str, Feed]:
     """Open the centre views of the bank's sets and of the held-out set, for evaluation.
@@ -185,7 +185,7 @@ def centre_feeds(
         recipe: the run.
         stage: whose teachers and scales are wanted.
         normalisers: those the stage trained with.
-        begun: for a run that goes on: as in `open_stores`.
+        resuming: True for a run that goes on: as in `open_stores`.
         opened: stores that are open already; those opened here are added.
 
     Returns:
@@ -198,7 +198,14 @@ def centre_feeds(
     opened = opened or Opened()
     return {
         job.dataset.name: _feed(
-            recipe, stage, job, _stores(stage, job, begun, opened), normalisers, {}, begun, opened
+            recipe,
+            stage,
+            job,
+            _stores(stage, job, resuming, opened),
+            normalisers,
+            {},
+            resuming,
+            opened,
         )
         for job in jobs_of(recipe, stage)
         if job.views == recipe.held_out_views
@@ -226,7 +233,7 @@ def normalisers_of(stage: StageConfig, stores: Sequence[Sequence[Store]]) -> dic
     return out
 
 
-def _stores(stage: StageConfig, job: CacheJob, begun: bool, opened: Opened) -> list[Store]:
+def _stores(stage: StageConfig, job: CacheJob, resuming: bool, opened: Opened) -> list[Store]:
     """Open the stores of a stage's teachers, by teacher and then resolution.
 
     All resolutions, drawn from or not: a teacher has one normaliser over all of them (law 9), so
@@ -238,7 +245,7 @@ def _stores(stage: StageConfig, job: CacheJob, begun: bool, opened: Opened) -> l
         for teacher in job.teachers
         if teacher.name == name
     )
-    return open_stores(job.model_copy(update={"teachers": wanted}), begun, opened)
+    return open_stores(job.model_copy(update={"teachers": wanted}), resuming, opened)
 
 
 def _feed(
@@ -248,7 +255,7 @@ def _feed(
     stores: Sequence[Store],
     normalisers: Mapping[str, Normalisers],
     pins: Mapping[str, int],
-    begun: bool,
+    resuming: bool,
     opened: Opened,
 ) -> Feed:
     def reader(store: Store) -> Reader:
@@ -264,11 +271,13 @@ def _feed(
         store.spec.resolution: reader(store)
         for other in pixel_jobs(recipe, stage)
         if (other.dataset, other.views) == (job.dataset, job.views)
-        for store in open_stores(other, begun, opened)
+        for store in open_stores(other, resuming, opened)
     }
     source = CachedSource(readers, normalisers)
     whole = {
-        side: found for side, found in pixels.items() if set(source.shards()) <= set(found.shards())
+        resolution: found
+        for resolution, found in pixels.items()
+        if set(source.shards()) <= set(found.shards())
     }
     return Feed(source, image_reader(), job.views, whole)
 

@@ -54,7 +54,7 @@ class _Job:
 
     def train(self, workers: Workers, device: torch.device) -> StageResult:
         """Do one worker's share."""
-        loader = Loader(self.recipe.workers, workers.rank, workers.size)
+        loader = Loader(self.recipe.workers, workers.rank, workers.world_size)
         inputs = self.make_inputs(self.recipe, self.stage, self.pins, loader)
         evaluate = None
         if self.make_evaluate is not None:  # all workers pause for it, one does it
@@ -71,7 +71,7 @@ class _Job:
             evaluate=evaluate,
         )
         # Of all workers, as the figures are while it runs: shares are equal, but for a row.
-        return replace(done, images_per_second=done.images_per_second * workers.size)
+        return replace(done, images_per_second=done.images_per_second * workers.world_size)
 
 
 def train(

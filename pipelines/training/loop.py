@@ -247,7 +247,7 @@ class _Run:
             for name in self.inputs.dims
         ]
         # Gradients are averaged over workers, the loss is a sum over them.
-        (total_loss(losses) * self.workers.size).backward()
+        (total_loss(losses) * self.workers.world_size).backward()
         return torch.stack([torch.stack(terms) for terms in losses]).detach()
 
     def _figures(self, done: int, pace: Pace) -> dict[str, float]:
@@ -259,7 +259,7 @@ class _Run:
         figures["lr"] = self.optimizer.param_groups[0]["lr"]
         figures["gradient_norm"] = norm
         figures["invalid_rows"] = float(invalid)
-        return {**figures, **pace.since(self.workers.size)}
+        return {**figures, **pace.since(self.workers.world_size)}
 
     def _due(self, done: int) -> bool:
         """Whether the student is judged after so many steps."""

@@ -40,8 +40,8 @@ def initial_model(
     encoder = build_student(student.encoder, student.weights, recipe.seed)
     model = DistillationModel(encoder, dims, stage.head_hidden, recipe.seed)
     if stage.initial is not None:
-        before = recipe.stage(stage.initial)
-        load(model, checkpoint.finished(recipe.stage_directory(before.name), before.steps))
+        earlier = recipe.stage(stage.initial)
+        load(model, checkpoint.finished(recipe.stage_directory(earlier.name), earlier.steps))
     return model
 
 
@@ -96,8 +96,8 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
 def _initial_weights(recipe: Recipe, stage: StageConfig) -> str | None:
     """Return the digest of the weights a stage starts from; None: they are drawn by the seed."""
     if stage.initial is not None:
-        before = recipe.stage(stage.initial)
-        saved = checkpoint.finished(recipe.stage_directory(before.name), before.steps)
+        earlier = recipe.stage(stage.initial)
+        saved = checkpoint.finished(recipe.stage_directory(earlier.name), earlier.steps)
         return saved.weights_digest()
     student = recipe.trained_by(stage)
     return None if student.weights is None else digest(student.weights, student.encoder)

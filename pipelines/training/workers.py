@@ -17,14 +17,14 @@ class Workers(Protocol):
 
     Attributes:
         rank: of this worker, from 0.
-        size: number of workers.
+        world_size: number of workers.
     """
 
     @property
     def rank(self) -> int: ...  # noqa: D102
 
     @property
-    def size(self) -> int: ...  # noqa: D102
+    def world_size(self) -> int: ...  # noqa: D102
 
     def wrap(self, model: DistillationModel) -> nn.Module:
         """Return the module to call; its gradients are the mean over workers after `backward`."""
@@ -51,7 +51,7 @@ class OneProcess:
     """A world of one: nothing to exchange."""
 
     rank = 0
-    size = 1
+    world_size = 1
 
     def wrap(self, model: DistillationModel) -> nn.Module:
         """Return the model itself."""

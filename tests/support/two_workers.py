@@ -149,7 +149,7 @@ def train(
     """
     stage = run.stage("stage2")
     workers = workers_here(stage) if gathered is None else distributed.Shards(gathered)
-    made = noise_inputs(run, stage, None, Loader(run.workers, workers.rank, workers.size))
+    made = noise_inputs(run, stage, None, Loader(run.workers, workers.rank, workers.world_size))
     order, looked_at = list[tuple[int, list[str], list[int]]](), dict[int, str]()
 
     def told(steps: range) -> Iterator[Batch]:
@@ -253,7 +253,7 @@ def train_on_random_tokens(
         teachers: name -> (summary width, patch width, side of the patch grid).
     """
     workers = workers_here(stage)
-    own = stage.global_batch // workers.size
+    own = stage.global_batch // workers.world_size
     side = stage.student_scales[0]
 
     def batches(steps: range) -> Iterator[Batch]:
@@ -261,7 +261,7 @@ def train_on_random_tokens(
             for micro in range(0, own, stage.micro_batch):
                 rows = min(stage.micro_batch, own - micro)
                 generator = torch.Generator().manual_seed(
-                    (step * own + micro) * workers.size + workers.rank
+                    (step * own + micro) * workers.world_size + workers.rank
                 )
                 shape = (rows, 3, side, side)
                 pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
