@@ -134,6 +134,10 @@ class Samples:
         """
         directory = layout.samples_directory(layout.cache_root(root), dataset.name)
         given = conform(table)
+        there = read_head(directory, SamplesHead) if given.is_empty() else None
+        if there is not None:  # nothing to add: neither a lock nor the right to write is wanted
+            _check_same(directory, there.head, dataset, rows_per_shard)
+            return cls.open(root, dataset.name)
         scratch = layout.scratch_directory(directory)
         with atomic.only_writer(directory, scratch):
             atomic.sweep(scratch)

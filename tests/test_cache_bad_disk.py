@@ -231,3 +231,14 @@ def test_an_object_that_is_damaged_itself_is_refused(s3, tmp_path):
     bucket.send(changed, path)
     with pytest.raises(Corrupt, match=r"c\.0\.0\.0"):
         Reader(open_store(store.root, store.spec), range(2)).select([0]).patches()
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    toy = Toy(tmp_path / "root")
+    toy.add_samples(ids(7))
+    scratch = layout.samples_directory(tmp_path / "root", DATASET.name) / ".tmp"
+    (scratch / "LOCK").unlink()
+    (scratch / "LOCK").mkdir()  # no file can be opened under that name, by root neither
+    toy.add_samples([])  # nothing to add: no lock is wanted
+    with pytest.raises(StoreError, match=r"samples: cannot be written: Is a directory"):
+        toy.add_samples(ids(1, "b"))

@@ -95,6 +95,22 @@ def test_a_build_calls_the_steps_it_is_given_in_order(tmp_path, images):
     assert built.num_shards == len(open_stores(work)[0].manifest().records())
 
 
+def test_a_build_with_nothing_to_do_touches_nothing(tmp_path, images):
+    """So a complete cache that one may only read is enough to build, train and report from."""
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+    build(work)
+
+    def touched() -> dict[Path, tuple[int, int]]:
+        paths = [work_root, *work_root.rglob("*")]
+        return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
+
+    work_root = Path(work.root)
+    before = touched()
+    stores = build(work)
+    precompute.verify_stores(stores)
+    assert touched() == before
+
+
 def test_a_second_build_computes_nothing(tmp_path, images):
     work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
     stores = build(work)

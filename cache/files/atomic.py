@@ -154,12 +154,14 @@ def only_writer(directory: Path, scratch: Path) -> Iterator[None]:
     Raises:
         Busy: another process has been at it for a minute.
     """
-    make_directories(scratch)
-    lock = FileLock(scratch / "LOCK")
     try:
+        make_directories(scratch)
+        lock = FileLock(scratch / "LOCK")
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise Busy(f"{directory}: another process has been writing here for a minute") from error
+    except OSError as error:  # of a folder that one may only read, say
+        raise StoreError(f"{directory}: cannot be written: {error.strerror or error}") from error
     try:
         yield
     finally:
@@ -195,8 +197,9 @@ def sweep(scratch: Path, abandoned_seconds: float = ABANDONED_SECONDS) -> int:
             continue  # a lock, say
         gone = host == _HOST and not _alive(int(pid))
         if gone or _age(scratch / name) > abandoned_seconds:
-            (scratch / name).unlink(missing_ok=True)
-            swept += 1
+            with suppress(PermissionError):  # of a folder that one may only read
+                (scratch / name).unlink(missing_ok=True)
+                swept += 1
     return swept
 
 

@@ -126,6 +126,6 @@ def _list_failures(job: CacheJob, failures: pl.DataFrame) -> None:
     directory = layout.samples_directory(layout.cache_root(job.root), job.dataset.name)
     path = directory.parent / "failures.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in failures.iter_rows(named=True)]
-    if lines or path.exists():
-        content = "".join(f"{line}\n" for line in lines).encode()
+    content = "".join(f"{line}\n" for line in lines).encode()
+    if content != (path.read_bytes() if path.exists() else b""):
         atomic.write(path, [content], layout.scratch_directory(directory))
