@@ -28,7 +28,13 @@ Root = Annotated[
 
 @app.command("build")
 def build(
-    recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJson = False
+    recipe: RecipeName = "demo",
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="At the end compare every byte with its recorded checksum."),
+    ] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute what is missing of a recipe's caches, the proxy's too once stage 1 is done.
 
@@ -41,7 +47,7 @@ def build(
     from pipelines.caching.precompute import build
     from pipelines.recipe.stores import job_groups
 
-    built = build(job_groups(asked))
+    built = build(job_groups(asked), deep)
     if not as_json:
         print(built)
         return
