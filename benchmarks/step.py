@@ -50,7 +50,7 @@ from benchmarks.step_subjects import (
     Subject,
     block_seconds,
     fill,
-    index,
+    indexed,
     render,
     tokens_of,
 )
@@ -214,7 +214,7 @@ def measure(
 ) -> list[tables.Row]:
     """Measure one teacher with every codec."""
     subject = SUBJECTS[name](arguments)
-    samples = index(root)
+    samples = indexed(root)
     drawn = render(samples)
     tokens = tokens_of(subject.stored, drawn, arguments.batch)
     normalisers = {
