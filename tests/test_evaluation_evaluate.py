@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from support import small_run
 
@@ -13,7 +14,7 @@ from cache.reader import Reader
 from eupe.encoders import Features
 from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
-from eupe.views import decode, draw, render, resize
+from eupe.views import decode, draw, make_view, render, resize
 from eupe.weights import CHECKPOINT_FILE
 from pipelines import stages
 from pipelines.evaluation import during, evaluate, report
@@ -120,6 +121,33 @@ def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
     )
     assert found.knn.teacher == {"lite0": top1(guessed, labels["held-out"].long())}
     assert (found.knn.bank, found.knn.queries) == (32, 16)
+
+
+def test_knn_of_raw_pixels_is_that_of_the_pictures_shrunk_by_pillow(run, found):
+    reader, vectors, labels = ImageReader(), {}, {}
+    for dataset in (*run.train.values(), run.held_out):
+        samples = next(
+            open_stores(job)[0].samples for job in cache_jobs(run) if job.dataset == dataset
+        )
+        rows = list(samples.table.iter_rows(named=True))
+        views = [
+            make_view(reader.read(row), run.held_out_views, row["sample_id"], 0) for row in rows
+        ]
+        sized = [resize(view.canvas, run.evaluation.resolution) for view in views]
+        small = [
+            Image.fromarray(picture).resize((16, 16), Image.Resampling.BICUBIC) for picture in sized
+        ]
+        vectors[dataset.name] = np.stack([np.asarray(each, np.float64).ravel() for each in small])
+        labels[dataset.name] = np.array(["even" in row["labels"] for row in rows])
+    bank, queries = vectors["train"], vectors["held-out"]
+    nearest = ((queries[:, None] - bank[None]) ** 2).sum(-1).argsort(1)[:, : run.evaluation.k]
+    votes = labels["train"][nearest].mean(1)
+    certain = np.abs(votes - 0.5) > 0.5 / run.evaluation.k  # no tie, which distances would break
+    right = (votes > 0.5) == labels["held-out"]
+    assert certain.any()
+    least, most = (right & certain).mean(), (right | ~certain).mean()
+    assert least <= found.knn.pixels <= most
+    assert 0 < found.knn.p_value_pixels <= 1
 
 
 def test_cosines_are_those_of_the_student_and_the_live_teacher_image_by_image(run, found):

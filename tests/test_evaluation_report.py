@@ -1,5 +1,6 @@
 """The report: the figures that were measured, in one page that loads nothing."""
 
+import dataclasses
 import json
 import os
 import re
@@ -24,10 +25,12 @@ FOUND = Evaluation(
         k=10,
         bank=1420,
         queries=486,
+        pixels=0.59,
         teacher={"near": 0.7, "far": 0.65},
         init=0.51,
         final=0.58,
         p_value=0.0123,
+        p_value_pixels=0.7,
     ),
     summary=Cosine(0.03, 0.001, 0.371),
     patches=Cosine(0.37, -0.002, 0.432),
@@ -70,11 +73,13 @@ def test_summary_has_what_is_asked_for_and_is_json(run):
     assert (summary["images"], summary["rows"], summary["cache_bytes"]) == (1906, 8532, 123_456_789)
     assert summary["seconds"] == {"caches": 80.0}
     assert summary["knn_top1"] == {
+        "pixels": 0.59,
         "teacher": {"near": 0.7, "far": 0.65},
         "student_init": 0.51,
         "student_final": 0.58,
         "queries": 486,
         "p_value": 0.0123,
+        "p_value_pixels": 0.7,
         "label": "category",
         "k": 10,
     }
@@ -201,3 +206,19 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
 )
 def test_sizes(size, text):
     assert report._size(int(size)) == text
+
+
+def test_a_student_that_loses_to_raw_pixels_is_said_to(run):
+    def said(final: float) -> str:
+        knn = dataclasses.replace(FOUND.knn, final=final)
+        found = dataclasses.replace(FOUND, knn=knn)
+        return report.verdict(report.summarise(run, Caches(1, 1, 1), found, {}, {}))
+
+    assert said(0.58) == (
+        "By kNN the student is BELOW raw 16 x 16 pixels: 58.0 % and 59.0 %, p = 0.7"
+    )
+    assert "is above raw" in said(0.6)
+    assert "is level with raw" in said(0.59)
+    summary = report.summarise(run, Caches(1, 1, 1), FOUND, {}, {})
+    assert "raw pixels 59.0 %" in report.closing_rows(summary)[0]["compare"]
+    assert report.verdict({**summary, "knn_top1": None}) == ""

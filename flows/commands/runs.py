@@ -123,6 +123,8 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
         return
     print_table(reports.closing_rows(found))
     print(reports.steps_line(found))
+    if words := reports.verdict(found):
+        print(words)
     print(f"{asked.directory / 'summary.json'}\n{asked.directory / 'report.html'}")
 
 

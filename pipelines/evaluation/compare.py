@@ -15,6 +15,8 @@ from pipelines.training.batches import Batch
 
 BASELINE, INITIAL, FINAL = "baseline", "init", "final"
 """Names in `Seen`: the constants, the student before training, the student after."""
+RAW_SIDE = 16
+"""Side of the raw pictures that an encoder is compared with, pixels."""
 
 
 class Constants:
@@ -66,12 +68,14 @@ class Seen:
 
     Attributes:
         sample_ids: [n].
+        pixels: the pictures themselves, RAW_SIDE pixels a side, float32 [n, 3 * RAW_SIDE ** 2].
         teachers: teacher -> summaries as the teacher gives them [n, D].
         students: model -> summaries [n, D].
         cosines: (model, teacher) -> per image, summary and mean over patches [n, 2].
     """
 
     sample_ids: list[str]
+    pixels: Tensor
     teachers: dict[str, Tensor]
     students: dict[str, Tensor]
     cosines: dict[tuple[str, str], Tensor]
@@ -98,7 +102,7 @@ def look(
         device: to compute on.
         advance: told of every batch's size.
     """
-    ids = list[str]()
+    ids, raw = list[str](), list[Tensor]()
     teachers: dict[str, list[Tensor]] = {}
     students: dict[str, list[Tensor]] = {}
     cosines: dict[tuple[str, str], list[Tensor]] = {}
@@ -118,6 +122,7 @@ def look(
                 fit.add(targets)
             predicted = {}
             pixels = batch.pixels[torch.from_numpy(batch.valid)].to(device)
+            raw.append(_small(pixels).cpu())
             for model_name, model in models.items():
                 features, predicted[model_name] = model(pixels)
                 students.setdefault(model_name, []).append(features.summary.float().cpu())
@@ -130,10 +135,17 @@ def look(
             advance(len(batch))
     return Seen(
         ids,
+        torch.cat(raw),
         {name: torch.cat(parts) for name, parts in teachers.items()},
         {name: torch.cat(parts) for name, parts in students.items()},
         {pair: torch.cat(parts) for pair, parts in cosines.items()},
     )
+
+
+def _small(pixels: Tensor) -> Tensor:
+    """Return pictures [B, 3, R, R] as vectors of RAW_SIDE x RAW_SIDE pixels, 0 to 255."""
+    small = F.interpolate(pixels.float(), (RAW_SIDE, RAW_SIDE), mode="bicubic", antialias=True)
+    return small.flatten(1)
 
 
 def _rows(target: Targets, valid: Tensor) -> Features:

@@ -1,7 +1,7 @@
 """kNN top-1: held-out images' labels predicted from their neighbours among the bank's."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -23,20 +23,29 @@ class Knn:
         k: neighbours.
         bank: images it looks among.
         queries: images it predicts.
+        pixels: with raw pixels, 16 x 16: what is had without any encoder.
         teacher: teacher -> with its cached summaries.
         init: with the summaries of the student before training.
         final: with those of the student after.
         p_value: exact paired test that both students are right equally often.
+        p_value_pixels: the same of the student after training and raw pixels.
     """
 
     label: str
     k: int
     bank: int
     queries: int
+    pixels: float
     teacher: dict[str, float]
     init: float
     final: float
     p_value: float
+    p_value_pixels: float
+
+    @property
+    def loses(self) -> bool:
+        """True if the student is right less often than raw pixels are."""
+        return self.final < self.pixels
 
 
 def probe(
@@ -68,22 +77,30 @@ def probe(
         labels(images, images.recipe.held_out.name, queries.sample_ids, label),
     )
 
-    def right(kind: str, name: str) -> Tensor:
-        summaries = torch.cat([getattr(bank, kind)[name] for bank in banks.values()]).to(device)
-        asked = getattr(queries, kind)[name].to(device)
-        return knn_predict(summaries, known.to(device), asked, k).cpu() == truth
+    def right(vectors: Callable[[Seen], Tensor]) -> Tensor:
+        bank = torch.cat([vectors(seen) for seen in banks.values()]).to(device)
+        return knn_predict(bank, known.to(device), vectors(queries).to(device), k).cpu() == truth
 
-    before, after = right("students", INITIAL), right("students", FINAL)
+    before = right(lambda seen: seen.students[INITIAL])
+    after = right(lambda seen: seen.students[FINAL])
+    raw = right(lambda seen: seen.pixels)
     return Knn(
         label=label,
         k=k,
         bank=len(known),
         queries=len(truth),
-        teacher={name: _share(right("teachers", name)) for name in queries.teachers},
+        pixels=_share(raw),
+        teacher={name: _share(right(_teacher(name))) for name in queries.teachers},
         init=_share(before),
         final=_share(after),
         p_value=paired_test(before, after),
+        p_value_pixels=paired_test(raw, after),
     )
+
+
+def _teacher(name: str) -> Callable[[Seen], Tensor]:
+    """Return what takes a teacher's summaries [n, D] out of what was seen."""
+    return lambda seen: seen.teachers[name]
 
 
 def labels(images: CentreViews, dataset: str, sample_ids: Sequence[str], label: str) -> list[str]:

@@ -28,7 +28,7 @@ TEMPLATE = "report.html.j2"
 SIGNIFICANT = 0.05
 FIGURES = ("figure", "before", "after", "compare")
 """Columns of the closing table."""
-FORMAT = 1
+FORMAT = 2
 """Of a summary: raised with a change of what stands in it."""
 
 
@@ -184,11 +184,13 @@ def summarise(
         "training_steps": evaluation.step,
         "knn_top1": knn
         and {
+            "pixels": knn.pixels,
             "teacher": knn.teacher,
             "student_init": knn.init,
             "student_final": knn.final,
             "queries": knn.queries,
             "p_value": knn.p_value,
+            "p_value_pixels": knn.p_value_pixels,
             "label": knn.label,
             "k": knn.k,
         },
@@ -294,7 +296,7 @@ def closing_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                 f"kNN top-1 ({knn['label']}, k = {knn['k']}, {knn['queries']} held-out queries)",
                 _percent(knn["student_init"]),
                 _percent(knn["student_final"]),
-                f"{teachers}; p = {knn['p_value']:.2g}",
+                f"{teachers}, raw pixels {_percent(knn['pixels'])}; p = {knn['p_value']:.2g}",
             )
         )
     whole = {"stage2", "stage3"} <= summary.keys()
@@ -320,6 +322,23 @@ def closing_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             for scale in third
         ]
     return [dict(zip(FIGURES, row, strict=True)) for row in closing]
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """Return a sentence on the student beside raw pixels; empty without kNN.
+
+    Args:
+        summary: the contents of summary.json.
+    """
+    knn = summary["knn_top1"]
+    if knn is None:
+        return ""
+    final, pixels = knn["student_final"], knn["pixels"]
+    words = {True: "above", False: "BELOW"}[final > pixels] if final != pixels else "level with"
+    return (
+        f"By kNN the student is {words} raw 16 x 16 pixels: {_percent(final)} and "
+        f"{_percent(pixels)}, p = {knn['p_value_pixels']:.2g}"
+    )
 
 
 def steps_line(summary: Mapping[str, Any]) -> str:
