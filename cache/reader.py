@@ -163,19 +163,18 @@ class Reader:
                     read_all(pieces, into.reshape(-1, self._row_bytes))
                 return
             except Corrupt:
-                if not (first and self.mirrored and self._dropped(groups)):
+                if not (first and self.mirrored):
                     raise
+                self._let_go(groups)
 
-    def _dropped(self, groups: Sequence[Group]) -> bool:
-        """Drop copies of a bucket's shards that are damaged; True if there was one."""
-        damaged = [
-            (view, shard)
-            for view, shard, _, _ in groups
-            if drop_damaged(*self._file(view, shard, "patches"))
-        ]
-        for key in damaged:
-            self._patches.drop(*key)
-        return bool(damaged)
+    def _let_go(self, groups: Sequence[Group]) -> None:
+        """Drop copies of a bucket's shards that are damaged, and open all of these shards anew.
+
+        Those too whose copy is sound: another thread or process may have exchanged it meanwhile.
+        """
+        for view, shard, _, _ in groups:
+            drop_damaged(*self._file(view, shard, "patches"))
+            self._patches.drop(view, shard)
 
     def read_ahead(self, groups: Sequence[Group]) -> None:
         """Start bringing rows that will be copied soon; see `Selection.read_ahead`."""

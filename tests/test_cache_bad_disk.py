@@ -1,5 +1,6 @@
 """A disk that lies: what is damaged or exchanged is refused when it is read, or by verify."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +14,7 @@ from support.bucket_server import NAME
 from support.toy_stores import DATASET, GRID, Toy, ids
 
 from cache.errors import Corrupt, StoreError
-from cache.files import bucket
+from cache.files import bucket, place
 from cache.format import layout
 from cache.format.rows_table import checksums
 from cache.reader import Reader
@@ -216,6 +217,33 @@ def test_a_damaged_copy_in_a_mirror_is_fetched_again(s3, tmp_path, kind, damage)
         else:
             os.truncate(copy, copy.stat().st_size // 2)
     assert not refused_or_equal(store, wanted)
+
+
+def test_a_copy_that_somebody_else_has_mended_meanwhile_is_opened_again(s3, tmp_path):
+    toy = Toy(f"s3://{NAME}/{tmp_path.name}")
+    toy.add_samples(ids(7))
+    store = toy.build()
+    wanted = Reader(store, [0]).select([0]).patches()
+    (copy,) = Path(os.environ["EUPE_MIRROR"]).rglob("*-c.0.0.0")
+    sound = copy.read_bytes()
+    flipped(copy, 8 * 3)
+    reader = Reader(open_store(store.root, store.spec), [0])
+    reader._patches.get(0, 0)  # maps the damaged copy
+    (tmp_path / "sound").write_bytes(sound)
+    os.replace(tmp_path / "sound", copy)
+    np.testing.assert_array_equal(reader.select([0]).patches(), wanted)
+
+    seen: list[Path] = []
+
+    def use(local: Path) -> bytes:
+        seen.append(local)
+        if len(seen) == 1:
+            raise Corrupt("as it was before")
+        return local.read_bytes()
+
+    path = layout.patches_file(store.directory, 0, 0)
+    assert place.using(path, use, len(sound), hashlib.sha256(sound).hexdigest()) == sound
+    assert len(seen) == 2
 
 
 def test_an_object_that_is_damaged_itself_is_refused(s3, tmp_path):

@@ -111,22 +111,20 @@ class Mirror:
                 return self._opened(copy)
         raise self.evicted(wanted.path, FILL_TRIES)
 
-    def drop_damaged(self, wanted: Wanted) -> bool:
-        """Delete an object's copy if it has another checksum; True if it had.
+    def drop_damaged(self, wanted: Wanted) -> None:
+        """Delete an object's copy if it has another checksum.
 
         Readers that have it mapped keep what they have. Without a sha256 there is nothing to
         compare with: the copy goes, and is filled from the object as it is.
         """
         copy = self._copy(wanted)
         if copy is None:
-            return False
+            return
         with self._one_filler(copy), suppress(FileNotFoundError):
             with copy.open("rb") as file:
                 sound = hashlib.file_digest(file, "sha256").hexdigest() == wanted.sha256
             if not sound:
                 copy.unlink()
-            return not sound
-        return False
 
     def will_need(self, files: Iterable[Wanted]) -> None:
         """Start filling objects that will be asked for soon; returns at once.

@@ -49,7 +49,8 @@ def using(
         num_bytes: its size, if known.
         sha256: its checksum, if known; compared when the copy is filled.
 
-    A copy that `use` finds damaged is dropped and filled again, once.
+    A copy that `use` finds damaged is dropped and filled again, once. Where it is sound, another
+    process has done so meanwhile: it is opened again.
 
     Raises:
         NotBuilt: there is no such object; or what `use` raises.
@@ -57,7 +58,7 @@ def using(
     """
     if not isinstance(path, BucketPath):
         return use(path)
-    wanted, filled_again = Wanted(path, num_bytes, sha256), False
+    wanted, again = Wanted(path, num_bytes, sha256), False
     for _ in range(OPEN_TRIES):
         copy = mirror.default().local(wanted)
         try:
@@ -65,23 +66,23 @@ def using(
         except (NotBuilt, FileNotFoundError):
             continue
         except Corrupt:
-            if filled_again or not mirror.default().drop_damaged(wanted):
+            if again:
                 raise
-            filled_again = True
+            mirror.default().drop_damaged(wanted)
+            again = True
     raise mirror.default().evicted(path, OPEN_TRIES)
 
 
-def drop_damaged(path: Path, num_bytes: int, sha256: str) -> bool:
-    """Drop the copy of an object if it is not what it should be; True if it was there and was not.
+def drop_damaged(path: Path, num_bytes: int, sha256: str) -> None:
+    """Drop the copy of an object if it is not what it should be; a local file stays.
 
     Args:
         path: of the object.
         num_bytes: its size.
         sha256: its checksum.
     """
-    return isinstance(path, BucketPath) and mirror.default().drop_damaged(
-        Wanted(path, num_bytes, sha256)
-    )
+    if isinstance(path, BucketPath):
+        mirror.default().drop_damaged(Wanted(path, num_bytes, sha256))
 
 
 def opened(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> IO[bytes]:
