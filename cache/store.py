@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import ValidationError
 
 from cache.codec.encoded import Codec, Moments
 from cache.codec.known import make_codec, stored_codec
@@ -329,7 +330,13 @@ def store_info(directory: Path) -> StoreInfo:
     Raises:
         Corrupt: its spec or manifest cannot be read.
     """
-    spec = StoreSpec.model_validate(_read_spec(directory))
+    try:
+        spec = StoreSpec.model_validate(_read_spec(directory))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        path = layout.spec_file(directory)
+        raise Corrupt(f"{path}: no store spec in it ({what}); restore it") from error
     manifest = Manifest.open(directory)
     table = manifest.table()
     columns: dict[str, npt.NDArray[np.int64]] = {
