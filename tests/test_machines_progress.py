@@ -104,9 +104,16 @@ def test_a_process_that_dies_halfway_ends_its_step(heard, monkeypatch, tmp_path)
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv(job_folder.VARIABLE, str(tmp_path / "file"))
-    with track(2, "Counting", "sheep") as step:
-        step.advance(2)
-    assert "is not told" in capsys.readouterr().err
+    for _ in range(2):
+        with track(2, "Counting", "sheep") as step:
+            step.advance(2)
+    assert capsys.readouterr().err.count("is not told") == 1
+
+
+def test_a_folder_that_nobody_waits_at_any_more_is_not_made_again(tmp_path):
+    assert not job_folder.write(tmp_path / "gone", job_folder.PROGRESS, [])
+    assert list(tmp_path.iterdir()) == []
+    assert job_folder.read(tmp_path / "gone", job_folder.PROGRESS) is None
 
 
 def test_a_step_says_how_it_goes(heard):

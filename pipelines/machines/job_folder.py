@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,31 @@ def silent() -> bool:
 
 
 def write(folder: Path, name: str, value: object) -> bool:
-    """Write plain data; return False, and say why on stderr, if it cannot be written."""
+    """Write plain data; return False, and say why on stderr once, if it cannot be written.
+
+    Args:
+        folder: of this process; one that is gone is not made again: nobody waits any more.
+        name: of the file.
+        value: JSON can say.
+    """
     try:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder}: no such folder")
         atomic.write(folder / name, [json.dumps(value).encode()], folder)
     except (StoreError, OSError) as error:
-        print(f"whoever waits for this job is not told: {error}", file=sys.stderr)
+        _say_once(folder, f"whoever waits for this job is not told: {error}")
         return False
     return True
 
 
+@cache
+def _say_once(folder: Path, why: str) -> None:
+    print(why, file=sys.stderr)
+
+
 def read(folder: Path, name: str) -> Any | None:
-    """Return the plain data of a file, None if the job has not written it."""
+    """Return the plain data of a file, None if it is not there or cannot be read now."""
     try:
         return json.loads((folder / name).read_bytes())
-    except FileNotFoundError:
+    except OSError:  # a network drive may say so of a file that is being exchanged
         return None
