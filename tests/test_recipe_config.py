@@ -92,6 +92,7 @@ def _restore(changed: object, original: object) -> int:
         ("stages.stage9.steps=1", "no field 'stage9'"),
         ("teachers.efficientnet_lite7.codec=int8", "did you mean 'efficientnet_lite"),
         ("seed.deeper=1", "'seed' is a plain value"),
+        ("stages.stage1.loss.gamma.new.deeper=1", "no field 'new'; there are none"),
         ("seed", "wants path.to.field=value"),
         ('seed="', "unexpected end of stream"),
         ("stages.stage2.steps=soon", "steps"),

@@ -120,6 +120,7 @@ def test_the_files_that_come_with_the_project_fit(path, monkeypatch):
         (None, "no recipe there"),
         ("recipe: [", "is no YAML"),
         ("recipe: demo", "wants `recipe: NAME` and `set:"),
+        ("{recipe: demo, set: [seed=1]}", "wants `recipe: NAME` and `set:"),
         ("recipe: dmo\nset: {}", "did you mean 'demo'"),
         ("recipe: demo\nset: {stages.stage2.stepps: 3}", "did you mean 'steps'"),
         ("recipe: demo\nset: {stages.stage2.steps: few}", "steps"),

@@ -78,7 +78,7 @@ def _set(tree: dict[str, Any], path: str, value: object) -> None:
     node: Any = tree
     free = False  # below a field that maps names to values, new names are allowed
     for parent in parents:
-        _check(node, parent, path, free)
+        _check(node, parent, path, free=False)  # what is new has nothing in it yet
         free = parent in FREE
         node = node[parent]
         if not isinstance(node, dict):
@@ -95,5 +95,6 @@ def _check(node: Mapping[str, object], part: str, path: str, free: bool) -> None
 
 def _no_such(path: str, part: str, names: list[str]) -> str:
     near = difflib.get_close_matches(part, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
+    there = ", ".join(sorted(names)) or "none"
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {there}"
     return f"override {path!r}: no field {part!r}; {hint}"

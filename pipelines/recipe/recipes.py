@@ -63,8 +63,11 @@ def _from_file(path: Path) -> Recipe:
         raise BadInput(f"{path}: no recipe there ({error.strerror})") from error
     except (YAMLError, OmegaConfBaseException) as error:
         raise BadInput(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    form = f"{path}: wants `recipe: NAME` and `set: {{path.to.field: value}}`"
     if not isinstance(asked, dict) or set(asked) != {"recipe", "set"}:
-        raise BadInput(f"{path}: wants `recipe: NAME` and `set: {{path.to.field: value}}`")
+        raise BadInput(form)
+    if not isinstance(asked["set"], dict | None):
+        raise BadInput(form)
     base = _named(str(asked["recipe"]))
     fields = [("name", path.stem), *(asked["set"] or {}).items()]
     try:
