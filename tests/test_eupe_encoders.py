@@ -16,7 +16,7 @@ HALF = (0.5, 0.5, 0.5)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
-# timm's own counts (METHOD.md), in millions, and the published figure beside each.
+# timm's own counts, in millions, and the published figure beside each.
 PARAMETERS = {
     "eupe_vitt16": (5.49, 6),
     "eupe_vits16": (21.60, 21),

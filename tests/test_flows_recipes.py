@@ -9,7 +9,7 @@ from flows.cli import main
 from pipelines.recipe import catalogue, paper, recipes
 from pipelines.recipe.catalogue import Entry
 
-PARAMETERS_MILLIONS = {  # timm's encoders without classifier, METHOD.md's family table
+PARAMETERS_MILLIONS = {  # timm's encoders without classifier
     "eupe_vitt16": 5.49,
     "eupe_vits16": 21.60,
     "eupe_vitb16": 85.66,

@@ -9,12 +9,14 @@ One record a row of the shard, in row order:
     parameters   string                 of the view, JSON; null likewise
     summary      float32 [D]            always full precision
 
-    crc32c       uint32, null where not valid   of the row's patches, as its shard has it
-
-and, in stores of a quantised codec, the tokens it serves badly (cache/codec/quantised.py):
+then, in stores of a quantised codec, the tokens it serves badly (cache/codec/quantised.py):
 
     escape_token   list of int32        places of the row's escaped tokens, rising
     escape_values  list of float32      their features, one token after the other
+
+and last
+
+    crc32c       uint32, null where not valid   of the row's patches, as its shard has it
 """
 
 from collections.abc import Sequence

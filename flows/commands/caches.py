@@ -102,7 +102,7 @@ def inspect(
 def verify(
     root: Root = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Sizes and indexes only; no checksum of every byte.")
+        bool, typer.Option("--quick", help="Sizes, indexes and tables only; not every byte.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

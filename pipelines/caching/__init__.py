@@ -8,6 +8,6 @@
 
 Nothing here knows of students, stages or losses.
 
-Imports features, images, recipe and machines; imported by evaluation, stages, doctor and flows.
+Imports features, images, recipe and machines; imported by evaluation, stages and flows.
 It and training do not import each other: they meet in the stores alone.
 """

@@ -10,6 +10,6 @@
     distributed   those of a torch process group
     launch        a stage in this process or under Ray Train
 
-Imports features, images, recipe, machines and records; imported by evaluation, release, sweeps,
-stages and flows. It and caching do not import each other: they meet in the stores alone.
+Imports features, images, recipe, machines and records; imported by evaluation, stages and flows.
+It and caching do not import each other: they meet in the stores alone.
 """
