@@ -198,7 +198,7 @@ def summarise(
             "summary": asdict(evaluation.summary),
             "patches": asdict(evaluation.patches),
         },
-        **{name: asdict(figures) for name, figures in stages.items()},
+        **{name: asdict(found) for name, found in stages.items()},
     }
 
 
