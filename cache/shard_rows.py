@@ -56,26 +56,37 @@ class MappedRows:
 
     row: Callable[[int], Bytes]
 
-    def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, sums: Sums, fill: Bytes):
+    def __init__(
+        self,
+        path: Path,
+        num_bytes: int,
+        rows_per_shard: int,
+        valid: npt.NDArray[np.bool_],
+        sums: Sums,
+        fill: Bytes,
+    ):
         """Map a shard file and parse its index; see `zarr_shard`.
 
         Args:
             path: the file.
             num_bytes: its size, as its record says.
             rows_per_shard: entries of its index.
-            sums: crc32c of each row of the shard, stored or absent, as its table of rows has it.
+            valid: True where the shard has a row, as its table of rows says: bool [rows].
+            sums: crc32c of each row, 0 where there is none, as that table has it: uint32 [rows].
             fill: what an absent row holds, [row_bytes].
+
+        Raises:
+            Corrupt: it is not the shard that the table of rows is of.
         """
-        num_rows = len(sums)
         self._path, self._fill, self._file = path, fill, MappedFile(path, num_bytes)
         content, row_bytes = self._file.bytes, len(fill)
         self._stored_bytes = zarr_shard.stored_bytes(row_bytes)
         end = max(len(content) - zarr_shard.index_bytes(rows_per_shard), 0)
         self._file.will_need(end, len(content) - end)  # and no more: a fault would read megabytes
         self._sums = sums
-        self._slots = _parse(content[end:].tobytes(), num_bytes, num_rows, row_bytes, path)
+        self._slots = _parse(content[end:].tobytes(), num_bytes, valid, row_bytes, path)
         stored = content[:end].reshape(-1, self._stored_bytes)
-        dense = len(stored) == num_rows and (self._slots == np.arange(num_rows)).all()
+        dense = len(stored) == len(sums) and (self._slots == np.arange(len(sums))).all()
         rows = stored[:, :row_bytes]
         plain = rows.__getitem__ if dense else partial(_row, rows, self._slots, fill)
         # None refers to this object but weakly: in a circle, the map would outlive its last user.
@@ -112,7 +123,15 @@ class MappedRows:
 class PositionedRows:
     """Rows through pread: for file systems on which maps are slow (NFS, Lustre)."""
 
-    def __init__(self, path: Path, num_bytes: int, rows_per_shard: int, sums: Sums, fill: Bytes):
+    def __init__(
+        self,
+        path: Path,
+        num_bytes: int,
+        rows_per_shard: int,
+        valid: npt.NDArray[np.bool_],
+        sums: Sums,
+        fill: Bytes,
+    ):
         """Open a shard file and parse its index; as `MappedRows`."""
         self._sums = sums
         self._handle = open_to_read(path)
@@ -123,7 +142,7 @@ class PositionedRows:
             raise WrongSize(f"{path}: {size} bytes, its record says {num_bytes}")
         tail_bytes = zarr_shard.index_bytes(rows_per_shard)
         tail = os.pread(self._handle, tail_bytes, max(size - tail_bytes, 0))
-        self._slots = _parse(tail, num_bytes, len(sums), len(fill), path)
+        self._slots = _parse(tail, num_bytes, valid, len(fill), path)
 
     def row(self, inside: int) -> Bytes:
         """Read one row; `read` is what batches use."""
@@ -237,8 +256,8 @@ os.register_at_fork(after_in_child=_disk.cache_clear)
 class _FirstTouch:
     """Rows of a map, each compared with its crc32c when it is first asked for.
 
-    Every read would cost half as much again as the copy. Once all rows are checked the shard gets
-    the plain way back; a shard that is mapped anew is checked anew.
+    At every read that would cost twice the copy (docs/log.md). Once all rows are checked the shard
+    gets the plain way back; a shard that is mapped anew is checked anew.
 
     Args:
         plain: number of a row in the shard -> its bytes [row_bytes], unchecked.
@@ -326,6 +345,14 @@ def _read(
         _check(into[place], sums, row, path)
 
 
-def _parse(tail: bytes, num_bytes: int, num_rows: int, row_bytes: int, path: Path) -> Rows:
-    """Return each row's place in the file, int64 [num_rows]; -1 for absent rows."""
-    return zarr_shard.parse_index(tail, row_bytes, num_bytes, str(path))[:num_rows]
+def _parse(
+    tail: bytes, num_bytes: int, valid: npt.NDArray[np.bool_], row_bytes: int, path: Path
+) -> Rows:
+    """Return each row's place in the file, int64 [rows]; -1 for absent rows."""
+    slots = zarr_shard.parse_index(tail, row_bytes, num_bytes, str(path))[: len(valid)]
+    if not np.array_equal(slots >= 0, valid):
+        raise Corrupt(
+            f"{path}: the rows in its index are not the valid rows of its table: the file was "
+            f"exchanged for another; {AGAIN}"
+        )
+    return slots

@@ -137,6 +137,21 @@ def test_two_shards_that_changed_places_are_refused(store):
         assert {problem.path for problem in problems} == set(paths)
 
 
+@pytest.mark.parametrize("access", ["map", "read"])
+def test_a_shard_of_other_valid_rows_is_refused_whichever_row_is_read(tmp_path, access):
+    """The row read is absent in the file that is there: it holds nothing to be compared."""
+    toys = [Toy(tmp_path / bad, bad={f"a/{bad}": "no image"}) for bad in ("001", "002")]
+    for toy in toys:
+        toy.add_samples(ids(4))
+    one, two = (toy.build(num_views=1) for toy in toys)
+    path = layout.patches_file(one.directory, 0, 0)
+    content = layout.patches_file(two.directory, 0, 0).read_bytes()
+    assert len(content) == path.stat().st_size
+    path.write_bytes(content)
+    with pytest.raises(Corrupt, match="not the valid rows of its table: the file was exchanged"):
+        Reader(one, access=access).select([2]).patches()
+
+
 def test_two_tables_of_rows_that_changed_places_are_refused(store):
     paths = [layout.rows_file(store.directory, view, 0) for view in (0, 1)]
     contents = [path.read_bytes() for path in paths]

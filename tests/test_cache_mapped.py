@@ -117,5 +117,6 @@ def test_opening_a_shard_reads_its_index_alone(tmp_path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if MappedFile(path).is_resident(0):
         pytest.skip("this file system keeps its files in memory")
-    shard = MappedRows(path, path.stat().st_size, 64, sums, rows[0].reshape(-1))
+    known = np.ones(64, bool), sums
+    shard = MappedRows(path, path.stat().st_size, 64, *known, rows[0].reshape(-1))
     assert not any(shard.is_resident(row) for row in range(64))
