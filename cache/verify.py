@@ -154,6 +154,9 @@ def _check_metadata(store: Store, records: Sequence[ShardRecord]) -> Iterator[Pr
         except FileNotFoundError:
             yield Problem(path, "missing")
             continue
+        except OSError as error:
+            yield Problem(path, f"cannot be read: {error.strerror}")
+            continue
         except (ValueError, LookupError, TypeError) as error:
             yield Problem(path, f"no metadata of an array ({error})")
             continue
@@ -191,6 +194,8 @@ def _check_shard(
         yield from _check_contents(store, record, patches, rows, deep)
     except StoreError as error:
         yield Problem(patches, str(error).removeprefix(f"{patches}: "))
+    except OSError as error:
+        yield Problem(patches, f"cannot be read: {error.strerror}")
 
 
 def _check_contents(

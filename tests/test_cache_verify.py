@@ -160,3 +160,11 @@ def test_a_spec_that_is_none_any_more_keeps_no_other_store_from_being_checked(st
     (problem,) = reports.pop(str(store.spec.directory())).problems
     assert f"{path}: no store spec in it (" in problem.what
     assert [report.problems for report in reports.values()] == [[]]
+
+
+def test_what_cannot_be_read_is_a_problem_of_its_file(store):
+    path = layout.zarr_file(store.directory, 0)
+    path.unlink()
+    path.mkdir()
+    (problem,) = verify(store, deep=False).problems
+    assert str(problem) == f"{path}: cannot be read: Is a directory"
