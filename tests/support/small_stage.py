@@ -88,7 +88,7 @@ def recipe(directory: Path, *, drop_path: float = 0.2, **stage: object) -> Recip
     return small_recipe.recipe(
         directory,
         [small_recipe.random_teacher(name, (16, 32), network) for name in TEACHERS],
-        [small_recipe.stage(scales, (16, 32), **settings)],
+        [small_recipe.stage(scales, **{"student_scales": (16, 32), **settings})],
         canvas=32,
         run_directory=str(directory),
         views=CentreView(canvas=32),
