@@ -125,6 +125,7 @@ def distill(
         if found is None:
             make_report(arguments, seconds, asked.directory, address, gpus)
             found = report.read(asked)
-    artifacts.table("distill-summary", report.closing_rows(found), report.steps_line(found))
+    said = filter(None, (report.verdict(found), report.steps_line(found)))
+    artifacts.table("distill-summary", report.closing_rows(found), "\n\n".join(said))
     print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
     return found

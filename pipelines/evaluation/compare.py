@@ -68,7 +68,8 @@ class Seen:
 
     Attributes:
         sample_ids: [n].
-        pixels: the pictures themselves, RAW_SIDE pixels a side, float32 [n, 3 * RAW_SIDE ** 2].
+        pixels: the pictures themselves, RAW_SIDE pixels a side, float32 [n, 3 * RAW_SIDE ** 2];
+            empty unless asked for.
         teachers: teacher -> summaries as the teacher gives them [n, D].
         students: model -> summaries [n, D].
         cosines: (model, teacher) -> per image, summary and mean over patches [n, 2].
@@ -88,6 +89,7 @@ def look(
     *,
     fit: Constants | None = None,
     judge: Constants | None = None,
+    raw: bool = False,
     device: str | torch.device = "cpu",
     advance: Callable[[int], None] = lambda count: None,
 ) -> Seen:
@@ -99,10 +101,11 @@ def look(
         normalisers: teacher -> what is done to its tokens.
         fit: takes these images' targets.
         judge: constants whose cosines are wanted too, under the name BASELINE.
+        raw: True to keep the pictures themselves, small.
         device: to compute on.
         advance: told of every batch's size.
     """
-    ids, raw = list[str](), list[Tensor]()
+    ids, small = list[str](), list[Tensor]()
     teachers: dict[str, list[Tensor]] = {}
     students: dict[str, list[Tensor]] = {}
     cosines: dict[tuple[str, str], list[Tensor]] = {}
@@ -122,7 +125,8 @@ def look(
                 fit.add(targets)
             predicted = {}
             pixels = batch.pixels[torch.from_numpy(batch.valid)].to(device)
-            raw.append(_small(pixels).cpu())
+            if raw:
+                small.append(_small(pixels).cpu())
             for model_name, model in models.items():
                 features, predicted[model_name] = model(pixels)
                 students.setdefault(model_name, []).append(features.summary.float().cpu())
@@ -135,7 +139,7 @@ def look(
             advance(len(batch))
     return Seen(
         ids,
-        torch.cat(raw),
+        torch.cat(small) if raw else torch.empty(0),
         {name: torch.cat(parts) for name, parts in teachers.items()},
         {name: torch.cat(parts) for name, parts in students.items()},
         {pair: torch.cat(parts) for pair, parts in cosines.items()},

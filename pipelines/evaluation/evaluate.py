@@ -75,6 +75,7 @@ def evaluate(student: FrozenStudent) -> Evaluation:
     """
     recipe, stage, device = student.recipe, student.stage, student.device
     models = {INITIAL: student.initial, FINAL: student.final}
+    judged = recipe.evaluation.label is not None
     constants = Constants(student.final.encoder.grid(recipe.evaluation.resolution))
     train = [dataset.name for dataset in recipe.bank]
     held_out, at = recipe.held_out.name, evaluation_scales(recipe, stage)
@@ -86,6 +87,7 @@ def evaluate(student: FrozenStudent) -> Evaluation:
                 models,
                 student.normalisers,
                 fit=constants,
+                raw=judged,
                 device=device,
                 advance=progress.advance,
             )
@@ -96,6 +98,7 @@ def evaluate(student: FrozenStudent) -> Evaluation:
             models,
             student.normalisers,
             judge=constants,
+            raw=judged,
             device=device,
             advance=progress.advance,
         )

@@ -334,7 +334,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     if knn is None:
         return ""
     final, pixels = knn["student_final"], knn["pixels"]
-    words = {True: "above", False: "BELOW"}[final > pixels] if final != pixels else "level with"
+    words = "above" if final > pixels else "BELOW" if final < pixels else "level with"
     return (
         f"By kNN the student is {words} raw 16 x 16 pixels: {_percent(final)} and "
         f"{_percent(pixels)}, p = {knn['p_value_pixels']:.2g}"
