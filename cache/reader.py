@@ -270,8 +270,7 @@ class Reader:
 
     def _open_patches(self, view: int, shard: int) -> ShardRows:
         rows_class = MappedRows if self._mapped else PositionedRows
-        table = self.table(view, shard)
-        shape = self.store.samples.rows_per_shard, table.valid, table.sums, self._fill
+        shape = self.store.samples.rows_per_shard, self.table(view, shard), self._fill
         return self._use(
             view, shard, "patches", lambda path, num_bytes, _: rows_class(path, num_bytes, *shape)
         )

@@ -19,8 +19,6 @@ from cache.files.mapped import Bytes, MappedFile, inode, open_to_read
 from cache.format import arrow_tables, rows_table, zarr_shard
 from cache.samples import Rows
 
-Sums = npt.NDArray[np.uint32]
-
 SHARES = 2
 """Parts that each copying thread does of a batch, on average: what a late one leaves, others do."""
 DISK_READS = 8
@@ -51,121 +49,6 @@ class ShardRows(Protocol):
         ...
 
 
-class MappedRows:
-    """Rows through a map: one memory copy each, nothing else, once pages are in memory."""
-
-    row: Callable[[int], Bytes]
-
-    def __init__(
-        self,
-        path: Path,
-        num_bytes: int,
-        rows_per_shard: int,
-        valid: npt.NDArray[np.bool_],
-        sums: Sums,
-        fill: Bytes,
-    ):
-        """Map a shard file and parse its index; see `zarr_shard`.
-
-        Args:
-            path: the file.
-            num_bytes: its size, as its record says.
-            rows_per_shard: entries of its index.
-            valid: True where the shard has a row, as its table of rows says: bool [rows].
-            sums: crc32c of each row, 0 where there is none, as that table has it: uint32 [rows].
-            fill: what an absent row holds, [row_bytes].
-
-        Raises:
-            Corrupt: it is not the shard that the table of rows is of.
-        """
-        self._path, self._fill, self._file = path, fill, MappedFile(path, num_bytes)
-        content, row_bytes = self._file.bytes, len(fill)
-        self._stored_bytes = zarr_shard.stored_bytes(row_bytes)
-        end = max(len(content) - zarr_shard.index_bytes(rows_per_shard), 0)
-        self._file.will_need(end, len(content) - end)  # and no more: a fault would read megabytes
-        self._sums = sums
-        self._slots = _parse(content[end:].tobytes(), num_bytes, valid, row_bytes, path)
-        stored = content[:end].reshape(-1, self._stored_bytes)
-        dense = len(stored) == len(sums) and (self._slots == np.arange(len(sums))).all()
-        rows = stored[:, :row_bytes]
-        plain = rows.__getitem__ if dense else partial(_row, rows, self._slots, fill)
-        # None refers to this object but weakly: in a circle, the map would outlive its last user.
-        self.row = _FirstTouch(plain, sums, self._slots, path, weakref.ref(self))
-
-    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
-        """Read rows from the file itself, in large pieces; the map would fetch page by page."""
-        try:
-            handle = open_to_read(self._path)
-        except NotBuilt:  # another process made room in the mirror
-            handle = None
-        if handle is not None:
-            try:
-                if inode(os.fstat(handle)) == self._file.inode:
-                    path, fill = self._path, self._fill
-                    _read(handle, self._slots, self._sums, inside, into, places, fill, path)
-                    return
-            finally:
-                os.close(handle)
-        for place, row in zip(places, inside, strict=True):  # gone, or built anew: the map has it
-            into[place] = self.row(row)
-
-    def is_resident(self, inside: int) -> bool:
-        """Ask the kernel about the row's first page."""
-        slot = int(self._slots[inside])
-        return slot < 0 or self._file.is_resident(slot * self._stored_bytes)
-
-    def will_need(self, inside: Sequence[int]) -> None:
-        """Ask for whole rows at once; page faults would ask for a few pages at a time."""
-        for offset in _offsets(self._slots[inside], self._fill):
-            self._file.will_need(offset, self._stored_bytes)
-
-
-class PositionedRows:
-    """Rows through pread: for file systems on which maps are slow (NFS, Lustre)."""
-
-    def __init__(
-        self,
-        path: Path,
-        num_bytes: int,
-        rows_per_shard: int,
-        valid: npt.NDArray[np.bool_],
-        sums: Sums,
-        fill: Bytes,
-    ):
-        """Open a shard file and parse its index; as `MappedRows`."""
-        self._sums = sums
-        self._handle = open_to_read(path)
-        weakref.finalize(self, os.close, self._handle)
-        self._path, self._fill = path, fill
-        size = os.fstat(self._handle).st_size
-        if size != num_bytes:
-            raise WrongSize(f"{path}: {size} bytes, its record says {num_bytes}")
-        tail_bytes = zarr_shard.index_bytes(rows_per_shard)
-        tail = os.pread(self._handle, tail_bytes, max(size - tail_bytes, 0))
-        self._slots = _parse(tail, num_bytes, valid, len(fill), path)
-
-    def row(self, inside: int) -> Bytes:
-        """Read one row; `read` is what batches use."""
-        row: Bytes = np.empty_like(self._fill)
-        self.read([inside], row[None], [0])
-        return row
-
-    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
-        """Read each row straight into its place."""
-        handle, path = self._handle, self._path
-        _read(handle, self._slots, self._sums, inside, into, places, self._fill, path)
-
-    def is_resident(self, inside: int) -> bool:
-        """Return False: it is not known without reading."""
-        return False
-
-    def will_need(self, inside: Sequence[int]) -> None:
-        """Ask for whole rows at once, so that the reads that follow overlap."""
-        for offset in _offsets(self._slots[inside], self._fill):
-            size = zarr_shard.stored_bytes(len(self._fill))
-            os.posix_fadvise(self._handle, offset, size, os.POSIX_FADV_WILLNEED)
-
-
 class TableRows:
     """One mapped table of rows, its columns as arrays."""
 
@@ -178,6 +61,99 @@ class TableRows:
         if "escape_token" in table.schema.names:
             lengths = pc.list_value_length(table["escape_token"])
             self.num_escapes: npt.NDArray[np.int32] = arrow_tables.to_numpy(lengths)
+
+
+class MappedRows:
+    """Rows through a map: one memory copy each, nothing else, once pages are in memory."""
+
+    row: Callable[[int], Bytes]
+
+    def __init__(
+        self, path: Path, num_bytes: int, rows_per_shard: int, table: TableRows, fill: Bytes
+    ):
+        """Map a shard file and parse its index; see `zarr_shard`.
+
+        Args:
+            path: the file.
+            num_bytes: its size, as its record says.
+            rows_per_shard: entries of its index.
+            table: of the shard's rows: which there are, and what each shall give.
+            fill: what an absent row holds, [row_bytes].
+
+        Raises:
+            Corrupt: it is not the shard that the table of rows is of.
+        """
+        self._file = MappedFile(path, num_bytes)
+        content = self._file.bytes
+        end = max(len(content) - zarr_shard.index_bytes(rows_per_shard), 0)
+        self._file.will_need(end, len(content) - end)  # and no more: a fault would read megabytes
+        self._index = _Index(path, content[end:].tobytes(), num_bytes, table, fill)
+        stored = content[:end].reshape(-1, self._index.stored_bytes)
+        # None refers to this object but weakly: in a circle, the map would outlive its last user.
+        self.row = _FirstTouch(stored[:, : len(fill)], self._index, weakref.ref(self))
+
+    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
+        """Read rows from the file itself, in large pieces; the map would fetch page by page."""
+        try:
+            handle = open_to_read(self._index.path)
+        except NotBuilt:  # another process made room in the mirror
+            handle = None
+        if handle is not None:
+            try:
+                if inode(os.fstat(handle)) == self._file.inode:
+                    self._index.read(handle, inside, into, places)
+                    return
+            finally:
+                os.close(handle)
+        for place, row in zip(places, inside, strict=True):  # gone, or built anew: the map has it
+            into[place] = self.row(row)
+
+    def is_resident(self, inside: int) -> bool:
+        """Ask the kernel about the row's first page."""
+        slot = int(self._index.slots[inside])
+        return slot < 0 or self._file.is_resident(slot * self._index.stored_bytes)
+
+    def will_need(self, inside: Sequence[int]) -> None:
+        """Ask for whole rows at once; page faults would ask for a few pages at a time."""
+        for offset in self._index.offsets(inside):
+            self._file.will_need(offset, self._index.stored_bytes)
+
+
+class PositionedRows:
+    """Rows through pread: for file systems on which maps are slow (NFS, Lustre)."""
+
+    def __init__(
+        self, path: Path, num_bytes: int, rows_per_shard: int, table: TableRows, fill: Bytes
+    ):
+        """Open a shard file and parse its index; as `MappedRows`."""
+        self._handle = open_to_read(path)
+        weakref.finalize(self, os.close, self._handle)
+        size = os.fstat(self._handle).st_size
+        if size != num_bytes:
+            raise WrongSize(f"{path}: {size} bytes, its record says {num_bytes}")
+        tail_bytes = zarr_shard.index_bytes(rows_per_shard)
+        tail = os.pread(self._handle, tail_bytes, max(size - tail_bytes, 0))
+        self._index = _Index(path, tail, num_bytes, table, fill)
+
+    def row(self, inside: int) -> Bytes:
+        """Read one row; `read` is what batches use."""
+        row: Bytes = np.empty_like(self._index.fill)
+        self.read([inside], row[None], [0])
+        return row
+
+    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
+        """Read each row straight into its place."""
+        self._index.read(self._handle, inside, into, places)
+
+    def is_resident(self, inside: int) -> bool:
+        """Return False: it is not known without reading."""
+        return False
+
+    def will_need(self, inside: Sequence[int]) -> None:
+        """Ask for whole rows at once, so that the reads that follow overlap."""
+        for offset in self._index.offsets(inside):
+            size = self._index.stored_bytes
+            os.posix_fadvise(self._handle, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 class Piece(NamedTuple):
@@ -253,6 +229,62 @@ def _disk() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_disk.cache_clear)
 
 
+class _Index:
+    """Where a shard file has its rows, and what each of them shall be.
+
+    Attributes:
+        path: of the file, for errors.
+        slots: int64 [rows], place of each row in the file; -1 where absent.
+        stored_bytes: of one row in the file.
+        fill: what an absent row holds, [row_bytes].
+    """
+
+    def __init__(self, path: Path, tail: bytes, num_bytes: int, table: TableRows, fill: Bytes):
+        """Parse the index, the last bytes of the file.
+
+        Raises:
+            Corrupt: the file is damaged, or not the shard that the table of rows is of.
+        """
+        self.path, self.fill = path, fill
+        self.stored_bytes = zarr_shard.stored_bytes(len(fill))
+        slots = zarr_shard.parse_index(tail, len(fill), num_bytes, str(path))
+        self.slots = slots[: len(table.valid)]
+        self._sums = table.sums
+        if not np.array_equal(self.slots >= 0, table.valid):
+            raise Corrupt(
+                f"{path}: the rows in its index are not the valid rows of its table: the file was "
+                f"exchanged for another; {AGAIN}"
+            )
+
+    def offsets(self, inside: Sequence[int]) -> list[int]:
+        """Return where those of rows [k] that are stored begin in the file, bytes."""
+        slots = self.slots[inside]
+        offsets: list[int] = (slots[slots >= 0] * self.stored_bytes).tolist()
+        return offsets
+
+    def check(self, row: Bytes, inside: int) -> None:
+        """Compare a row [row_bytes] with the crc32c that its table of rows has."""
+        if google_crc32c.value(row) != self._sums[inside]:
+            raise Corrupt(
+                f"{self.path}: row {inside} of the shard does not match its crc32c: the file was "
+                f"damaged, or exchanged for another; {AGAIN}"
+            )
+
+    def read(self, handle: int, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
+        """Read each row straight into its place and check it; the fill where there is none."""
+        for place, row, slot in zip(places, inside, self.slots[inside].tolist(), strict=True):
+            if slot < 0:
+                into[place] = self.fill
+                continue
+            rest, offset = into[place].data, slot * self.stored_bytes
+            while len(rest):
+                count = os.preadv(handle, [rest], offset)
+                if not count:
+                    raise Corrupt(f"{self.path}: was cut while it was read; {AGAIN}")
+                rest, offset = rest[count:], offset + count
+            self.check(into[place], row)
+
+
 class _FirstTouch:
     """Rows of a map, each compared with its crc32c when it is first asked for.
 
@@ -260,22 +292,16 @@ class _FirstTouch:
     gets the plain way back; a shard that is mapped anew is checked anew.
 
     Args:
-        plain: number of a row in the shard -> its bytes [row_bytes], unchecked.
-        sums: uint32 [rows], what each row shall give.
-        slots: int64 [rows], place of each row in the file; -1 where absent.
-        path: of the file, for errors.
+        rows: as stored, uint8 [stored rows, row_bytes].
+        index: of the shard.
         owner: whose `row` this is.
     """
 
-    def __init__(
-        self,
-        plain: Callable[[int], Bytes],
-        sums: Sums,
-        slots: Rows,
-        path: Path,
-        owner: "weakref.ref[MappedRows]",
-    ) -> None:
-        self._plain, self._sums, self._path, self._owner = plain, sums, path, owner
+    def __init__(self, rows: Bytes, index: _Index, owner: "weakref.ref[MappedRows]") -> None:
+        slots = index.slots
+        dense = len(rows) == len(slots) and (slots == np.arange(len(slots))).all()
+        self._plain = rows.__getitem__ if dense else partial(_row, rows, slots, index.fill)
+        self._index, self._owner = index, owner
         self._pending = bytearray((slots >= 0).tobytes())
         self._left = sum(self._pending)
 
@@ -285,9 +311,9 @@ class _FirstTouch:
         Raises:
             Corrupt: it is not what was written.
         """
-        row = self._plain(inside)
+        row: Bytes = self._plain(inside)
         if self._pending[inside]:
-            _check(row, self._sums, inside, self._path)
+            self._index.check(row, inside)
             self._pending[inside] = 0
             self._left -= 1
         # Threads that check one row at once count it twice: look again before letting go.
@@ -298,61 +324,8 @@ class _FirstTouch:
         return row
 
 
-def _check(row: Bytes, sums: Sums, inside: int, path: Path) -> None:
-    """Compare a row [row_bytes] with the crc32c that its table of rows has."""
-    if google_crc32c.value(row) != sums[inside]:
-        raise Corrupt(
-            f"{path}: row {inside} of the shard does not match its crc32c: the file was damaged, "
-            f"or exchanged for another; {AGAIN}"
-        )
-
-
 def _row(stored: Bytes, slots: Rows, fill: Bytes, inside: int) -> Bytes:
     """Return one row [row_bytes] of a shard that does not hold every row."""
     slot = int(slots[inside])
     row: Bytes = fill if slot < 0 else stored[slot]
     return row
-
-
-def _offsets(slots: Rows, fill: Bytes) -> list[int]:
-    """Return where stored rows begin in the file, bytes."""
-    offsets: list[int] = (slots[slots >= 0] * zarr_shard.stored_bytes(len(fill))).tolist()
-    return offsets
-
-
-def _read(
-    handle: int,
-    slots: Rows,
-    sums: Sums,
-    inside: Sequence[int],
-    into: Bytes,
-    places: Sequence[int],
-    fill: Bytes,
-    path: Path,
-) -> None:
-    """Read each row straight into its place and check it; the fill where there is none."""
-    stored_bytes = zarr_shard.stored_bytes(len(fill))
-    for place, row, slot in zip(places, inside, slots[inside].tolist(), strict=True):
-        if slot < 0:
-            into[place] = fill
-            continue
-        rest, offset = into[place].data, slot * stored_bytes
-        while len(rest):
-            count = os.preadv(handle, [rest], offset)
-            if not count:
-                raise Corrupt(f"{path}: was cut while it was read; {AGAIN}")
-            rest, offset = rest[count:], offset + count
-        _check(into[place], sums, row, path)
-
-
-def _parse(
-    tail: bytes, num_bytes: int, valid: npt.NDArray[np.bool_], row_bytes: int, path: Path
-) -> Rows:
-    """Return each row's place in the file, int64 [rows]; -1 for absent rows."""
-    slots = zarr_shard.parse_index(tail, row_bytes, num_bytes, str(path))[: len(valid)]
-    if not np.array_equal(slots >= 0, valid):
-        raise Corrupt(
-            f"{path}: the rows in its index are not the valid rows of its table: the file was "
-            f"exchanged for another; {AGAIN}"
-        )
-    return slots

@@ -12,9 +12,9 @@ from support.toy_stores import ROWS_PER_SHARD, Toy, ids
 from cache.errors import StoreError
 from cache.files import mapped
 from cache.files.mapped import MappedFile, Recent
-from cache.format import zarr_shard
+from cache.format import rows_table, zarr_shard
 from cache.reader import Reader
-from cache.shard_rows import MappedRows
+from cache.shard_rows import MappedRows, TableRows
 
 NUM_SHARDS = 12
 LARGE = 1 << 40  # of address space, of a sparse file: no memory, no disk
@@ -117,6 +117,8 @@ def test_opening_a_shard_reads_its_index_alone(tmp_path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if MappedFile(path).is_resident(0):
         pytest.skip("this file system keeps its files in memory")
-    known = np.ones(64, bool), sums
-    shard = MappedRows(path, path.stat().st_size, 64, *known, rows[0].reshape(-1))
+    names, summary = [str(row) for row in range(64)], np.zeros((64, 2), np.float32)
+    told = rows_table.make(names, [None] * 64, names, ["{}"] * 64, summary)
+    table = TableRows(rows_table.with_checksums(told, sums))
+    shard = MappedRows(path, path.stat().st_size, 64, table, rows[0].reshape(-1))
     assert not any(shard.is_resident(row) for row in range(64))
