@@ -60,14 +60,9 @@ from cache.samples import Samples, ShardRange
 from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.teachers import Teacher
-from pipelines.features.sources import (
-    CachedSource,
-    FeatureSource,
-    Fetched,
-    LiveSource,
-    Normalisers,
-    Targets,
-)
+from pipelines.features.cached import CachedSource
+from pipelines.features.live import LiveSource
+from pipelines.features.sources import FeatureSource, Fetched, Normalisers, Targets
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.mix import Mix

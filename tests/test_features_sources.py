@@ -12,7 +12,9 @@ from cache.reader import Reader
 from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.teachers import load_teacher
-from pipelines.features.sources import CachedSource, LiveSource, Normalisers
+from pipelines.features.cached import CachedSource
+from pipelines.features.live import LiveSource
+from pipelines.features.sources import Normalisers
 from pipelines.images.reader import ImageReader
 
 COUNT = 24

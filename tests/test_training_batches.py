@@ -18,7 +18,8 @@ from cache.reader import Reader
 from cache.samples import ShardRange
 from eupe import views
 from eupe.normalise import Normaliser
-from pipelines.features.sources import CachedSource, Normalisers
+from pipelines.features.cached import CachedSource
+from pipelines.features.sources import Normalisers
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.mix import Mix

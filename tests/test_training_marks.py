@@ -17,7 +17,7 @@ from support import small_caches, small_recipe, stage_runs
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import load_teacher
-from pipelines.features.sources import LiveSource
+from pipelines.features.live import LiveSource
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import (
     PROXY,

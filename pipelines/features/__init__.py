@@ -1,6 +1,7 @@
 """Teacher tokens for a batch, normalised and on the device, from stores or from live teachers.
 
-    sources       FeatureSource (law 8): CachedSource and LiveSource
+    cached, live  CachedSource and LiveSource: tokens from stores, or from teachers that run now
+    sources       FeatureSource (law 8): what both are
     codec_torch   the codecs of `cache.codec` on the device, fused with the loss normaliser (law 9)
     buffers       host memory that batches are read into, and its way to the device
 

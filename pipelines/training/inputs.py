@@ -12,7 +12,8 @@ from cache.store import Store
 from eupe.errors import BadInput
 from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
-from pipelines.features.sources import CachedSource, Normalisers
+from pipelines.features.cached import CachedSource
+from pipelines.features.sources import Normalisers
 from pipelines.images.reader import ImageReader
 from pipelines.recipe import scales
 from pipelines.recipe.config import Recipe

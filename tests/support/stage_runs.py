@@ -4,7 +4,7 @@ from pathlib import Path
 
 from eupe.spec import AugmentedView, EncoderSpec
 from eupe.teachers import load_teacher
-from pipelines.features.sources import LiveSource
+from pipelines.features.live import LiveSource
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import (
     PROXY,

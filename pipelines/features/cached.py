@@ -1,0 +1,179 @@
+"""Tokens from stores: read, copied, decoded and normalised on the device."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cache.codec.encoded import Escapes
+from cache.errors import StoreError
+from cache.reader import Reader
+from cache.samples import Samples, ShardRange
+from eupe.normalise import Normaliser
+from pipelines.features.buffers import Buffers
+from pipelines.features.codec_torch import Decoder
+from pipelines.features.sources import (
+    FeatureSource,
+    Fetched,
+    Normalisers,
+    Resolutions,
+    Targets,
+    check_normalisers,
+    masked,
+    normalised,
+)
+
+
+class OpenStore(NamedTuple):
+    """One teacher's store at one resolution, and what turns its rows into targets."""
+
+    reader: Reader
+    decoder: Decoder
+    summary_normaliser: Normaliser
+
+
+class StoredTokens(NamedTuple):
+    """One teacher's tokens of a batch as its store has them: summary float32, patches encoded."""
+
+    summary: np.ndarray
+    patches: np.ndarray
+    escapes: Escapes
+    store: OpenStore
+
+
+@dataclass(frozen=True)
+class FetchedTokens(Fetched):
+    """Tokens as stored.
+
+    Attributes:
+        tokens: teacher -> its tokens.
+    """
+
+    tokens: Mapping[str, StoredTokens]
+
+    def decode(self, device: str | torch.device = "cpu") -> dict[str, Targets]:
+        """Decode and normalise (see `Fetched`)."""
+        out = {}
+        for teacher, (summary, patches, escapes, store) in self.tokens.items():
+            grid = store.reader.store.spec.grid
+            tokens = store.decoder(patches, escapes, device).unflatten(1, grid)
+            summaries = torch.from_numpy(summary).to(device)
+            out[teacher] = masked(
+                normalised(summaries, store.summary_normaliser), tokens, self.valid
+            )
+        return out
+
+
+class CachedSource(FeatureSource):
+    """Tokens from the stores of one dataset and view policy.
+
+    Args:
+        readers: (teacher, resolution) -> reader of that store.
+        normalisers: teacher -> what is done to its tokens.
+
+    Raises:
+        ValueError: no readers, or a teacher without normalisers.
+    """
+
+    def __init__(
+        self, readers: Mapping[tuple[str, int], Reader], normalisers: Mapping[str, Normalisers]
+    ) -> None:
+        if not readers:
+            raise ValueError("a cached source wants at least one store")
+        check_normalisers({teacher for teacher, _ in readers}, normalisers)
+        self._stores = {
+            (teacher, resolution): OpenStore(
+                reader,
+                Decoder(reader.store.codec, normalisers[teacher].patches),
+                normalisers[teacher].summary,
+            )
+            for (teacher, resolution), reader in readers.items()
+        }
+        self._readers = list(readers.values())
+        self._buffers = Buffers()
+        self.samples: Samples = next(iter(readers.values())).store.samples
+
+    def dims(self) -> dict[str, tuple[int, int]]:
+        """Return teacher -> (summary width, patch width)."""
+        specs = {teacher: each.reader.store.spec for (teacher, _), each in self._stores.items()}
+        return {name: (spec.summary_dim, spec.patch_dim) for name, spec in specs.items()}
+
+    def shards(self) -> list[ShardRange]:
+        """Return the shards that every store has, with their rows."""
+        held = [reader.shards() for reader in self._readers]
+        everywhere = set(held[0]).intersection(*held[1:])
+        return [shard for shard in held[0] if shard in everywhere]
+
+    def versions(self) -> dict[str, int]:
+        """Return store directory (below the cache root) -> manifest version that is read."""
+        return {str(reader.store.spec.directory()): reader.version for reader in self._readers}
+
+    @property
+    def mirrored(self) -> bool:
+        """True if a store lies in a bucket: it then pays to say what will be fetched."""
+        return any(reader.mirrored for reader in self._readers)
+
+    def will_need(
+        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
+    ) -> None:
+        """Start mirroring the shards of rows that will be fetched soon; returns at once.
+
+        Args:
+            rows: int64 [n].
+            view_numbers: int64 [n].
+            resolutions: as they will be fetched.
+        """
+        for teacher, resolution in resolutions.items():
+            reader = self._store(teacher, resolution).reader
+            if reader.mirrored:
+                reader.select(rows, view_numbers).read_ahead()
+
+    def fetch(
+        self,
+        rows: np.ndarray,
+        view_numbers: np.ndarray,
+        resolutions: Resolutions,
+        canvases: np.ndarray | None = None,
+    ) -> FetchedTokens:
+        """Copy the rows out of the mapped stores (see `FeatureSource`).
+
+        Raises:
+            StoreError: a store, row or view that is not there, or stores of different views.
+        """
+        valid = np.ones(len(rows), bool)
+        digests: list[str | None] | None = None
+        tokens = {}
+        for teacher, resolution in resolutions.items():
+            store = self._store(teacher, resolution)
+            reader = store.reader
+            selected = reader.select(rows, view_numbers)
+            valid &= selected.valid
+            of_store = selected.digests
+            digests = of_store if digests is None else _agreeing(digests, of_store, reader)
+            buffer = self._buffers.take((len(rows), *reader.row_shape), reader.dtype)
+            tokens[teacher] = StoredTokens(
+                selected.summaries, selected.patches(buffer), selected.escapes, store
+            )
+        return FetchedTokens(valid, digests, tokens)
+
+    def _store(self, teacher: str, resolution: int) -> OpenStore:
+        store = self._stores.get((teacher, resolution))
+        if store is None:
+            have = ", ".join(f"{name} at {pixels}" for name, pixels in sorted(self._stores))
+            raise StoreError(f"{teacher} at {resolution} px was not opened; there are: {have}")
+        return store
+
+
+def _agreeing(
+    ours: list[str | None], theirs: Sequence[str | None], reader: Reader
+) -> list[str | None]:
+    """Join the digests of two stores; where both know a canvas it must be the same one."""
+    for a, b in zip(ours, theirs, strict=True):
+        if a is not None and b is not None and a != b:
+            raise StoreError(
+                f"{reader.store.directory}: a view there was rendered otherwise than in the other "
+                "teachers' stores (another version of the image libraries); rebuild one of them"
+            )
+    return [a if a is not None else b for a, b in zip(ours, theirs, strict=True)]
