@@ -22,8 +22,7 @@ import torch.nn.functional as F
 import zarr
 from PIL import Image
 from safetensors.torch import load_file
-from support.small_caches import build
-from support.stage_runs import PYRAMID, three_stages
+from support.stage_runs import PYRAMID, trained_stages
 
 from cache.reader import Reader
 from cache.store import Store
@@ -33,7 +32,7 @@ from eupe.heads import DistillationModel
 from pipelines.evaluation import during, report
 from pipelines.recipe.config import PROXY, Recipe, StudentConfig
 from pipelines.recipe.stores import cache_jobs, proxy_jobs
-from pipelines.training import inputs, launch, start
+from pipelines.training import inputs, start
 
 # Composed modules in float32 on batches of another size.
 COMPOSED = 1e-4
@@ -90,15 +89,7 @@ class Opening:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, emoji) -> Recipe:
     """A run of three stages, each trained from its caches."""
-    made = three_stages(tmp_path_factory.mktemp("stages"), emoji)
-    for job in cache_jobs(made):
-        build(job)
-    launch.train(made, made.stage("stage1"))
-    for job in proxy_jobs(made):
-        build(job)
-    for name in ("stage2", "stage3"):
-        launch.train(made, made.stage(name))
-    return made
+    return trained_stages(tmp_path_factory.mktemp("stages"), emoji)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from support.stage_runs import (
     from_cache,
     live,
     losses,
-    three_stages,
+    trained_stages,
     training_job,
 )
 
@@ -36,15 +36,7 @@ from pipelines.training import inputs, launch
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, emoji) -> Recipe:
     """Every stage of a run, each from its caches."""
-    run = three_stages(tmp_path_factory.mktemp("stages"), emoji)
-    for job in cache_jobs(run):
-        build(job)
-    launch.train(run, run.stage("stage1"))
-    for job in proxy_jobs(run):
-        build(job)
-    launch.train(run, run.stage("stage2"))
-    launch.train(run, run.stage("stage3"))
-    return run
+    return trained_stages(tmp_path_factory.mktemp("stages"), emoji)
 
 
 def pairs(run: Recipe, stage: StageConfig, steps: int) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,33 +76,23 @@ def evaluate(student: FrozenStudent) -> Evaluation:
     """
     recipe, stage, device = student.recipe, student.stage, student.device
     models = {INITIAL: student.initial, FINAL: student.final}
-    judged = recipe.evaluation.label is not None
     constants = Constants(student.final.encoder.grid(recipe.evaluation.resolution))
     train = [dataset.name for dataset in recipe.bank]
     held_out, at = recipe.held_out.name, evaluation_scales(recipe, stage)
     rows = {name: student.images.rows(name) for name in (*train, held_out)}
     with track(sum(map(len, rows.values())), f"Evaluating {stage.name}") as progress:
-        banks = {
-            name: look(
-                student.images.batches(name, rows[name], at),
-                models,
-                student.normalisers,
-                fit=constants,
-                raw=judged,
-                device=device,
-                advance=progress.advance,
-            )
-            for name in train
-        }
-        queries = look(
-            student.images.batches(held_out, rows[held_out], at),
-            models,
-            student.normalisers,
-            judge=constants,
-            raw=judged,
+        see = partial(
+            look,
+            models=models,
+            normalisers=student.normalisers,
+            raw=recipe.evaluation.label is not None,
             device=device,
             advance=progress.advance,
         )
+        banks = {
+            name: see(student.images.batches(name, rows[name], at), fit=constants) for name in train
+        }
+        queries = see(student.images.batches(held_out, rows[held_out], at), judge=constants)
     per_teacher = {
         teacher: {
             kind: Cosine(

@@ -15,9 +15,9 @@ from pipelines.recipe.config import (
     WorkersConfig,
 )
 from pipelines.recipe.stage import OptimizerConfig, StageConfig
-from pipelines.recipe.stores import CacheJob, jobs_of, open_stores
+from pipelines.recipe.stores import CacheJob, cache_jobs, jobs_of, open_stores, proxy_jobs
 from pipelines.records import tracking
-from pipelines.training import inputs
+from pipelines.training import inputs, launch
 from pipelines.training.batches import Feed
 from pipelines.training.loop import train_stage
 from support import small_caches, small_recipe
@@ -58,6 +58,19 @@ def live(run: Recipe, stage: StageConfig, compute_batch: int) -> inputs.Inputs:
     )
     feeds = {job.dataset.name: Feed(source, ImageReader(), run.views)}
     return inputs.of_feeds(run, stage, feeds, normalisers, {})
+
+
+def trained_stages(directory: Path, emoji: Path) -> Recipe:
+    """Return `three_stages`, each trained from its caches, which are built here."""
+    run = three_stages(directory, emoji)
+    for job in cache_jobs(run):
+        small_caches.build(job)
+    launch.train(run, run.stage("stage1"))
+    for job in proxy_jobs(run):
+        small_caches.build(job)
+    for name in ("stage2", "stage3"):
+        launch.train(run, run.stage(name))
+    return run
 
 
 def vit(**arguments: int) -> EncoderSpec:
