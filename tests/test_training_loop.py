@@ -19,11 +19,13 @@ from support import small_stage, train_child
 from timm.layers import DropPath
 from torch import nn
 
+from eupe import fingerprint
 from eupe.drop_path import RowDraws
 from eupe.errors import BadInput
 from eupe.students import build_student
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import scales
+from pipelines.recipe.mix import Mix
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig
 from pipelines.records import checkpoint, tracking
@@ -237,6 +239,23 @@ def test_other_manifest_versions_are_refused(tmp_path):
     grown = loop.Inputs(made.batches, made.dims, made.normalisers, made.identity, {"memory": 2})
     with pytest.raises(ValueError, match="manifest versions"):
         train_stage(run, run.stage("stage2"), grown, tmp_path / "stage2")
+
+
+def test_train_sets_in_another_order_are_another_run(tmp_path):
+    """The mix numbers them as they stand: every draw would be another."""
+    run = small_stage.recipe(tmp_path)
+    (first,) = run.train.values()
+    second = first.model_copy(update={"name": "second"})
+    made = small_stage.inputs(run)
+    orders = [
+        run.model_copy(update={"train": by_name(*sets)})
+        for sets in ((first, second), (second, first))
+    ]
+    mixes = [Mix(each.shares, each.homogeneous, 64, each.seed) for each in orders]
+    drawn = [np.array(mix.names)[mix.slots(0)[0]].tolist() for mix in mixes]
+    assert drawn[0] != drawn[1]
+    said = [start.identity(each, each.stage("stage2"), made) for each in orders]
+    assert fingerprint.canonical_json(said[0]) != fingerprint.canonical_json(said[1])
 
 
 def test_without_resume_an_existing_run_is_refused(tmp_path):

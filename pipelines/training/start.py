@@ -85,7 +85,7 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         "stage": marks.identity(stage),
         "student": recipe.trained_by(stage).encoder.model_dump(mode="json"),
         "initial_weights": _initial_weights(recipe, stage),
-        "train": recipe.shares,
+        "train": [[*share] for share in recipe.shares.items()],  # in order: the mix draws by it
         "homogeneous": dict(recipe.homogeneous),
         "views": recipe.views.model_dump(mode="json"),
         "num_views": recipe.num_views,
