@@ -100,19 +100,19 @@ def _follow(client: "JobSubmissionClient", job: str, say: Callable[[str], None])
     from aiohttp import ClientError  # what Ray's client speaks with
     from ray.job_submission import JobStatus
 
-    started, told, said = time.monotonic(), False, 0
+    started, told, said, ended = time.monotonic(), False, 0, 0.0
 
-    async def stream() -> None:
-        """Say what was not said yet, until the log ends or the connection does."""
+    async def stream() -> bool:
+        """Say what was not said yet; return True if the log ended, and not the connection."""
         nonlocal said
         chunks, passed = client.tail_job_logs(job), 0  # from the log's beginning
         while True:
             try:
                 chunk = await anext(chunks)
             except StopAsyncIteration:
-                return
+                return True
             except (RuntimeError, OSError, ClientError):
-                return
+                return False
             passed += len(chunk)
             new, said = max(passed - said, 0), max(passed, said)
             if new:
@@ -124,9 +124,11 @@ def _follow(client: "JobSubmissionClient", job: str, say: Callable[[str], None])
     while True:
         info = away(client.get_job_info, job)
         if info.status != JobStatus.PENDING:
-            asyncio.run(stream())
-            if info.status.is_terminal():  # so the log was whole
-                return info
+            whole = asyncio.run(stream())
+            if info.status.is_terminal():
+                ended = ended or time.monotonic()
+                if whole or time.monotonic() - ended > STOP_SECONDS:
+                    return info
         elif not told and time.monotonic() - started > PENDING_SECONDS:
             say(f"{info.entrypoint}: {info.message}\n")
             told = True

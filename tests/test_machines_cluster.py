@@ -1,11 +1,15 @@
 """The token of a Ray connection: the user's wherever Ray looks for one, invented only if alone."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from eupe.errors import BadInput
+from pipelines.machines import cluster
 
 # Ray's own loader has the last word on which token a process has.
 CHILD = """
@@ -62,3 +66,14 @@ def test_a_blank_token_file_is_none(keeper):
 
 def test_no_token_is_invented_for_a_cluster_that_has_its_own(tmp_path):
     assert token(tmp_path, **CLUSTER) == "none"
+
+
+def test_a_job_api_is_refused_where_another_rays_agent_listens(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setattr(cluster, "AGENT_PORT", other.getsockname()[1])
+        monkeypatch.setattr(cluster, "ENDING_SECONDS", 1.0)
+        with (
+            pytest.raises(BadInput, match="RAY_API_SERVER_ADDRESS"),
+            cluster.connect(dashboard_port=1),
+        ):
+            raise AssertionError("a Ray was started")

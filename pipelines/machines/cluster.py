@@ -3,12 +3,20 @@
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
+
+from eupe.errors import BadInput
+
 TOKEN_BYTES = 32
+AGENT_PORT = 52365
+"""Where every Ray's job agent listens; ray.init has no argument for it (`ray start` has)."""
+ENDING_SECONDS = 15.0
 
 
 @contextmanager
@@ -23,6 +31,9 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
 
     Yields:
         the address of the job API of a Ray started here with one, else None.
+
+    Raises:
+        BadInput: a job API is asked for, and another Ray's agent holds the port of its agent.
     """
     _authenticate()
     import ray  # after its settings: it reads them once, when imported
@@ -35,6 +46,8 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
+            if dashboard_port is not None:
+                _check_agent_port()
             ray.init(
                 address="local",
                 include_dashboard=dashboard_port is not None,
@@ -45,6 +58,30 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         yield None if dashboard_port is None else f"http://127.0.0.1:{dashboard_port}"
     finally:
         ray.shutdown()
+
+
+def _check_agent_port() -> None:
+    """Refuse to start a Ray whose job agent could not listen: its jobs would never start.
+
+    Another Ray that is just ending is waited for.
+    """
+    free = Retrying(
+        retry=retry_if_result(lambda held: held),
+        stop=stop_after_delay(ENDING_SECONDS),
+        wait=wait_fixed(0.5),
+        retry_error_callback=lambda _: True,
+    )
+    if free(_agent_listens):
+        raise BadInput(
+            f"another Ray runs on this machine and its job agent holds port {AGENT_PORT}: give the "
+            "work to that Ray (set RAY_ADDRESS and RAY_API_SERVER_ADDRESS; after `make up`: "
+            "`. runs/local/env`), or wait until it has ended"
+        )
+
+
+def _agent_listens() -> bool:
+    with socket.socket() as asker:
+        return asker.connect_ex(("127.0.0.1", AGENT_PORT)) == 0
 
 
 def _authenticate() -> None:
