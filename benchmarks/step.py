@@ -66,7 +66,7 @@ from pipelines.features.sources import FeatureSource, Fetched, Normalisers, Targ
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.mix import Mix
-from pipelines.recipe.scales import Scales
+from pipelines.recipe.resolutions import Resolutions
 from pipelines.training.batches import Batch, Batches, Feed, Loader
 from pipelines.training.draws import TrainingDraw
 
@@ -136,7 +136,7 @@ def batches(feed: Feed, samples: Samples, teacher: str, batch: int, threads: int
     return Batches(
         {DATASET.name: feed},
         TrainingDraw(Mix({DATASET.name: 1.0}, {}, batch, 0), shards, {DATASET.name: 1}, 0),
-        lambda step: Scales(SIDE, {teacher: SIDE}),
+        lambda step: Resolutions(SIDE, {teacher: SIDE}),
         lambda scale, rows: rows,
         range(1_000_000),
         Loader(WorkersConfig(loader_threads=threads, prefetch_batches=PREFETCH)),

@@ -66,7 +66,7 @@ def with_toy_teacher(directory: Path) -> Recipe:
     stage = run.stage("stage2").model_copy(
         update={
             "teachers": ("toy",),
-            "teacher_scales": {"toy": (64,)},
+            "teacher_resolutions": {"toy": (64,)},
         }
     )
     return Recipe.model_validate({**dict(run), "teachers": by_name(toy), "stages": by_name(stage)})

@@ -18,7 +18,7 @@ from support.stage_runs import (
 from cache.errors import FingerprintMismatch
 from pipelines.evaluation import pyramid
 from pipelines.evaluation.frozen import FrozenStudent
-from pipelines.recipe import scales
+from pipelines.recipe import resolutions
 from pipelines.recipe.config import PROXY, Recipe
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import StageConfig
@@ -41,7 +41,7 @@ def trained(tmp_path_factory, emoji) -> Recipe:
 
 def pairs(run: Recipe, stage: StageConfig, steps: int) -> list[tuple[int, int]]:
     """Return the (teacher, student) scales of a stage's first steps."""
-    drawn = [scales.draw(stage, run.seed, step) for step in range(steps)]
+    drawn = [resolutions.draw(stage, run.seed, step) for step in range(steps)]
     return [(each.teachers[PROXY], each.student) for each in drawn]
 
 
@@ -61,7 +61,7 @@ def test_stage_3_from_caches_is_stage_3_with_the_live_proxy_at_all_nine_pairs(tr
     assert len(set(cached)) == stage.steps
     # The comparison can tell: a teacher that stays at one scale parts company where it should.
     drawn = [teacher for teacher, _ in pairs(trained, stage, stage.steps)]
-    fixed = stage.model_copy(update={"teacher_scales": {PROXY: PYRAMID[:1]}})
+    fixed = stage.model_copy(update={"teacher_resolutions": {PROXY: PYRAMID[:1]}})
     other = from_cache(trained, fixed, tmp_path / "fixed")
     first = next(step for step, scale in enumerate(drawn) if scale != PYRAMID[0])
     assert other[:first] == cached[:first]

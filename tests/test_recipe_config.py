@@ -98,9 +98,12 @@ def _restore(changed: object, original: object) -> int:
         ("stages.stage2.steps=soon", "steps"),
         ("stages.stage2.steps=0", "greater than or equal to 1"),
         ("views.crop_area=[0.9, 0.1]", "wants 0 < low <= high"),
-        ("stages.stage1.teacher_scales={efficientnet_lite0: [192]}", "every teacher needs its"),
         (
-            "stages.stage1.teacher_scales.efficientnet_lite0=[7]",
+            "stages.stage1.teacher_resolutions={efficientnet_lite0: [192]}",
+            "every teacher needs its",
+        ),
+        (
+            "stages.stage1.teacher_resolutions.efficientnet_lite0=[7]",
             "'efficientnet_lite0' is not cached at [7]",
         ),
         ("views={kind: centre, canvas: 64}", "a centre view has only view 0"),

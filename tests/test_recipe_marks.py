@@ -115,7 +115,7 @@ def test_identity_is_what_is_left_without_execution():
         (StageConfig, "precision", "float32 | bfloat16"),
         (StageConfig, "compile", "true | false"),
         (TeacherConfig, "codec", " | ".join(KNOWN)),
-        (StageConfig, "student_scales", "a list: a whole number, length at least 1"),
+        (StageConfig, "student_resolutions", "a list: a whole number, length at least 1"),
     ],
 )
 def test_allowed_values_are_said_in_words(model, field, words):

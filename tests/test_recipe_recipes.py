@@ -32,7 +32,7 @@ def test_grids_of_the_demo_exist_at_every_scale(name):
             assert min(encoder.grid(resolution)) > 1
     for stage in recipe.stages.values():
         encoder = Encoder(recipe.trained_by(stage).encoder)
-        for resolution in stage.student_scales:
+        for resolution in stage.student_resolutions:
             encoder.check_resolution(resolution)
             assert resolution <= canvas
     Encoder(recipe.student.encoder).check_resolution(recipe.evaluation.resolution)

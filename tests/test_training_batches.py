@@ -23,7 +23,7 @@ from pipelines.features.sources import Normalisers
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.mix import Mix
-from pipelines.recipe.scales import Scales
+from pipelines.recipe.resolutions import Resolutions
 from pipelines.training.batches import Batch, Batches, Feed, Loader
 from pipelines.training.draws import Sweep, TrainingDraw, view_numbers
 
@@ -143,9 +143,9 @@ def feed(stores) -> Feed:
     return Feed(source, ImageReader(), POLICY)
 
 
-def scales(step: int) -> Scales:
+def scales(step: int) -> Resolutions:
     """The student's scale alternates; the teacher's is fixed."""
-    return Scales((32, 64)[step % 2], {"lite0": 64})
+    return Resolutions((32, 64)[step % 2], {"lite0": 64})
 
 
 def micro_batch(size: int, scale: int, rows: int) -> int:

@@ -206,7 +206,9 @@ def cnn(run: Recipe) -> Recipe:
             "summary": "average_pool",
         }
     )
-    stages = by_name(*(s.model_copy(update={"student_scales": (32,)}) for s in run.stages.values()))
+    stages = by_name(
+        *(s.model_copy(update={"student_resolutions": (32,)}) for s in run.stages.values())
+    )
     student = StudentConfig(name="cnn", encoder=encoder)
     return run.model_copy(update={"student": student, "stages": stages})
 

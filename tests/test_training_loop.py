@@ -24,7 +24,7 @@ from eupe.drop_path import RowDraws
 from eupe.errors import BadInput
 from eupe.students import build_student
 from pipelines.machines.errors import bad_input
-from pipelines.recipe import scales
+from pipelines.recipe import resolutions
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig
@@ -183,7 +183,7 @@ def test_kill_at_a_random_step_then_resume_gives_bit_equal_losses(tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
 def test_a_compiled_stage_learns_as_one_that_is_not(tmp_path):
     """In processes without the shape checks, which a compiler cannot trace."""
-    short = {"steps": 4, "log_every": 1, "checkpoint_every": 4, "student_scales": [32]}
+    short = {"steps": 4, "log_every": 1, "checkpoint_every": 4, "student_resolutions": [32]}
     for name in ("plain", "compiled"):
         stage = {**short, "compile": name == "compiled"}
         assert run_child(tmp_path / name, 0, **stage).wait(timeout=300) == 0
@@ -373,24 +373,27 @@ def test_scales_are_drawn_independently_uniformly_and_by_address():
     pyramid = (16, 32, 48)
     stage = small_stage.recipe(Path(".")).stage("stage2")
     stage = stage.model_copy(
-        update={"teacher_scales": {"near": pyramid, "far": (32,)}, "student_scales": pyramid}
+        update={
+            "teacher_resolutions": {"near": pyramid, "far": (32,)},
+            "student_resolutions": pyramid,
+        }
     )
-    drawn = [scales.draw(stage, 3, step) for step in range(9000)]
+    drawn = [resolutions.draw(stage, 3, step) for step in range(9000)]
     pairs = np.array([(each.student, each.teachers["near"]) for each in drawn])
     for student in pyramid:
         for teacher in pyramid:
             count = int(((pairs == (student, teacher)).all(1)).sum())
             assert abs(count - 1000) < 6 * (9000 * 1 / 9 * 8 / 9) ** 0.5  # six sigma
-    assert scales.draw(stage, 3, 4321) == drawn[4321]
-    assert [scales.draw(stage, 4, step) for step in range(9)] != drawn[:9]
+    assert resolutions.draw(stage, 3, 4321) == drawn[4321]
+    assert [resolutions.draw(stage, 4, step) for step in range(9)] != drawn[:9]
 
 
 def test_micro_batch_shrinks_with_the_students_scale():
     stage = small_stage.recipe(Path("."), micro_batch=64).stage("stage2")
-    assert scales.micro_batch(stage, 16, 1000) == 64
-    assert scales.micro_batch(stage, 32, 1000) == 16
-    assert scales.micro_batch(stage, 16, 10) == 10
-    assert scales.micro_batch(stage.model_copy(update={"micro_batch": 1}), 32, 10) == 1
+    assert resolutions.micro_batch(stage, 16, 1000) == 64
+    assert resolutions.micro_batch(stage, 32, 1000) == 16
+    assert resolutions.micro_batch(stage, 16, 10) == 10
+    assert resolutions.micro_batch(stage.model_copy(update={"micro_batch": 1}), 32, 10) == 1
 
 
 def test_weight_decay_is_on_matrices_only(tmp_path):

@@ -53,10 +53,10 @@ Changes = Mapping[str, object]
 CHANGED: dict[type[BaseModel], dict[str, Changes]] = {
     StageConfig: {
         "name": {"name": "stage3"},
-        "teachers": {"teachers": ("near",), "teacher_scales": {"near": SIDES}},
+        "teachers": {"teachers": ("near",), "teacher_resolutions": {"near": SIDES}},
         "student": {"student": "proxy"},
-        "teacher_scales": {"teacher_scales": {"near": SIDES[:1], "far": SIDES[1:]}},
-        "student_scales": {"student_scales": SIDES[1:]},
+        "teacher_resolutions": {"teacher_resolutions": {"near": SIDES[:1], "far": SIDES[1:]}},
+        "student_resolutions": {"student_resolutions": SIDES[1:]},
         "steps": {"steps": STEPS + 2},
         "global_batch": {"global_batch": 5},
         "micro_batch": {"micro_batch": 2},

@@ -65,7 +65,7 @@ def test_what_is_read_is_pinned_with_the_rest(run):
 
 
 def test_pixels_that_are_wanted_and_not_built_are_named(run):
-    stage = run.stage("stage1").model_copy(update={"student_scales": (32,)})
+    stage = run.stage("stage1").model_copy(update={"student_resolutions": (32,)})
     wanted = run.model_copy(update={"pixels": (32,)})
     with pytest.raises(StoreError, match=r"pixels.*/32"):
         inputs.from_caches(wanted, stage)

@@ -11,7 +11,7 @@ from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.probes import knn_predict, top1
 from pipelines.evaluation.compare import FINAL, Seen, look
-from pipelines.evaluation.frozen import CentreViews, evaluation_scales
+from pipelines.evaluation.frozen import CentreViews, evaluation_resolutions
 from pipelines.evaluation.knn import labels, numbered
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
@@ -47,7 +47,7 @@ def hook(recipe: Recipe, stage: StageConfig, given: Inputs) -> Evaluate:
     # Asked for now, so that a long run does not end on what its evaluation lacks.
     shapes(recipe.trained_by(stage).encoder, recipe.evaluation.resolution)
     rows = {name: images.rows(name, HOOK_IMAGES) for name in (bank_name, held_out)}
-    at = evaluation_scales(recipe, stage)
+    at = evaluation_resolutions(recipe, stage)
     if label is not None:
         for name in (bank_name, held_out):
             samples = images.feeds[name].source.samples

@@ -19,7 +19,7 @@ from cache.format import layout
 from eupe.encoders import Features
 from pipelines.evaluation import knn
 from pipelines.evaluation.compare import BASELINE, FINAL, INITIAL, Constants, look
-from pipelines.evaluation.frozen import FrozenStudent, evaluation_scales
+from pipelines.evaluation.frozen import FrozenStudent, evaluation_resolutions
 from pipelines.evaluation.knn import Knn
 from pipelines.machines.progress import track
 from pipelines.recipe.config import Recipe
@@ -78,7 +78,7 @@ def evaluate(student: FrozenStudent) -> Evaluation:
     models = {INITIAL: student.initial, FINAL: student.final}
     constants = Constants(student.final.encoder.grid(recipe.evaluation.resolution))
     train = [dataset.name for dataset in recipe.bank]
-    held_out, at = recipe.held_out.name, evaluation_scales(recipe, stage)
+    held_out, at = recipe.held_out.name, evaluation_resolutions(recipe, stage)
     rows = {name: student.images.rows(name) for name in (*train, held_out)}
     with track(sum(map(len, rows.values())), f"Evaluating {stage.name}") as progress:
         see = partial(

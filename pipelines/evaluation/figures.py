@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from eupe.probes import pca_rgb
-from pipelines.evaluation.frozen import FrozenStudent, evaluation_scales
+from pipelines.evaluation.frozen import FrozenStudent, evaluation_resolutions
 
 TOKEN_IMAGES = 6
 INK = "#010203"  # stands for the page's own text colour; no figure has it otherwise
@@ -113,7 +113,7 @@ def token_picture(student: FrozenStudent) -> TokenPicture:
     ids, shown = list[str](), list[Tensor]()
     maps: dict[str, list[Tensor]] = {}
     rows = images.rows(held_out, TOKEN_IMAGES)
-    at = evaluation_scales(student.recipe, student.stage)
+    at = evaluation_resolutions(student.recipe, student.stage)
     with torch.inference_mode():
         for batch in images.batches(held_out, rows, at):
             good = torch.from_numpy(batch.valid)

@@ -8,7 +8,7 @@ import torch
 from eupe.heads import DistillationModel
 from pipelines.features.sources import Normalisers
 from pipelines.recipe.config import PROXY, Recipe
-from pipelines.recipe.scales import Scales
+from pipelines.recipe.resolutions import Resolutions
 from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import Opened
 from pipelines.records import checkpoint
@@ -57,7 +57,7 @@ class CentreViews:
             rows = rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
         return rows
 
-    def batches(self, dataset: str, rows: np.ndarray, at: Scales) -> Batches:
+    def batches(self, dataset: str, rows: np.ndarray, at: Resolutions) -> Batches:
         """Return batches of a dataset that show each of the rows, int64 [n], at fixed sizes."""
         draw = Sweep(dataset, rows, self.recipe.evaluation.batch)
         return Batches(
@@ -133,10 +133,10 @@ class FrozenStudent:
         return start.untrained_model(self.recipe, self.stage, dims)
 
 
-def evaluation_scales(recipe: Recipe, stage: StageConfig) -> Scales:
+def evaluation_resolutions(recipe: Recipe, stage: StageConfig) -> Resolutions:
     """Return the resolutions of an evaluation: the student's own, teachers' largest cached."""
-    teachers = {name: max(sides) for name, sides in stage.teacher_scales.items()}
-    return Scales(recipe.evaluation.resolution, teachers)
+    teachers = {name: max(sides) for name, sides in stage.teacher_resolutions.items()}
+    return Resolutions(recipe.evaluation.resolution, teachers)
 
 
 def over_pyramid(recipe: Recipe, stage: StageConfig) -> StageConfig:
@@ -144,6 +144,10 @@ def over_pyramid(recipe: Recipe, stage: StageConfig) -> StageConfig:
     if PROXY not in stage.teachers:
         return stage
     scales = tuple(
-        sorted({side for s in recipe.stages.values() for side in s.teacher_scales.get(PROXY, ())})
+        sorted(
+            {side for s in recipe.stages.values() for side in s.teacher_resolutions.get(PROXY, ())}
+        )
     )
-    return stage.model_copy(update={"teacher_scales": {PROXY: scales}, "student_scales": scales})
+    return stage.model_copy(
+        update={"teacher_resolutions": {PROXY: scales}, "student_resolutions": scales}
+    )

@@ -7,7 +7,7 @@ import torch
 from pipelines.evaluation.compare import FINAL, look
 from pipelines.evaluation.frozen import FrozenStudent, over_pyramid
 from pipelines.machines.progress import track
-from pipelines.recipe.scales import Scales
+from pipelines.recipe.resolutions import Resolutions
 from pipelines.records import tracking
 
 LOSS = "loss/total"
@@ -47,12 +47,12 @@ def stage_figures(student: FrozenStudent) -> StageFigures:
     whole, held_out = over_pyramid(recipe, stage), recipe.held_out.name
     rows = student.images.rows(held_out)
     cosine = {}
-    total = len(rows) * len(whole.student_scales)
+    total = len(rows) * len(whole.student_resolutions)
     with track(total, f"Figures of {stage.name}") as progress:
-        for scale in whole.student_scales:
-            teachers = {who: _nearest(scale, of) for who, of in whole.teacher_scales.items()}
+        for scale in whole.student_resolutions:
+            teachers = {who: _nearest(scale, of) for who, of in whole.teacher_resolutions.items()}
             seen = look(
-                student.images.batches(held_out, rows, Scales(scale, teachers)),
+                student.images.batches(held_out, rows, Resolutions(scale, teachers)),
                 {FINAL: student.final},
                 student.normalisers,
                 device=device,

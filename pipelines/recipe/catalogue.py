@@ -43,7 +43,7 @@ def entry(name: str) -> Entry:
     recipe = recipes.get(name)
     last = recipe.last
     network = recipe.trained_by(last)
-    resolution = min(last.student_scales)
+    resolution = min(last.student_resolutions)
     found = cost(network.encoder, resolution)
     return Entry(
         name,

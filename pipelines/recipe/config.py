@@ -263,7 +263,7 @@ class Recipe(Spec):
         cached = {name: set(teacher.resolutions) for name, teacher in self.teachers.items()}
         if PIXELS in cached:
             raise BadInput(f"a teacher is named {PIXELS!r}: that name is the views' own")
-        drawn = {scale for stage in self.stages.values() for scale in stage.student_scales}
+        drawn = {scale for stage in self.stages.values() for scale in stage.student_resolutions}
         if unused := set(self.pixels) - drawn:
             raise BadInput(f"pixels at {sorted(unused)}: no stage has a student at that scale")
         for stage in self.stages.values():
@@ -277,7 +277,7 @@ class Recipe(Spec):
                     continue
                 if name not in cached:
                     raise BadInput(f"{stage.name}: teacher {name!r} is none of {sorted(cached)}")
-                missing = set(stage.teacher_scales[name]) - cached[name]
+                missing = set(stage.teacher_resolutions[name]) - cached[name]
                 if missing:
                     raise BadInput(
                         f"{stage.name}: teacher {name!r} is not cached at {sorted(missing)}"

@@ -93,17 +93,17 @@ def _small_vit(depth: int, layer_scale: float) -> EncoderSpec:
 
 def _stage(
     name: StageName,
-    teacher_scales: dict[str, tuple[int, ...]],
-    student_scales: tuple[int, ...],
+    teacher_resolutions: dict[str, tuple[int, ...]],
+    student_resolutions: tuple[int, ...],
     steps: int,
     lr: float = 1e-3,
 ) -> StageConfig:
     return StageConfig(
         name=name,
-        teachers=tuple(teacher_scales),
+        teachers=tuple(teacher_resolutions),
         student="proxy" if name == "stage1" else "student",
-        teacher_scales=teacher_scales,
-        student_scales=student_scales,
+        teacher_resolutions=teacher_resolutions,
+        student_resolutions=student_resolutions,
         steps=steps,
         global_batch=16,  # many small steps learn more in a minute than few large ones
         micro_batch=16,

@@ -143,8 +143,8 @@ def _stage1() -> StageConfig:
         name="stage1",
         teachers=tuple(teacher.name for teacher in EXPERTS),
         student="proxy",
-        teacher_scales={teacher.name: teacher.resolutions for teacher in EXPERTS},
-        student_scales=(256,),
+        teacher_resolutions={teacher.name: teacher.resolutions for teacher in EXPERTS},
+        student_resolutions=(256,),
         # Not stated beyond "AM-RADIO recipe"; as many samples as stage 3 sees, at a usual rate.
         steps=400_000,
         global_batch=1024,
@@ -163,8 +163,8 @@ def _stage2() -> StageConfig:
     return StageConfig(
         name="stage2",
         teachers=(PROXY,),
-        teacher_scales={PROXY: (256,)},
-        student_scales=(256,),
+        teacher_resolutions={PROXY: (256,)},
+        student_resolutions=(256,),
         steps=390_000,
         global_batch=8192,
         micro_batch=256,
@@ -180,8 +180,8 @@ def _stage3() -> StageConfig:
     return StageConfig(
         name="stage3",
         teachers=(PROXY,),
-        teacher_scales={PROXY: PYRAMID},
-        student_scales=PYRAMID,
+        teacher_resolutions={PROXY: PYRAMID},
+        student_resolutions=PYRAMID,
         steps=100_000,
         global_batch=4096,
         micro_batch=128,
@@ -253,8 +253,8 @@ def _short(stage: StageConfig, teachers: tuple[TeacherConfig, ...]) -> StageConf
     return stage.model_copy(
         update={
             "teachers": tuple(scales),
-            "teacher_scales": scales,
-            "student_scales": TINY_PYRAMID if stage.name == "stage3" else TINY_PYRAMID[:1],
+            "teacher_resolutions": scales,
+            "student_resolutions": TINY_PYRAMID if stage.name == "stage3" else TINY_PYRAMID[:1],
             "steps": 20,
             "global_batch": 32,
             "micro_batch": 32,

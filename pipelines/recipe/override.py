@@ -12,7 +12,7 @@ from yaml import YAMLError
 from eupe.errors import BadInput
 from pipelines.recipe.config import Recipe
 
-FREE = ("where", "gamma", "homogeneous", "model_arguments", "teacher_scales")
+FREE = ("where", "gamma", "homogeneous", "model_arguments", "teacher_resolutions")
 """Fields that map names to plain values."""
 NAMED = (["stages"], ["teachers"], ["train"])
 """Paths of the fields that map names to configurations."""

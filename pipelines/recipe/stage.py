@@ -55,10 +55,10 @@ class StageConfig(Spec):
     student: Annotated[Literal["student", "proxy"], IDENTITY] = Field(
         "student", description="which network of the recipe is trained"
     )
-    teacher_scales: Annotated[dict[str, tuple[int, ...]], IDENTITY] = Field(
+    teacher_resolutions: Annotated[dict[str, tuple[int, ...]], IDENTITY] = Field(
         description="teacher -> resolutions drawn from, pixels; one entry means fixed"
     )
-    student_scales: Annotated[tuple[int, ...], IDENTITY] = Field(
+    student_resolutions: Annotated[tuple[int, ...], IDENTITY] = Field(
         min_length=1, description="resolutions of the student's input drawn from, pixels"
     )
     steps: Annotated[int, IDENTITY] = Field(ge=1, description="of the optimizer")
@@ -111,10 +111,11 @@ class StageConfig(Spec):
 
     @model_validator(mode="after")
     def _complete(self) -> "StageConfig":
-        if set(self.teachers) != set(self.teacher_scales):
+        if set(self.teachers) != set(self.teacher_resolutions):
             raise BadInput(
-                f"teacher_scales names {sorted(self.teacher_scales)}, teachers {self.teachers}: "
-                "every teacher needs its scales"
+                f"teacher_resolutions names {sorted(self.teacher_resolutions)}, teachers "
+                f"{self.teachers}: "
+                "every teacher needs its resolutions"
             )
         if self.warmup_steps > self.steps:
             raise BadInput(

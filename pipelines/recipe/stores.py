@@ -56,7 +56,7 @@ def cache_jobs(recipe: Recipe) -> list[CacheJob]:
 
 def pixel_jobs(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
     """List the jobs whose stores hold a stage's pixels at its student's scales, if any do."""
-    scales = tuple(scale for scale in recipe.pixels if scale in stage.student_scales)
+    scales = tuple(scale for scale in recipe.pixels if scale in stage.student_resolutions)
     return _jobs(recipe, _pixels(recipe, scales)) if scales else []
 
 
@@ -101,7 +101,9 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
     directory = recipe.stage_directory("stage1")
     done = checkpoint.finished(directory, _proxy_steps(recipe, checkpoint.require(directory)))
     scales = {
-        scale for stage in recipe.stages.values() for scale in stage.teacher_scales.get(PROXY, ())
+        scale
+        for stage in recipe.stages.values()
+        for scale in stage.teacher_resolutions.get(PROXY, ())
     }
     return TeacherConfig(
         name=PROXY,

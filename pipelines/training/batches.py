@@ -28,7 +28,7 @@ from pipelines.features.buffers import Buffers
 from pipelines.features.sources import FeatureSource, Fetched, Targets
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import WorkersConfig
-from pipelines.recipe.scales import Scales
+from pipelines.recipe.resolutions import Resolutions
 from pipelines.training.draws import Draw, Drawn
 
 HINTED_BATCHES = 32
@@ -67,16 +67,18 @@ class Feed:
         """True if its features or its images lie in a bucket."""
         return self.source.mirrored or self._mirrors_images
 
-    def will_need(self, rows: np.ndarray, view_numbers: np.ndarray, scales: Scales) -> None:
+    def will_need(
+        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
+    ) -> None:
         """Start mirroring what a batch will want; returns at once.
 
         Args:
             rows: int64 [n], of the dataset.
             view_numbers: int64 [n].
-            scales: of the batch.
+            resolutions: of the batch.
         """
-        self.source.will_need(rows, view_numbers, scales.teachers)
-        if (stored := self.pixels.get(scales.student)) is not None:
+        self.source.will_need(rows, view_numbers, resolutions.teachers)
+        if (stored := self.pixels.get(resolutions.student)) is not None:
             stored.select(rows, view_numbers).read_ahead()
         elif self._mirrors_images:
             self.images.will_need(self.source.samples.take(rows).iter_rows(named=True))
@@ -110,7 +112,7 @@ class Batch:
         micro: number of this micro-batch in the step, from 0.
         num_micro: micro-batches of this rank in the step.
         first_place: of its first row in the global batch; the others follow.
-        scales: resolutions of student and teachers at this step.
+        resolutions: of student and teachers at this step.
         sample_ids: [B].
         view_numbers: int64 [B].
         pixels: uint8 [B, 3, R, R], the student's input.
@@ -123,7 +125,7 @@ class Batch:
     micro: int
     num_micro: int
     first_place: int
-    scales: Scales
+    resolutions: Resolutions
     sample_ids: list[str]
     view_numbers: np.ndarray
     pixels: Tensor
@@ -198,7 +200,7 @@ class Batches:
     Args:
         feeds: dataset -> how it is read; at least those that `draw` names.
         draw: step -> global batch.
-        scales: step -> resolutions.
+        resolutions: step -> resolutions.
         micro_batch: (student scale, rows of this rank) -> rows of a micro-batch.
         steps: which steps, in order.
         loader: how this worker loads them.
@@ -211,7 +213,7 @@ class Batches:
         self,
         feeds: Mapping[str, Feed],
         draw: Draw,
-        scales: Callable[[int], Scales],
+        resolutions: Callable[[int], Resolutions],
         micro_batch: Callable[[int, int], int],
         steps: range,
         loader: Loader,
@@ -220,7 +222,7 @@ class Batches:
         if missing:
             raise ValueError(f"no feed of dataset {', '.join(sorted(missing))}")
         self._feeds = [feeds[name] for name in draw.names]
-        self._draw, self._scales, self._micro_batch = draw, scales, micro_batch
+        self._draw, self._resolutions, self._micro_batch = draw, resolutions, micro_batch
         self._steps, self._loader = steps, loader
         self._buffers = Buffers()
 
@@ -248,7 +250,7 @@ class Batches:
                     f"step {step}: {len(drawn)} rows for {self._loader.world_size} workers; "
                     "global_batch wants at least one row a worker"
                 )
-            size = self._micro_batch(self._scales(step).student, stop - start)
+            size = self._micro_batch(self._resolutions(step).student, stop - start)
             starts = range(start, stop, size)
             for micro, first in enumerate(starts):
                 rows = slice(first, min(first + size, stop))
@@ -264,7 +266,9 @@ class Batches:
             step, *_, drawn = address
             for number, feed in enumerate(self._feeds):
                 places = np.flatnonzero(drawn.datasets == number)
-                feed.will_need(drawn.rows[places], drawn.view_numbers[places], self._scales(step))
+                feed.will_need(
+                    drawn.rows[places], drawn.view_numbers[places], self._resolutions(step)
+                )
             ahead.append(address)
             if len(ahead) > HINTED_BATCHES:
                 yield ahead.popleft()
@@ -287,8 +291,8 @@ class Batches:
         drawers: ThreadPoolExecutor,
     ) -> Batch:
         """Make one batch, its images decoded and drawn by `drawers`; called in a thread."""
-        scales = self._scales(step)
-        shape = len(drawn), 3, scales.student, scales.student
+        resolutions = self._resolutions(step)
+        shape = len(drawn), 3, resolutions.student, resolutions.student
         pixels = torch.from_numpy(self._buffers.take(shape, np.uint8))
         valid = np.ones(len(drawn), bool)
         sample_ids = [""] * len(drawn)
@@ -298,7 +302,7 @@ class Batches:
             if not len(places):
                 continue
             part, ids, own, resized = _serve(
-                feed, places, drawn.rows[places], drawn.view_numbers[places], scales, drawers
+                feed, places, drawn.rows[places], drawn.view_numbers[places], resolutions, drawers
             )
             parts.append(part)
             channels_first = torch.from_numpy(resized).permute(0, 3, 1, 2)
@@ -314,7 +318,7 @@ class Batches:
             micro,
             num_micro,
             first_place,
-            scales,
+            resolutions,
             sample_ids,
             drawn.view_numbers,
             pixels,
@@ -328,7 +332,7 @@ def _serve(
     places: np.ndarray,
     rows: np.ndarray,
     view_numbers: np.ndarray,
-    scales: Scales,
+    resolutions: Resolutions,
     drawers: ThreadPoolExecutor,
 ) -> tuple[Part, list[str], np.ndarray, np.ndarray]:
     """Fetch the student's pixels and the teachers' tokens of one dataset's rows.
@@ -338,16 +342,16 @@ def _serve(
     """
     table = feed.source.samples.take(rows)
     ids = table["sample_id"].to_list()
-    stored = feed.pixels.get(scales.student)
+    stored = feed.pixels.get(resolutions.student)
     if stored is not None:
-        pixels, digests = _stored(stored, rows, view_numbers, scales.student)
-        fetched = feed.source.fetch(rows, view_numbers, scales.teachers)
+        pixels, digests = _stored(stored, rows, view_numbers, resolutions.student)
+        fetched = feed.source.fetch(rows, view_numbers, resolutions.teachers)
     else:
         canvases, digests = feed.images.canvases(table, feed.policy, view_numbers, drawers)
         pixels = np.stack(
-            list(drawers.map(partial(views.resize, resolution=scales.student), canvases))
+            list(drawers.map(partial(views.resize, resolution=resolutions.student), canvases))
         )
-        fetched = feed.source.fetch(rows, view_numbers, scales.teachers, canvases)
+        fetched = feed.source.fetch(rows, view_numbers, resolutions.teachers, canvases)
     valid = fetched.valid & np.array([digest is not None for digest in digests])
     if fetched.view_digests is not None:
         _check_digests(ids, view_numbers, digests, fetched.view_digests)

@@ -15,7 +15,7 @@ from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features.cached import CachedSource
 from pipelines.features.sources import Normalisers
 from pipelines.images.reader import ImageReader
-from pipelines.recipe import scales
+from pipelines.recipe import resolutions
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.stage import StageConfig
@@ -159,8 +159,8 @@ def of_feeds(
         return Batches(
             feeds,
             draw,
-            partial(scales.draw, stage, recipe.seed),
-            partial(scales.micro_batch, stage),
+            partial(resolutions.draw, stage, recipe.seed),
+            partial(resolutions.micro_batch, stage),
             steps,
             loader or Loader(recipe.workers),
         )
@@ -266,7 +266,7 @@ def _feed(
     readers = {
         (store.spec.teacher.name, store.spec.resolution): reader(store)
         for store in stores
-        if store.spec.resolution in stage.teacher_scales[store.spec.teacher.name]
+        if store.spec.resolution in stage.teacher_resolutions[store.spec.teacher.name]
     }
     pixels = {
         store.spec.resolution: reader(store)

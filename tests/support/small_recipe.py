@@ -34,16 +34,16 @@ def random_teacher(
 
 
 def stage(
-    teacher_scales: Mapping[str, tuple[int, ...]],
-    student_scales: tuple[int, ...],
+    teacher_resolutions: Mapping[str, tuple[int, ...]],
+    student_resolutions: tuple[int, ...],
     **fields: object,
 ) -> StageConfig:
     """Return a stage of a few steps in float32 that writes every step down."""
     settings = {
         "name": "stage2",
-        "teachers": tuple(teacher_scales),
-        "teacher_scales": dict(teacher_scales),
-        "student_scales": student_scales,
+        "teachers": tuple(teacher_resolutions),
+        "teacher_resolutions": dict(teacher_resolutions),
+        "student_resolutions": student_resolutions,
         "steps": 12,
         "global_batch": 8,
         "micro_batch": 8,

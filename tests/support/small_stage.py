@@ -12,7 +12,7 @@ from cache.samples import ShardRange
 from eupe.normalise import Normaliser
 from eupe.spec import CentreView
 from pipelines.features.sources import FeatureSource, Fetched, Normalisers, Targets
-from pipelines.recipe import scales
+from pipelines.recipe import resolutions
 from pipelines.recipe.config import Recipe, StudentConfig
 from pipelines.training.batches import Batch, Part
 from pipelines.training.inputs import Inputs
@@ -88,7 +88,7 @@ def recipe(directory: Path, *, drop_path: float = 0.2, **stage: object) -> Recip
     return small_recipe.recipe(
         directory,
         [small_recipe.random_teacher(name, (16, 32), network) for name in TEACHERS],
-        [small_recipe.stage(scales, **{"student_scales": (16, 32), **settings})],
+        [small_recipe.stage(scales, **{"student_resolutions": (16, 32), **settings})],
         canvas=32,
         run_directory=str(directory),
         views=CentreView(canvas=32),
@@ -120,11 +120,11 @@ def inputs(run: Recipe, *, invalid: Sequence[int] = (), rank: int = 0, world: in
 
     def batches(steps: range) -> Iterator[Batch]:
         for step in steps:
-            drawn = scales.draw(stage, run.seed, step)
+            drawn = resolutions.draw(stage, run.seed, step)
             canvases = _canvases(run.seed, step, stage.global_batch)
             valid = np.isin(np.arange(stage.global_batch), invalid, invert=True)
             first, last = (stage.global_batch * each // world for each in (rank, rank + 1))
-            size = scales.micro_batch(stage, drawn.student, last - first)
+            size = resolutions.micro_batch(stage, drawn.student, last - first)
             starts = range(first, last, size)
             for micro, begin in enumerate(starts):
                 rows = slice(begin, min(begin + size, last))

@@ -29,7 +29,7 @@ from eupe.weights import state_digest
 from pipelines.features.sources import Fetched, Normalisers, Targets
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import Recipe
-from pipelines.recipe.scales import Scales
+from pipelines.recipe.resolutions import Resolutions
 from pipelines.recipe.stage import StageConfig
 from pipelines.training import distributed, inputs
 from pipelines.training.batches import Batch, Feed, Loader, Part
@@ -254,7 +254,7 @@ def train_on_random_tokens(
     """
     workers = workers_here(stage)
     own = stage.global_batch // workers.world_size
-    side = stage.student_scales[0]
+    side = stage.student_resolutions[0]
 
     def batches(steps: range) -> Iterator[Batch]:
         for step in steps:
@@ -272,8 +272,9 @@ def train_on_random_tokens(
                     micro // stage.micro_batch,
                     -(-own // stage.micro_batch),
                     workers.rank * own + micro,
-                    Scales(
-                        side, {name: scales[0] for name, scales in stage.teacher_scales.items()}
+                    Resolutions(
+                        side,
+                        {name: scales[0] for name, scales in stage.teacher_resolutions.items()},
                     ),
                     [f"{step}-{place}" for place in range(rows)],
                     np.zeros(rows, np.int64),

@@ -1,4 +1,4 @@
-"""Scales: at which resolution teachers and student see a global step's views (EUPE, Stage 3)."""
+"""Resolutions of a step: at which teachers and student see its views (EUPE, Stage 3)."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from eupe.addressed import bits
 from pipelines.recipe.stage import StageConfig
 
 
-class Scales(NamedTuple):
+class Resolutions(NamedTuple):
     """Resolutions of one global step, sides in pixels.
 
     Attributes:
@@ -18,14 +18,14 @@ class Scales(NamedTuple):
     teachers: dict[str, int]
 
 
-def draw(stage: StageConfig, seed: int, step: int) -> Scales:
+def draw(stage: StageConfig, seed: int, step: int) -> Resolutions:
     """Draw a step's scales, teacher and student each independently: a pure function, for all ranks.
 
     EUPE (arXiv:2603.22387), Stage 3: per iteration teacher and student each draw a scale
     of the pyramid. A stage with one scale each draws that one.
 
     Args:
-        stage: whose `teacher_scales` and `student_scales` are drawn from, uniformly.
+        stage: whose `teacher_resolutions` and `student_resolutions` are drawn from, uniformly.
         seed: of the run.
         step: global step.
     """
@@ -33,9 +33,12 @@ def draw(stage: StageConfig, seed: int, step: int) -> Scales:
     def choose(who: str, scales: tuple[int, ...]) -> int:
         return scales[bits(f"scales/{seed}/{stage.name}/{step}/{who}") % len(scales)]
 
-    return Scales(
-        choose("student", stage.student_scales),
-        {name: choose(f"teacher/{name}", stage.teacher_scales[name]) for name in stage.teachers},
+    return Resolutions(
+        choose("student", stage.student_resolutions),
+        {
+            name: choose(f"teacher/{name}", stage.teacher_resolutions[name])
+            for name in stage.teachers
+        },
     )
 
 
@@ -45,5 +48,5 @@ def micro_batch(stage: StageConfig, scale: int, rows: int) -> int:
     `stage.micro_batch` holds at the smallest student scale; a larger input has more pixels, so
     fewer rows, at the same global batch.
     """
-    smallest = min(stage.student_scales)
+    smallest = min(stage.student_resolutions)
     return max(1, min(rows, stage.micro_batch * smallest**2 // scale**2))
