@@ -131,3 +131,13 @@ def test_what_an_earlier_start_did_counts_and_does_not_make_the_rate(heard):
     assert (heard[-1].done, heard[-1].total) == (8, 10)
     reading = Reading("Training", "steps", 8, 10, 4.0, before=6)
     assert (reading.rate, reading.eta_seconds) == (0.5, 4.0)
+
+
+def test_folders_that_killed_processes_left_go_when_they_are_old(tmp_path):
+    old, young = tmp_path / ".job-a-00000000", tmp_path / ".job-a-00000001"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / job_folder.PROGRESS).write_text("[1]")
+    os.utime(old, (0, 0))
+    with job_folder.made(tmp_path, "a") as ours:
+        assert sorted(tmp_path.iterdir()) == sorted([ours, young])

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eupe.errors import BadInput
 from pipelines.recipe import recipes
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.named import by_name
@@ -178,3 +179,10 @@ def test_two_of_one_name_are_refused(recipe):
         by_name(stage, stage)
     with pytest.raises(ValueError, match="stage3: holds an item named 'stage2'"):
         Recipe.model_validate({**dict(recipe), "stages": {"stage3": stage}})
+
+
+@pytest.mark.parametrize("initial", ["stage2", "stage3"])
+def test_a_stage_starts_from_one_that_is_trained_before_it(recipe, initial):
+    assert override(recipe, ["stages.stage3.initial=stage2"]) is not None
+    with pytest.raises(BadInput, match=f"stage2: initial names {initial}; .* trained before it"):
+        override(recipe, [f"stages.stage2.initial={initial}"])

@@ -14,8 +14,9 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ from cache.files import atomic
 
 VARIABLE = "EUPE_JOB_FOLDER"
 PROGRESS, ERROR = "progress.json", "error.json"
+ABANDONED_SECONDS = 30 * 24 * 3600.0
+"""A folder in which nothing was written for so long was left by a killed process."""
 
 
 @contextmanager
 def made(directory: Path, name: str) -> Iterator[Path]:
     """Make a folder for one job, and remove it when the block ends.
+
+    Folders that killed processes left beside it go too, once they are old.
 
     Args:
         directory: where; the job must see it too.
@@ -37,10 +42,18 @@ def made(directory: Path, name: str) -> Iterator[Path]:
     """
     folder = directory.absolute() / f".job-{name}-{secrets.token_hex(4)}"
     atomic.make_directories(folder)
+    _sweep(directory)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # a worker that dies slowly may still write
+
+
+def _sweep(directory: Path) -> None:
+    for folder in directory.glob(".job-*"):
+        with suppress(OSError):  # another process sweeps too
+            if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def ours() -> Path | None:

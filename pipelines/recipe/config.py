@@ -266,12 +266,14 @@ class Recipe(Spec):
         drawn = {scale for stage in self.stages.values() for scale in stage.student_resolutions}
         if unused := set(self.pixels) - drawn:
             raise BadInput(f"pixels at {sorted(unused)}: no stage has a student at that scale")
+        earlier = list[StageName]()
         for stage in self.stages.values():
-            if stage.initial is not None and stage.initial not in self.stages:
+            if stage.initial is not None and stage.initial not in earlier:
                 raise BadInput(
-                    f"{stage.name}: initial names {stage.initial}; "
-                    f"the stages are {list(self.stages)}"
+                    f"{stage.name}: initial names {stage.initial}; it wants a stage that is "
+                    f"trained before it, of {list(self.stages)}"
                 )
+            earlier.append(stage.name)
             for name in stage.teachers:
                 if name == PROXY:
                     continue
