@@ -88,8 +88,9 @@ def distill(
     """Run a recipe from images to report.
 
     Args:
-        recipe: name of the recipe.
-        overrides: fields to change, path.to.field=value.
+        recipe: name of a recipe, or a YAML file that changes one.
+        overrides: fields to change, path.to.field=value; a stage, teacher or train set is
+            addressed by its name.
 
     Returns:
         the summary, which is also in the run directory.

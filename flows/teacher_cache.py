@@ -61,8 +61,9 @@ def teacher_cache(
     """Build or extend the teacher caches of a recipe; the proxy's too, once stage 1 is done.
 
     Args:
-        recipe: name of the recipe.
-        overrides: fields to change, path.to.field=value.
+        recipe: name of a recipe, or a YAML file that changes one.
+        overrides: fields to change, path.to.field=value; a stage, teacher or train set is
+            addressed by its name.
         deep_verify: also read every byte again and compare checksums.
 
     Raises:

@@ -4,8 +4,10 @@ import json
 import sys
 
 import pytest
+from prefect.utilities.callables import parameter_schema
 
 from flows.cli import main
+from flows.teacher_cache import teacher_cache
 from pipelines.recipe import catalogue, paper, recipes
 from pipelines.recipe.catalogue import Entry
 
@@ -119,3 +121,12 @@ def test_bad_input_is_a_sentence(words, says, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert (left.value.code, printed.out) == (2, "")
     assert says in printed.err
+
+
+def test_prefects_form_names_every_field_of_a_recipe():
+    schema = parameter_schema(teacher_cache.fn).model_dump()["properties"]["overrides"]
+    shown = schema["items"]["description"]
+    for path in ("seed", "stages.NAME.optimizer.lr", "stages.NAME.teacher_resolutions.NAME"):
+        assert f"- `{path}`: " in shown
+    assert "(float32 | bfloat16)" in shown  # what a field may be
+    assert shown.count("\n") + 1 == len(set(shown.splitlines()))
