@@ -5,6 +5,7 @@
     mirror_space     the room of a mirror: what it holds, what it evicts
     atomic           written, then visible: temporary name, fsync, rename; swaps of a HEAD
     bucket           objects of s3://, gs:// and az:// under the names of paths
+    refused          what the operating system refuses to write, in one sentence
     mapped           files mapped into memory, and how many of them a process keeps
 
 An arrow runs downwards. Nothing here knows what a file means: of the rest of `cache` only `errors`

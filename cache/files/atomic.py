@@ -18,9 +18,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cache.errors import Busy, StoreError
+from cache.errors import Busy
 from cache.files import bucket
 from cache.files.bucket import BucketPath
+from cache.files.refused import writing
 
 LOCK_SECONDS = 60.0
 ABANDONED_SECONDS = 24 * 3600.0
@@ -64,11 +65,11 @@ def write(
 
     Raises:
         FileExistsError: `new`, and there is such an object.
-        StoreError: the file cannot be written (disk full, no permission).
+        StoreError: the file cannot be written (disk full, no permission); nothing has changed then.
     """
     digest = hashlib.sha256()
     num_bytes = 0
-    try:
+    with writing(path, scratch):
         make_directories(scratch)
         if not isinstance(path, BucketPath):
             make_directories(path.parent)
@@ -94,10 +95,6 @@ def write(
             os.close(handle)
         if not isinstance(path, BucketPath):
             _sync_directory(path.parent)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written: {error.strerror or error}") from error
     return Written(num_bytes, digest.hexdigest())
 
 
@@ -154,14 +151,13 @@ def only_writer(directory: Path, scratch: Path) -> Iterator[None]:
     Raises:
         Busy: another process has been at it for a minute.
     """
-    try:
+    with writing(directory, scratch):  # a folder that one may only read, say
         make_directories(scratch)
         lock = FileLock(scratch / "LOCK")
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise Busy(f"{directory}: another process has been writing here for a minute") from error
-    except OSError as error:  # of a folder that one may only read, say
-        raise StoreError(f"{directory}: cannot be written: {error.strerror or error}") from error
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:  # an OSError, too
+            raise Busy(f"{directory}: another process has been writing for a minute") from error
     try:
         yield
     finally:

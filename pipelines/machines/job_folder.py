@@ -23,6 +23,7 @@ from typing import Any
 
 from cache.errors import StoreError
 from cache.files import atomic
+from cache.files.refused import writing
 
 VARIABLE = "EUPE_JOB_FOLDER"
 PROGRESS, ERROR = "progress.json", "error.json"
@@ -39,9 +40,13 @@ def made(directory: Path, name: str) -> Iterator[Path]:
     Args:
         directory: where; the job must see it too.
         name: of the job.
+
+    Raises:
+        StoreError: it cannot be made.
     """
     folder = directory.absolute() / f".job-{name}-{secrets.token_hex(4)}"
-    atomic.make_directories(folder)
+    with writing(folder):
+        atomic.make_directories(folder)
     _sweep(directory)
     try:
         yield folder

@@ -15,6 +15,7 @@ a stage directory (pipelines.training.loop holds its lock), so a save sweeps wha
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cache.files import atomic
+from cache.files.refused import writing
 from cache.format import layout
 from eupe import fingerprint as fp
 from eupe.errors import BadInput
@@ -137,17 +139,32 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
     Raises:
         FileExistsError: that step is saved. A run goes on after its newest checkpoint, so it never
             comes to a saved step again.
+        StoreError: it cannot be written (disk full, say); the checkpoints before it are untouched.
     """
     folder = stage_directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{contents.step:08d}"
     if final.exists():
         raise FileExistsError(f"{final}: step {contents.step} is already saved")
-    for left in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(left)
-    atomic.sweep(layout.scratch_directory(stage_directory))
     temporary = folder / f"{_TEMPORARY}{final.name}"
-    temporary.mkdir()
+    with writing(final):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left)
+        atomic.sweep(layout.scratch_directory(stage_directory))
+        temporary.mkdir()
+        try:
+            _write(temporary, contents)
+        except BaseException:  # of a full disk it would keep what the next try wants
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        temporary.rename(final)
+        _sync(folder)
+    _prune(stage_directory, keep)
+    return _open(final)
+
+
+def _write(directory: Path, contents: Contents) -> None:
+    """Write all files of a checkpoint and wait until the disk has them."""
     for name, tensors in (
         (CHECKPOINT_FILE, contents.encoder),
         (HEADS, contents.heads),
@@ -155,8 +172,20 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
     ):
         # Cloned: safetensors refuses tensors that share memory, and views of larger ones.
         owned = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-        save_file(owned, temporary / name)
-    torch.save(dict(contents.state), temporary / STATE)
+        try:
+            save_file(owned, directory / name)
+        except SafetensorError as error:
+            if (told := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            number = int(told[1])
+            raise OSError(number, os.strerror(number)) from error
+    with (directory / STATE).open("wb") as file:
+        try:
+            torch.save(dict(contents.state), file)
+        except RuntimeError as error:  # torch's own, in place of what the file raised
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     description = {
         "format": FORMAT,
         "step": contents.step,
@@ -166,13 +195,9 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
         "recipe": contents.recipe,
     }
     fp.canonical_json(description)  # refuses what would not be read back as it was written
-    _write_config(temporary, description)
-    for path in (*temporary.iterdir(), temporary):
+    _write_config(directory, description)
+    for path in (*directory.iterdir(), directory):
         _sync(path)
-    temporary.rename(final)
-    _sync(folder)
-    _prune(stage_directory, keep)
-    return _open(final)
 
 
 def judge(stage_directory: Path, judged: Checkpoint, score: float, keep: int) -> Checkpoint:

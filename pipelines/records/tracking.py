@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from cache.files import atomic
+from cache.files.refused import writing
 from cache.format import layout
 from eupe.errors import BadInput
 
@@ -20,7 +22,11 @@ class Tracker(Protocol):
     """Somewhere that figures go. A tracker of another kind implements these two."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Take the figures of a step, named `group/name`."""
+        """Take the figures of a step, named `group/name`.
+
+        Raises:
+            StoreError: they cannot be written.
+        """
         ...
 
     def close(self) -> None:
@@ -38,37 +44,43 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, first_step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read(path) if line["step"] < first_step]
         content = "".join(_line(line) for line in kept).encode()
         atomic.write(path, [content], layout.scratch_directory(path.parent))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append a line; a figure that is not finite becomes null, JSON having no name for it."""
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self._file.write(_line({"step": step, **finite}))
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(_line({"step": step, **finite}))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 class TensorBoard:
     """TensorBoard event files; events from `first_step` on of an interrupted run are hidden."""
 
     def __init__(self, directory: Path, first_step: int):
-        self._writer = SummaryWriter(str(directory), purge_step=first_step)
+        self._directory = directory
+        with writing(directory):
+            self._writer = SummaryWriter(str(directory), purge_step=first_step)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Write one event per figure."""
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+        with writing(self._directory):  # its thread's errors come with the event after
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out the events still held."""
-        self._writer.close()
+        with writing(self._directory):
+            self._writer.close()
 
 
 class Trackers:
@@ -83,9 +95,10 @@ class Trackers:
             tracker.log(step, figures)
 
     def close(self) -> None:
-        """Close every tracker."""
-        for tracker in self._trackers:
-            tracker.close()
+        """Close every tracker, whatever one of them raises."""
+        with ExitStack() as closing:
+            for tracker in reversed(self._trackers):
+                closing.callback(tracker.close)
 
 
 def open_trackers(directory: Path, first_step: int) -> Trackers:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cache.files.refused import writing
 from eupe.drop_path import RowDraws
 from eupe.encoders import Features
 from eupe.errors import BadInput
@@ -346,15 +347,16 @@ def _locked(directory: Path, rank: int) -> Iterator[None]:
     if rank:
         yield
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / "train.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise BadInput(
-            f"{directory}: another process is training there; wait for it, or give another run "
-            "directory"
-        ) from error
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / "train.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:  # an OSError, too
+            raise BadInput(
+                f"{directory}: another process is training there; wait for it, or give another "
+                "run directory"
+            ) from error
     try:
         yield
     finally:
