@@ -1,6 +1,5 @@
 """Precomputing: the same features from any source, what is missing and no more, killed or not."""
 
-import io
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
 from support import precompute_child
 from support.small_caches import (
     HerePool,
@@ -33,7 +31,8 @@ from cache.store import find_stores, open_store
 from eupe.spec import CentreView
 from pipelines.caching import indexing, precompute
 from pipelines.machines.pool import Pool, num_that_fit
-from pipelines.recipe.stores import open_stores
+from pipelines.recipe.config import SourceConfig
+from pipelines.recipe.stores import open_stores, rows_per_shard
 
 START_SECONDS = 240.0  # Ray, torch and a teacher on a busy machine
 END_SECONDS = 60.0  # Ray's processes after their driver's death
@@ -266,16 +265,12 @@ def test_rows_carry_the_digest_and_parameters_of_their_view(tmp_path, images):
     assert '"blur_sigma"' in reader.select([3], 1).parameters[0]
 
 
-def test_a_changed_image_is_refused_by_the_index(tmp_path, images):
-    source = write_folder(tmp_path / "images", images)
-    work = job(tmp_path / "root", source)
-    indexing.index_samples(work)
-    first = next(iter(images))
-    out = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(out, "PNG")
-    write_folder(tmp_path / "images", {first: out.getvalue()})
-    with pytest.raises(ValueError, match="no longer holds the image that was indexed"):
-        precompute.resolve_stores(work, HerePool(work))
+@pytest.mark.parametrize(("batch", "rows"), [(1, 364), (64, 320), (364, 364), (1000, 1000)])
+def test_a_shard_holds_whole_compute_batches(tmp_path, batch, rows):
+    """Patches of 12 x 12 x 1280 float32: 256 MB hold 364 rows."""
+    source = SourceConfig(kind="folder", path="")
+    work = job(tmp_path, source, teachers=(teacher((384,)),), compute_batch=batch)
+    assert rows_per_shard(work) == rows
 
 
 def test_a_resolution_the_teacher_does_not_take_is_refused(tmp_path, images):
@@ -320,9 +315,8 @@ def test_what_an_actor_raises_arrives_as_it_is(tmp_path, images, ray_cluster):
     source = write_folder(tmp_path / "images", images)
     work = job(tmp_path / "root", source)
     indexing.index_samples(work)
-    gone = Path(source.path) / next(iter(images))
-    gone.unlink()
-    with pytest.raises(ValueError, match=r"^sample .* cannot be read again: .*No such file"):
+    Path(source.path).rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"^all 8 images of a batch are lost; .*No such file"):
         precompute.resolve_stores(work)
     hungry = job(tmp_path / "root", source, cpus_per_actor=1000)
     with pytest.raises(ValueError, match="an actor of 1000 CPUs and 0 GPUs fits no Ray node"):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.small_caches import index, pictures, write_folder, write_parquet, write_tar
 
+from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader
 from pipelines.images.walks import IMAGE_SUFFIXES, sample_id
 from pipelines.recipe.config import SourceConfig
@@ -73,7 +74,7 @@ def test_one_reader_serves_many_threads(tmp_path, images):
     source = write_parquet(tmp_path / "images.parquet", images, row_group=3)
     samples = index(source).records.to_dicts() * 5
     for kept in (0, 1 << 30):
-        reader = ImageReader(row_group_bytes=kept)
+        reader = ImageReader(RowGroups(kept))
         with ThreadPoolExecutor(8) as pool:
             read = list(pool.map(reader.read, samples))
         assert [len(data) for data in read] == [sample["bytes"] for sample in samples]

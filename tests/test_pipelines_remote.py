@@ -77,7 +77,7 @@ def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
         0, named=True
     )
     BucketPath(sample["uri"]).unlink()
-    with pytest.raises(ValueError, match=r"its image cannot be read again: .*no such object"):
+    with pytest.raises(ValueError, match=r"the image cannot be read again: .*no such object"):
         ImageReader().read(sample)
 
 

@@ -30,9 +30,11 @@ from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
-from pipelines.images.reader import ImageReader
+from pipelines.images.reader import ImageReader, LostImage
 from pipelines.recipe.config import TeacherConfig
 
+ALL_LOST = 4
+"""Images of a batch of which not one is found: a disk that is not mounted, not images lost."""
 Output = tuple[str, int]
 """A teacher's name and the resolution of its input, pixels."""
 
@@ -56,16 +58,18 @@ class DrawnView:
     """One view as the teachers want it.
 
     Attributes:
-        pixels: resolution -> uint8 [R, R, 3]; empty if the image cannot be decoded.
+        pixels: resolution -> uint8 [R, R, 3]; empty if the image is lost or cannot be decoded.
         digest: of the canvas.
         parameters: of the view, JSON.
         reason: why there are no pixels, else None.
+        lost: True if the image is not where it was indexed, or is another one.
     """
 
     pixels: Mapping[int, np.ndarray]
     digest: str | None
     parameters: str | None
     reason: str | None
+    lost: bool = False
 
 
 class _Pass(NamedTuple):
@@ -170,7 +174,7 @@ class Extractor:
             num_tokens: patch tokens to bring along, at most.
 
         Raises:
-            BadInput: weights that cannot be loaded, or an image file that is gone.
+            BadInput: weights that cannot be loaded, or images that are out of reach.
         """
         parts: dict[Output, list[tuple[np.ndarray, np.ndarray]]] = {each: [] for each in outputs}
         passes = self._passes(policy, samples, {0: outputs}, compute_batch)
@@ -201,8 +205,8 @@ class Extractor:
             one record a view and store, in the order of `wanted`; nothing is committed.
 
         Raises:
-            BadInput: weights that cannot be loaded or are not those a store was made with; an
-                image file that is gone or is another one than was indexed.
+            BadInput: weights that cannot be loaded or are not those a store was made with; images
+                that are out of reach.
             StoreError: a file cannot be written.
         """
         stores = [store for of_view in wanted.values() for store in of_view]
@@ -257,6 +261,7 @@ class Extractor:
             for start in range(0, len(samples), compute_batch):
                 coming, ahead = ahead, decode(start + compute_batch)
                 images = [future.result() for future in coming]
+                _check_mounted(images)
                 for view, outputs in wanted.items():
                     drawn = [image[view] for image in images]
                     pixels = {
@@ -279,11 +284,11 @@ class Extractor:
         sample: Mapping[str, object],
     ) -> dict[int, DrawnView]:
         """Decode a sample once and draw its views, each at its own resolutions."""
-        data = self._images.read(sample, verify=True)
         try:
-            image = views.decode(data, policy.background)
+            image = views.decode(self._images.read(sample, verify=True), policy.background)
         except views.ImageError as error:
-            return dict.fromkeys(resolutions, DrawnView({}, None, None, str(error)))
+            lost = isinstance(error, LostImage)
+            return dict.fromkeys(resolutions, DrawnView({}, None, None, str(error), lost))
         drawn = {}
         for view, of_view in resolutions.items():
             canvas, parameters, digest = views.view_of(
@@ -328,6 +333,16 @@ def _check_teacher(loaded: TeacherSpec, store: Store) -> None:
             f"teacher {loaded.name!r} has weights {loaded.weights[:12]} here, "
             f"{store.directory} was made with {store.spec.teacher.weights[:12]}: every machine "
             "wants the same weights file"
+        )
+
+
+def _check_mounted(images: Sequence[Mapping[int, DrawnView]]) -> None:
+    """Refuse a batch of lost images alone: where they lie is out of reach, so record nothing."""
+    reasons = [each.reason for image in images for each in image.values() if each.lost]
+    num_lost = sum(all(each.lost for each in image.values()) for image in images)
+    if num_lost == len(images) >= ALL_LOST:
+        raise BadInput(
+            f"all {num_lost} images of a batch are lost; is their source in reach? {reasons[0]}"
         )
 
 

@@ -113,8 +113,8 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
         pool: of `extractors`; None: one for this call.
 
     Raises:
-        BadInput: more invalid rows than max_failure_share, images or weights that are gone, or
-            an actor that fits no node.
+        BadInput: more invalid rows than max_failure_share, images out of reach, weights that are
+            gone, or an actor that fits no node.
         StoreError: a file cannot be written or another process commits.
     """
     started = time.monotonic()

@@ -1,8 +1,10 @@
 """The image reader: an indexed sample's bytes again, and views drawn of them."""
 
+import errno
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,30 @@ from cache.files.bucket import BucketPath
 from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView
 from eupe.views import ImageError, make_view
-from pipelines.images.parquet import ROW_GROUP_BYTES, RowGroups, file_name, is_row
+from pipelines.images.parquet import RowGroups, file_name, is_row
+
+GONE = frozenset(
+    [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO]
+)
+"""What the system says of a picture that is lost; other errors are of this process, or pass."""
+REASONS_SHOWN = 5
+
+
+class LostImage(ImageError):
+    """A picture that is not where it was indexed, or is another one."""
 
 
 class ImageReader:
     """Reads samples, their bytes or views of them; safe to share between threads.
 
     Args:
-        row_group_bytes: of Parquet row groups to keep, see `RowGroups`.
+        row_groups: of Parquet files, that readers may share; None: of its own.
+        max_lost: pictures that `canvases` may miss before it is an error; None: any number.
     """
 
-    def __init__(self, row_group_bytes: int = ROW_GROUP_BYTES):
-        self._row_groups = RowGroups(row_group_bytes)
+    def __init__(self, row_groups: RowGroups | None = None, max_lost: int | None = None):
+        self._row_groups = row_groups or RowGroups()
+        self._max_lost, self._lost = max_lost, dict[str, str]()
 
     def read(self, sample: Mapping[str, Any], verify: bool = False) -> bytes:
         """Return the bytes of one sample.
@@ -37,7 +51,8 @@ class ImageReader:
             verify: compare the sha256 with the sample's digest.
 
         Raises:
-            BadInput: the file is gone or no longer holds this image there.
+            LostImage: the file is gone or no longer holds this image there.
+            BadInput: this process cannot open it now.
         """
         uri, offset, size = str(sample["uri"]), int(sample["offset"]), int(sample["bytes"])
         try:
@@ -48,14 +63,14 @@ class ImageReader:
                     file.seek(offset)
                     data = file.read(size)
         except (OSError, pa.ArrowException, NotBuilt) as error:
-            raise BadInput(
-                f"sample {sample['sample_id']!r}: its image cannot be read again: {error}"
-            ) from error
+            if isinstance(error, OSError) and error.errno not in GONE:
+                raise BadInput(f"sample {sample['sample_id']!r}: {uri}: {error}") from error
+            raise LostImage(f"the image cannot be read again: {uri}: {_said(error)}") from error
         changed = verify and hashlib.sha256(data).hexdigest() != sample["digest"]
         if changed or len(data) != size:
-            raise BadInput(
-                f"sample {sample['sample_id']!r}: {uri} at {offset} no longer holds the image that "
-                "was indexed; a changed image needs a new sample_id or a new dataset name"
+            raise LostImage(
+                f"{uri} at {offset} no longer holds the image that was indexed; a changed image "
+                "needs a new sample_id or a new dataset name"
             )
         return data
 
@@ -75,18 +90,20 @@ class ImageReader:
             pool: threads that do it; None: this one alone.
 
         Returns:
-            canvases uint8 [n, C, C, 3] and their digests; zeros and None for what is no image,
-            which the build of a store records with its reason.
+            canvases uint8 [n, C, C, 3] and their digests; zeros and None for what is no image or
+            is lost, which the build of a store records with its reason.
 
         Raises:
-            BadInput: as `read`.
+            BadInput: as `read`; or more pictures are lost than `max_lost`.
         """
         drawn = np.zeros((len(samples), policy.canvas, policy.canvas, 3), np.uint8)
 
         def draw(n: int, sample: dict[str, Any], number: int) -> str | None:
-            data = self.read(sample)
             try:
-                view = make_view(data, policy, sample["sample_id"], number)
+                view = make_view(self.read(sample), policy, sample["sample_id"], number)
+            except LostImage as error:
+                self._lost[sample["sample_id"]] = str(error)
+                return None
             except ImageError:
                 return None
             drawn[n] = view.canvas
@@ -94,8 +111,15 @@ class ImageReader:
 
         in_order = pool.map if pool is not None else map
         rows = samples.iter_rows(named=True)
-        digests = in_order(draw, range(len(samples)), rows, view_numbers.tolist())
-        return drawn, list(digests)
+        digests = list(in_order(draw, range(len(samples)), rows, view_numbers.tolist()))
+        if self._max_lost is not None and len(self._lost) > self._max_lost:
+            first = [f"{name}: {why}" for name, why in islice(self._lost.items(), REASONS_SHOWN)]
+            raise BadInput(
+                f"{len(self._lost)} images are lost since they were indexed, more than "
+                f"max_failure_share allows ({'; '.join(first)}); bring them back, name where they "
+                "are now and build again, or raise extraction.max_failure_share"
+            )
+        return drawn, digests
 
     def mirrors(self, sample: Mapping[str, Any]) -> bool:
         """Return True if a sample lies in a bucket and is read through the mirror."""
@@ -104,6 +128,13 @@ class ImageReader:
     def will_need(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Start mirroring the samples that lie in a bucket; returns at once."""
         place.will_need(_file_of(sample) for sample in samples)
+
+
+def _said(error: Exception) -> str:
+    """Say what was wrong with a file, without its path on this machine: data files keep it."""
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    return "no such object" if isinstance(error, NotBuilt) else "no whole Parquet file"
 
 
 def _file_of(sample: Mapping[str, Any]) -> tuple[Path, int | None, str | None]:

@@ -117,8 +117,8 @@ class ExtractionConfig(Spec):
     rows_per_shard: Annotated[int | None, IDENTITY] = Field(
         None,
         ge=1,
-        description="null: the largest patches array gives about 256 MB a shard; fixed when a "
-        "dataset is first indexed, and shuffled by from then on",
+        description="null: as many whole compute batches as make 256 MB of the largest patches "
+        "array, at least one; fixed when a dataset is first indexed, and shuffled by from then on",
     )
     moments_samples: Annotated[int, IDENTITY] = Field(
         1024,

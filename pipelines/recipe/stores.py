@@ -278,10 +278,16 @@ def _store_spec(
 
 
 def rows_per_shard(job: CacheJob) -> int:
-    """Return how many rows make the largest patches array's shards about SHARD_BYTES."""
+    """Return how many rows a shard of a new dataset has: whole compute batches.
+
+    As many as make the largest patches array's shards SHARD_BYTES at most, and one batch where
+    that is more: a batch never straddles shards, so what a shard leaves of its last one is
+    computed on padding, for as long as the dataset lives.
+    """
     largest = 1
     for config in job.teachers:
         for resolution in config.resolutions:
             (rows, columns), patch_dim, _ = shapes(config.encoder, resolution)
             largest = max(largest, row_bytes(config.codec, rows * columns, patch_dim))
-    return max(1, SHARD_BYTES // largest)
+    batch = job.extraction.compute_batch
+    return max(1, SHARD_BYTES // largest // batch) * batch

@@ -1,9 +1,9 @@
 """Batches: the student's pixels joined with teacher tokens by (sample, view), made ahead of need.
 
 A batch is addressed by (step, micro-batch, rank) and made by a pure function of that address, in
-any thread. A row whose image cannot be decoded, or that any joined store holds as invalid, keeps
-its place and is masked (`valid`): shapes stay fixed, every rank and every resumed run draws the
-same rows, and the loss is a mean over valid rows.
+any thread. A row whose image is lost or cannot be decoded, or that any joined store holds as
+invalid, keeps its place and is masked (`valid`): shapes stay fixed, every rank and every resumed
+run draws the same rows, and the loss is a mean over valid rows.
 """
 
 import time
@@ -374,7 +374,8 @@ def _check_digests(
 ) -> None:
     """Refuse to pair a teacher's tokens with pixels that the teacher did not see (law 3)."""
     for sample_id, view, ours, theirs in zip(ids, view_numbers, here, cached, strict=True):
-        if ours != theirs:
+        # Without a canvas, here or when it was cached, the row is not valid and pairs nothing.
+        if ours is not None and theirs is not None and ours != theirs:
             raise StoreError(
                 f"view {view} of sample {sample_id!r} renders as {ours} here and was "
                 f"{theirs} when cached: the image changed, or the image libraries differ (Pillow "

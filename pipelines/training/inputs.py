@@ -14,6 +14,7 @@ from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features.cached import CachedSource
 from pipelines.features.sources import Normalisers
+from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader
 from pipelines.recipe import resolutions
 from pipelines.recipe.config import Recipe
@@ -280,13 +281,14 @@ def _feed(
         for resolution, found in pixels.items()
         if set(source.shards()) <= set(found.shards())
     }
-    return Feed(source, image_reader(), job.views, whole)
+    max_lost = int(job.extraction.max_failure_share * len(source.samples))
+    return Feed(source, ImageReader(row_groups(), max_lost), job.views, whole)
 
 
 @cache
-def image_reader() -> ImageReader:
-    """Return the process's reader of images: what it keeps in memory is bounded as a whole."""
-    return ImageReader()
+def row_groups() -> RowGroups:
+    """Return the process's row groups: what all its readers keep in memory is bounded."""
+    return RowGroups()
 
 
 def _as_saved(
