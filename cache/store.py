@@ -163,16 +163,8 @@ class Store:
         )
 
     def attributes(self) -> dict[str, object]:
-        """What the patches array says about itself: plain data, no provenance."""
-        return {
-            "eupe": {
-                "format": self.spec.format,
-                "store": self.spec.fingerprint(),
-                "codec": self.codec.to_json_dict(),
-                "grid": list(self.spec.grid),
-                "patch_dim": self.spec.patch_dim,
-            }
-        }
+        """What the patches array says about itself: all of spec.json, which is lost with less."""
+        return {"eupe": description(self.spec, self.codec)}
 
     def _write_array_metadata(self, view: int) -> None:
         """Write the zarr.json of the dataset as it is now; once more if it grew meanwhile.
@@ -266,13 +258,7 @@ def _create(
     path = layout.moments_file(directory)
     measured = atomic.write_once(path, moments_table.to_bytes(moments), scratch)
     codec = make_codec(spec.codec, moments_table.parse(measured, path)["patches"])
-    description = {
-        "format": spec.format,
-        "fingerprint": spec.fingerprint(),
-        "spec": spec.model_dump(mode="json"),
-        "codec": codec.to_json_dict(),
-    }
-    content = json.dumps(description, indent=2, sort_keys=True).encode() + b"\n"
+    content = spec_bytes(description(spec, codec))
     described = atomic.write_once(layout.spec_file(directory), content, scratch)
     head = ManifestHead(
         spec_sha256=hashlib.sha256(described).hexdigest(),
@@ -280,6 +266,21 @@ def _create(
         provenance=json.loads(fp.canonical_json(dict(provenance))),
     )
     return Store(base, spec, Manifest.create(directory, head))
+
+
+def description(spec: StoreSpec, codec: Codec) -> dict[str, object]:
+    """Return what spec.json, and the attributes of every array, say of a store: plain data."""
+    return {
+        "format": spec.format,
+        "fingerprint": spec.fingerprint(),
+        "spec": spec.model_dump(mode="json"),
+        "codec": codec.to_json_dict(),
+    }
+
+
+def spec_bytes(said: Mapping[str, object]) -> bytes:
+    """Return the spec.json that says so: equal descriptions, equal bytes."""
+    return json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def open_store(root: str | Path, spec: StoreSpec) -> Store:
