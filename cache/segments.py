@@ -1,23 +1,28 @@
 """A folder of Arrow segments under a HEAD: how samples and manifests grow without being rewritten.
 
     <segment>.arrow, ...   written once, never changed
-    HEAD                   JSON, a `Head`: names the segments that count, with their checksums;
-                           replaced last, and only by whoever has read the one that is there
+    HEAD                   JSON, a `Head`: names the segments that count, with their checksums, and
+                           has its own; replaced last, by whoever has read the one that is there
 
 What HEAD does not name does not exist: a killed writer leaves a segment that nobody sees.
 """
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cache.errors import Corrupt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
+
+CHECKSUM, UNKNOWN = "head_sha256", "0" * 64
+"""Field of a HEAD: the sha256 of the file as it is with zeros in this place."""
+_CHECKSUM_LINE = re.compile(rb'"head_sha256":\s*"([0-9a-f]{64})"')
 
 
 class Segment(BaseModel):
@@ -50,9 +55,20 @@ class Head(BaseModel):
     segments: tuple[Segment, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """Return the HEAD file: equal heads, equal bytes."""
-        said = self.model_dump(mode="json")
-        return json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"
+        """Return the HEAD file, its checksum in it: equal heads, equal bytes."""
+        said = self.model_dump(mode="json") | {CHECKSUM: UNKNOWN}
+        blank = json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"
+        place = _CHECKSUM_LINE.search(blank)
+        assert place is not None
+        return _with(blank, place, hashlib.sha256(blank).hexdigest())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_checksum(cls, said: object) -> object:
+        """Leave out what is said of the file: heads that say the same are equal."""
+        if not isinstance(said, dict):
+            return said
+        return {name: value for name, value in said.items() if name != CHECKSUM}
 
 
 H = TypeVar("H", bound=Head)
@@ -69,7 +85,7 @@ def read_head(directory: Path, kind: type[H]) -> HeadFile[H] | None:
     """Read the HEAD of a folder; None if it has none.
 
     Raises:
-        Corrupt: it is no HEAD of that kind.
+        Corrupt: it is no HEAD of that kind, or not as it was written.
     """
     path = directory / layout.HEAD
     try:
@@ -77,11 +93,16 @@ def read_head(directory: Path, kind: type[H]) -> HeadFile[H] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return HeadFile(kind.model_validate_json(content), content)
+        head = kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "all of it"
         raise Corrupt(f"{path}: no HEAD of format 1 ({where}: {first['msg']})") from error
+    place = _CHECKSUM_LINE.search(content)
+    blank = b"" if place is None else _with(content, place, UNKNOWN)
+    if place is None or hashlib.sha256(blank).hexdigest() != place[1].decode():
+        raise Corrupt(f"{path}: contents do not match the {CHECKSUM} in it; restore the file")
+    return HeadFile(head, content)
 
 
 def swap_head(directory: Path, head: H, there: HeadFile[H] | None, scratch: Path) -> HeadFile[H]:
@@ -131,6 +152,11 @@ def map_segment(directory: Path, segment: Segment, schema: pa.Schema) -> pa.Tabl
     if table.num_rows != segment.rows or table.schema != schema:
         raise Corrupt(f"{path}: not the segment its HEAD describes")
     return table
+
+
+def _with(content: bytes, place: re.Match[bytes], checksum: str) -> bytes:
+    """Return a HEAD file with another checksum in the place of its own."""
+    return content[: place.start(1)] + checksum.encode() + content[place.end(1) :]
 
 
 def files(directory: Path, head: Head) -> list[tuple[Path, str]]:

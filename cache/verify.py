@@ -149,8 +149,8 @@ def _check_metadata(store: Store, records: Sequence[ShardRecord]) -> Iterator[Pr
     for view, end in ends.items():
         path = layout.zarr_file(store.directory, view)
         try:
-            found = json.loads(path.read_bytes())
-            num_rows = int(found["shape"][0])
+            content = path.read_bytes()
+            num_rows = int(json.loads(content)["shape"][0])
         except FileNotFoundError:
             yield Problem(path, "missing")
             continue
@@ -163,7 +163,7 @@ def _check_metadata(store: Store, records: Sequence[ShardRecord]) -> Iterator[Pr
         now = num_rows_now(store.root, store.spec.dataset.name)
         if not end <= num_rows <= now:
             yield Problem(path, f"{num_rows} rows; {end} are committed, the dataset has {now}")
-        elif found != json.loads(store.array_metadata(num_rows)):
+        elif content != store.array_metadata(num_rows):
             yield Problem(path, "describes another array than this store's")
 
 

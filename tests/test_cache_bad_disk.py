@@ -1,7 +1,11 @@
 """A disk that lies: what is damaged or exchanged is refused when it is read, or by verify."""
 
 import hashlib
+import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +26,7 @@ from cache.samples import Samples
 from cache.store import Store, open_store
 from cache.verify import verify
 
+FLIPS_CHILD = Path(__file__).parent / "support" / "flip_child.py"
 FLIPS = 100
 """Seeded bits of a file that are flipped, one at a time."""
 
@@ -120,6 +125,37 @@ def test_a_flipped_bit_of_a_table_changes_no_value(store, kind):
             with suppress(StoreError):
                 assert verify(open_store(store.root, store.spec)).problems
         back()
+
+
+def flip_in_a_child(folder: Path, codec: str, every: int, num_patches: int) -> dict[str, dict]:
+    """Flip bits in a process of their own: what ends it fails here, and nothing else does."""
+    memory = Path("/dev/shm")  # a file system in memory: no disk is waited for
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else folder) as root:
+        run = subprocess.run(
+            [sys.executable, FLIPS_CHILD, root, codec, str(every), str(num_patches)],
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, dict] = json.loads(run.stdout)
+    assert {kind: counts["unseen"] for kind, counts in found.items() if counts["unseen"]} == {}
+    return found
+
+
+@pytest.mark.parametrize("codec", ["float16", "rot4"])
+def test_bits_of_every_kind_of_file_are_refused_or_found_by_verify(tmp_path, codec):
+    found = flip_in_a_child(tmp_path, codec, 101, 200)
+    assert all(counts["bits"] >= 5 for counts in found.values())
+    for kind in ("samples", "samples HEAD", "manifest", "manifest HEAD", "spec", "rows", "index"):
+        assert found[kind]["refused"] == found[kind]["bits"], kind  # no verify is needed
+
+
+@pytest.mark.slow
+def test_every_bit_of_small_files_and_10_000_of_patches_are(tmp_path):
+    found = flip_in_a_child(tmp_path, "rot4", 1, 10_000)
+    assert found["patches"]["bits"] == 10_000
+    assert sum(counts["bits"] for counts in found.values()) > 100_000
 
 
 def test_two_shards_that_changed_places_are_refused(store):

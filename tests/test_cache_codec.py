@@ -21,7 +21,9 @@ from cache.codec.quantised import (
 )
 from cache.codec.rotation import Rotation, hadamard
 from cache.errors import Corrupt
+from cache.manifest import ManifestHead
 from cache.reader import Reader
+from cache.segments import read_head, swap_head
 from cache.verify import verify
 from eupe.spec import CodecSpec
 
@@ -244,15 +246,16 @@ def test_a_store_keeps_the_scaling_it_was_created_with(tmp_path):
     toy = Toy(tmp_path, "rot4")
     toy.add_samples(ids(4))
     store = toy.store()
-    spec, head = store.directory / "spec.json", store.directory / "manifest/HEAD"
+    spec, manifest = store.directory / "spec.json", store.directory / "manifest"
     said = json.loads(spec.read_bytes())
     said["codec"]["std"][2] = 0.125
     content = json.dumps(said).encode()
-    old, new = (hashlib.sha256(text).hexdigest() for text in (spec.read_bytes(), content))
     spec.write_bytes(content)
     with pytest.raises(Corrupt, match="do not match the sha256 in HEAD"):
         toy.store().row_shape  # noqa: B018
-    head.write_text(head.read_text().replace(old, new))
+    there = read_head(manifest, ManifestHead)
+    pinned = there.head.model_copy(update={"spec_sha256": hashlib.sha256(content).hexdigest()})
+    swap_head(manifest, pinned, there, tmp_path)
     assert toy.store().codec.std.tolist() == [1, 1, 0.125, 1, 1, 1, 1, 1]
     assert toy.store().codec.to_json_dict() == said["codec"]
 

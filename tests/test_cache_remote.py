@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -257,11 +258,13 @@ def test_a_head_that_moved_meanwhile_is_not_replaced(root, tmp_path):
 
 
 def test_heads_in_another_formatting_are_moved_too(root, tmp_path):
-    """A file copied by hand, or written by another version, says the same in other bytes."""
+    """A file written by another version says the same in other bytes, and has their checksum."""
     bucket_child.build(root)
     store = open_store(root, store_spec())
     for head in (root / "toy/samples/HEAD", store.directory / "manifest/HEAD"):
-        (tmp_path / "f").write_text(json.dumps(json.loads(head.read_bytes())))
+        blank = json.dumps({**json.loads(head.read_bytes()), "head_sha256": "0" * 64})
+        own = f'"head_sha256": "{hashlib.sha256(blank.encode()).hexdigest()}"'
+        (tmp_path / "f").write_text(re.sub(r'"head_sha256": "0{64}"', own, blank))
         bucket.send(tmp_path / "f", head)
     toy = Toy(root)
     toy.add_samples(ids(1, "c"))

@@ -1,5 +1,6 @@
 """Segments under a HEAD: what a damaged HEAD or segment says, and the bytes that stay."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -72,4 +73,28 @@ def test_another_segment_under_the_same_name_is_refused(tmp_path):
 
 def test_head_files_are_plain_json(tmp_path):
     swap_head(tmp_path, Head(segments=[]), None, tmp_path)
-    assert json.loads((tmp_path / "HEAD").read_bytes()) == {"format": 1, "segments": []}
+    content = (tmp_path / "HEAD").read_bytes()
+    said = json.loads(content)
+    own = said.pop("head_sha256")
+    assert said == {"format": 1, "segments": []}
+    blank = content.replace(own.encode(), b"0" * 64)
+    assert own == hashlib.sha256(blank).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.replace(b'"version": 0', b'"version": 1'),
+        lambda content: content.replace(b'"share": 0.1', b'"share": 0.10'),  # says the same
+        lambda content: content.replace(b"head_sha256", b"head_sha257"),
+        lambda content: content + b"\n",
+        lambda content: b'{"format": 1}',
+    ],
+)
+def test_a_head_that_is_not_as_it_was_written_is_refused(tmp_path, change):
+    head = ManifestHead(**PINNED, provenance={"share": 0.1})
+    sound = swap_head(tmp_path, head, None, tmp_path).content
+    (tmp_path / "HEAD").write_bytes(change(sound))
+    assert change(sound) != sound
+    with pytest.raises(Corrupt, match=r"HEAD: (contents do not match|no HEAD of format 1)"):
+        read_head(tmp_path, ManifestHead)
