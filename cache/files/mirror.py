@@ -18,13 +18,11 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
-
-from filelock import FileLock
 
 from cache.errors import Corrupt, NotBuilt, StoreError
 from cache.files import atomic, bucket
@@ -33,9 +31,9 @@ from cache.files.mirror_space import (
     BYTES_VARIABLE,
     FOLDER_VARIABLE,
     NAME_DIGITS,
-    POLL_SECONDS,
     Space,
 )
+from cache.files.refused import FULL, writing
 from eupe.errors import BadInput
 
 FILL_TRIES = 3
@@ -71,10 +69,13 @@ class Mirror:
         Args:
             folder: where; made if it is not there.
             max_bytes: bound; None: `mirror_space.SHARE_OF_DISK`.
+
+        Raises:
+            StoreError: it cannot be made.
         """
         self.folder = folder
-        for name in ("fill", "locks", "scratch"):
-            atomic.make_directories(folder / name)
+        with writing(folder):
+            atomic.make_directories(folder)
         self.space = Space(folder, max_bytes)
         self._lock = Lock()
         self._hinted: set[str] = set()
@@ -124,7 +125,13 @@ class Mirror:
             with copy.open("rb") as file:
                 sound = hashlib.file_digest(file, "sha256").hexdigest() == wanted.sha256
             if not sound:
-                copy.unlink()
+                try:
+                    copy.unlink()
+                except PermissionError as error:
+                    raise StoreError(
+                        f"{copy}: damaged, and another user's: have it deleted, or name another "
+                        f"folder in {FOLDER_VARIABLE}"
+                    ) from error
 
     def will_need(self, files: Iterable[Wanted]) -> None:
         """Start filling objects that will be asked for soon; returns at once.
@@ -145,7 +152,10 @@ class Mirror:
 
     def scratch(self, directory: BucketPath) -> Path:
         """Return the folder for files on their way to a directory of a bucket, and its locks."""
-        return self.folder / "scratch" / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+        name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+        folder = self.folder / "scratch" / name
+        self.space.make_folder(folder)
+        return folder
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -172,9 +182,8 @@ class Mirror:
         self.space.opened(copy)
         return copy
 
-    def _one_filler(self, copy: Path) -> FileLock:
-        number = int(copy.name[:8], 16) % NUM_LOCKS
-        return FileLock(self.folder / "locks" / f"{number:02d}", poll_interval=POLL_SECONDS)
+    def _one_filler(self, copy: Path) -> AbstractContextManager[None]:
+        return self.space.locked(f"{int(copy.name[:8], 16) % NUM_LOCKS:02d}")
 
     def _fill_next(self) -> None:
         """Give the pool the next hint, if it has a thread for it.
@@ -219,7 +228,7 @@ class Mirror:
                     raise Corrupt(f"{path}: contents do not match the recorded sha256; {CHANGED}")
                 file.flush()
                 os.fsync(file.fileno())
-            copy.parent.mkdir(exist_ok=True)
+            self.space.make_folder(copy.parent)
             if hint:
                 self.space.awaits(copy)
             now = time.time_ns()  # not when its room was taken: it would be the next to go
@@ -228,7 +237,9 @@ class Mirror:
         except FileNotFoundError as error:
             raise NotBuilt(f"{path}: no such object") from error
         except OSError as error:
-            raise self.space.full(path, num_bytes, error.strerror or str(error)) from error
+            if error.errno in FULL:
+                raise self.space.full(path, num_bytes, str(error.strerror)) from error
+            raise self.space.refused(error) from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -2,13 +2,16 @@
 
 `claim` takes room for a file to be filled, `full` says that there is none. All processes that share
 the folder agree by one lock (`locks/room`) and one file that every eviction touches (`EVICTED`).
+
+Who may share it says the folder's own mode: what is made in it may be read and written by the same,
+whatever a user's umask is. Copies that a user may not delete are not evicted by him.
 """
 
-import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from filelock import FileLock
 from cache.errors import StoreError
 from cache.files import atomic, mapped
 from cache.files.bucket import BucketPath
+from cache.files.refused import FULL, reason
 
 FOLDER_VARIABLE = "EUPE_MIRROR"
 BYTES_VARIABLE = "EUPE_MIRROR_BYTES"
@@ -64,14 +68,20 @@ class Space:
         """Add up what is there.
 
         Args:
-            folder: of the mirror, with its folders `fill` and `locks`.
+            folder: of the mirror; what it wants in it is made.
             max_bytes: bound; None: SHARE_OF_DISK.
+
+        Raises:
+            StoreError: it cannot be made.
         """
         self.folder = folder
         self._lock = Lock()
         self._awaited: set[str] = set()
         self._total, self._search_again = 0, 0.0
         self._evicted_ns = self._last_eviction()
+        self._mode = stat.S_IMODE(os.stat(folder).st_mode)
+        for name in ("fill", "locks", "scratch"):
+            self.make_folder(folder / name)
         atomic.sweep(folder / "fill", ABANDONED_SECONDS)
         if max_bytes is None:
             disk = os.statvfs(folder)
@@ -79,13 +89,53 @@ class Space:
             max_bytes = int(SHARE_OF_DISK * (disk.f_bavail * disk.f_frsize + there))
         self.max_bytes = max_bytes
 
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder in the mirror, for all who share it.
+
+        Raises:
+            StoreError: it cannot be made.
+        """
+        if folder.is_dir():
+            return
+        try:
+            folder.mkdir()
+            os.chmod(folder, self._mode)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise self.refused(error) from error
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Be the one process that has a lock of the mirror.
+
+        Raises:
+            StoreError: there is none to be had, because the folder cannot be written, say.
+        """
+        path = self.folder / "locks" / name
+        lock = FileLock(
+            path, mode=self._mode & 0o666, poll_interval=POLL_SECONDS, fallback_to_soft=False
+        )
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise self.refused(error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def opened(self, copy: Path) -> None:
-        """Note that a copy is used now.
+        """Note that a copy is used now, as far as a user may who does not own it.
 
         Raises:
             FileNotFoundError: there is no such copy.
         """
-        os.utime(copy, ns=(time.time_ns(), os.stat(copy).st_mtime_ns))
+        try:
+            os.utime(copy, ns=(time.time_ns(), os.stat(copy).st_mtime_ns))
+        except PermissionError:  # only the owner may say when; who may write may say now
+            with suppress(PermissionError):
+                os.utime(copy)
         with self._lock:
             self._awaited.discard(str(copy))
 
@@ -108,11 +158,12 @@ class Space:
         temporary = self.folder / "fill" / atomic.temporary_name("fill")
         target, disk_full = self.max_bytes, False
         while True:
-            with FileLock(self.folder / "locks" / "room", poll_interval=POLL_SECONDS):
+            with self.locked("room"):
                 if self._make_room(num_bytes, target, hint):
                     try:
                         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
                         try:
+                            os.fchmod(handle, self._mode & 0o666)
                             os.posix_fallocate(handle, 0, max(num_bytes, 1))
                             os.ftruncate(handle, num_bytes)
                         finally:
@@ -121,9 +172,10 @@ class Space:
                         return temporary
                     except OSError as error:
                         temporary.unlink(missing_ok=True)
-                        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or disk_full:
-                            why = error.strerror or str(error)
-                            raise self.full(path, num_bytes, why) from error
+                        if error.errno not in FULL:
+                            raise self.refused(error) from error
+                        if disk_full:
+                            raise self.full(path, num_bytes, str(error.strerror)) from error
                         # Others fill this disk too: evict as much as is wanted, and try once more.
                         target, disk_full = min(self._total, self.max_bytes), True
                         self._search_again = 0.0
@@ -201,14 +253,25 @@ class Space:
                 break
             if copy.path.startswith(fill):
                 continue
-            Path(copy.path).unlink(missing_ok=True)
+            try:
+                Path(copy.path).unlink(missing_ok=True)
+            except PermissionError:
+                continue  # another user's, who does not let us
             with self._lock:
                 self._awaited.discard(copy.path)
             freed += copy.num_bytes
         if freed:
-            (self.folder / "EVICTED").touch()
+            self._tell_eviction()
             self._evicted_ns = self._last_eviction()
         self._total -= freed
+
+    def _tell_eviction(self) -> None:
+        path = self.folder / "EVICTED"
+        with suppress(PermissionError):  # they hold maps for longer than they need
+            if not path.exists():
+                path.touch()
+                os.chmod(path, self._mode & 0o666)
+            os.utime(path)
 
     def _last_eviction(self) -> int:
         with suppress(FileNotFoundError):
@@ -221,6 +284,13 @@ class Space:
         if last != self._evicted_ns:
             self._evicted_ns = last
             mapped.let_go()
+
+    def refused(self, error: OSError) -> StoreError:
+        """Say that the mirror cannot be written, for another reason than its room."""
+        return StoreError(
+            f"{self.folder}: the mirror cannot be written: {reason(error, self.folder)}; another "
+            f"folder can be named in {FOLDER_VARIABLE}"
+        )
 
     def full(self, path: BucketPath, num_bytes: int, why: str) -> StoreError:
         """Say that an object has no room."""
