@@ -4,14 +4,17 @@
     . runs/local/env # the plain `prefect` and `ray` commands now reach this stack
     make down        # python -m flows.local_stack down
 
-The Prefect and job APIs listen on loopback only; Ray's own gRPC ports do not know that choice, so
-every Ray connection needs the token (runs/local/ray_token, mode 0600).
+The Prefect and job APIs listen on loopback only, where every user of this machine is, and either of
+them runs what it is told to: both want a secret, made anew at every start. Ray's is in
+runs/local/ray_token, Prefect's in runs/local/env, both of mode 0600. The work pool takes no command
+and no environment from whoever creates a run (flows/work_pool.json).
 
 Processes are found again by a variable that all of them inherit (`EUPE_LOCAL_STACK`, the stack's
 folder), so those that Ray re-parents are stopped too, and another stack or another Ray on the
 machine is left alone.
 """
 
+import base64
 import json
 import os
 import secrets
@@ -32,6 +35,7 @@ import typer
 from rich.console import Console
 
 from eupe.errors import BadInput
+from pipelines.machines import loopback
 from pipelines.machines.errors import one_sentence
 
 app = typer.Typer(
@@ -43,6 +47,7 @@ app = typer.Typer(
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POOL = "local"
+POOL_TEMPLATE = Path(__file__).with_name("work_pool.json")
 DEPLOYMENTS = {"teacher-cache/default", "distill/default"}
 MARK = "EUPE_LOCAL_STACK"
 PORTS = ("PREFECT", "RAY", "RAY_CLIENT", "RAY_DASHBOARD", "RAY_AGENT")
@@ -53,6 +58,7 @@ TOKEN_BYTES = 32
 ANSWER_SECONDS = 30  # Ray waits ten for its job agent before it says no
 PUBLIC = (
     "PREFECT_API_URL",
+    "PREFECT_API_AUTH_STRING",
     "PREFECT_HOME",
     "PREFECT_SERVER_ANALYTICS_ENABLED",
     "DO_NOT_TRACK",
@@ -62,6 +68,8 @@ PUBLIC = (
     "RAY_AUTH_TOKEN_PATH",
     "RAY_USAGE_STATS_ENABLED",
     "EUPE_HOME",
+    "NO_PROXY",
+    "no_proxy",
 )
 """What runs/local/env exports, besides PATH."""
 
@@ -70,8 +78,8 @@ class StackError(BadInput):
     """The stack did not come up, or is in the way; the message is one sentence for the user."""
 
 
-def up(home: Path) -> None:
-    """Start the stack and return when every part of it answers.
+def up(home: Path) -> Mapping[str, str]:
+    """Start the stack and return its environment when every part of it answers.
 
     Args:
         home: EUPE_HOME: relative paths of recipes are below it, and so is runs/local.
@@ -84,7 +92,7 @@ def up(home: Path) -> None:
         raise StackError(f"the local stack of {home} is up already; `make down` stops it")
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **settings(home, free_ports(len(PORTS)))}
-    write_token(Path(environment["RAY_AUTH_TOKEN_PATH"]))
+    write_private(Path(environment["RAY_AUTH_TOKEN_PATH"]), secrets.token_hex(TOKEN_BYTES))
     log = folder / "stack.log"
     honcho = [command("honcho"), "start", "--no-colour", "-d", str(CHECKOUT)]
     with log.open("wb") as output:
@@ -103,11 +111,11 @@ def up(home: Path) -> None:
     except BaseException:
         stop(folder)
         raise
-    lines = [f"export {name}={shlex.quote(environment[name])}" for name in PUBLIC]
+    lines = ["# written by `make up`; read it with: . runs/local/env"]
+    lines += [f"export {name}={shlex.quote(environment[name])}" for name in PUBLIC]
     lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
-    (folder / "env").write_text("# written by `make up`; read it with: . runs/local/env\n")
-    with (folder / "env").open("a") as file:
-        file.write("\n".join(lines) + "\n")
+    write_private(folder / "env", "\n".join(lines) + "\n")
+    return environment
 
 
 def down(home: Path) -> int:
@@ -122,7 +130,9 @@ def settings(home: Path, ports: Sequence[int]) -> dict[str, str]:
     """Return the environment of every process of the stack, and of the commands that reach it."""
     folder = home / "runs" / "local"
     port = dict(zip(PORTS, map(str, ports), strict=True))
+    secret = f"eupe:{secrets.token_hex(TOKEN_BYTES)}"
     return {
+        **loopback.without_proxy(os.environ),
         **{f"EUPE_{name}_PORT": value for name, value in port.items()},
         MARK: str(folder),
         "EUPE_HOME": str(home),
@@ -131,7 +141,12 @@ def settings(home: Path, ports: Sequence[int]) -> dict[str, str]:
         # Ray gives a job's driver one thread, since the actor above it has no CPUs of its own.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "PREFECT_API_URL": f"http://127.0.0.1:{port['PREFECT']}/api",
+        "PREFECT_API_AUTH_STRING": secret,
+        "PREFECT_SERVER_API_AUTH_STRING": secret,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port['PREFECT']}",  # its own
         "PREFECT_HOME": str(folder / "prefect"),
+        # Else the server writes its pages into the installation.
+        "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         # The defaults of ten seconds are for thousands of workers.
@@ -154,12 +169,12 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def write_token(path: Path) -> None:
-    """Write a fresh secret to a file that only this user can read, from its first byte on."""
+def write_private(path: Path, content: str) -> None:
+    """Write a file anew that only this user can read, from its first byte on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(TOKEN_BYTES))
+        file.write(content)
 
 
 def deploy() -> None:
@@ -174,7 +189,10 @@ def deploy() -> None:
             raise StackError("the Prefect server did not answer")
         time.sleep(POLL_SECONDS)
     for words in (
-        ["work-pool", "create", POOL, "--type", "process", "--overwrite"],
+        [
+            *("work-pool", "create", POOL, "--type", "process", "--overwrite"),
+            *("--base-job-template", str(POOL_TEMPLATE)),
+        ],
         ["--no-prompt", "deploy", "--all"],
     ):
         if subprocess.run([command("prefect"), *words], cwd=CHECKOUT, check=False).returncode:
@@ -215,22 +233,22 @@ def wait_until_healthy(
 
 def server_answers(environment: Mapping[str, str]) -> bool:
     """Say whether the Prefect API is healthy."""
-    return ask(f"{environment['PREFECT_API_URL']}/health") is True
+    return ask_prefect(environment, "health") is True
 
 
 def deployments_are_there(environment: Mapping[str, str]) -> bool:
     """Say whether both flows are deployed."""
-    url = f"{environment['PREFECT_API_URL']}/deployments/filter"
-    flows = ask(f"{environment['PREFECT_API_URL']}/flows/filter", {}) or []
+    flows = ask_prefect(environment, "flows/filter", {}) or []
     names = {flow["id"]: flow["name"] for flow in flows}
-    found = {f"{names.get(item['flow_id'])}/{item['name']}" for item in ask(url, {}) or []}
+    there = ask_prefect(environment, "deployments/filter", {}) or []
+    found = {f"{names.get(item['flow_id'])}/{item['name']}" for item in there}
     return found >= DEPLOYMENTS
 
 
 def worker_is_online(environment: Mapping[str, str]) -> bool:
     """Say whether a worker of the pool sends heartbeats."""
-    url = f"{environment['PREFECT_API_URL']}/work_pools/{POOL}/workers/filter"
-    return any(worker["status"] == "ONLINE" for worker in ask(url, {}) or [])
+    workers = ask_prefect(environment, f"work_pools/{POOL}/workers/filter", {}) or []
+    return any(worker["status"] == "ONLINE" for worker in workers)
 
 
 def ray_answers(environment: Mapping[str, str]) -> bool:
@@ -239,6 +257,13 @@ def ray_answers(environment: Mapping[str, str]) -> bool:
     headers = {"Authorization": f"Bearer {token}"}
     url = environment["RAY_API_SERVER_ADDRESS"]
     return ask(f"{url}/api/jobs/", {"entrypoint": "true"}, headers) is not None
+
+
+def ask_prefect(environment: Mapping[str, str], path: str, body: object = None) -> Any:
+    """Return what the Prefect API answers, None while it does not."""
+    secret = base64.b64encode(environment["PREFECT_API_AUTH_STRING"].encode()).decode()
+    url = f"{environment['PREFECT_API_URL']}/{path}"
+    return ask(url, body, {"Authorization": f"Basic {secret}"})
 
 
 def ask(url: str, body: object = None, headers: dict[str, str] | None = None) -> Any:
@@ -312,7 +337,11 @@ def last_words(log: Path) -> str:
 @app.command("up")
 def up_command() -> None:
     """Start the stack; return when every part of it answers."""
-    up(home())
+    where = up(home())
+    print(f"Prefect's page  {where['PREFECT_API_URL'].removesuffix('/api')}")
+    print(f"    its secret  PREFECT_API_AUTH_STRING in {home() / 'runs/local/env'}")
+    print(f"Ray's page      {where['RAY_API_SERVER_ADDRESS']}")
+    print(f"    its token   {where['RAY_AUTH_TOKEN_PATH']}")
     print(f"up; now: . {home() / 'runs/local/env'}")
 
 

@@ -6,6 +6,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -91,6 +92,65 @@ def test_the_job_api_refuses_whoever_has_no_token(stack):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{address}/api/jobs/", timeout=10)
     assert refused.value.code == 401
+
+
+def test_prefects_api_refuses_whoever_has_no_secret(stack):
+    """Whoever may create a run of a process worker runs what he likes as its owner."""
+    api = shell(stack, 'printf %s "$PREFECT_API_URL"').stdout
+    for path in ("flows/filter", "work_pools/filter", "admin/settings"):
+        asked = urllib.request.Request(f"{api}/{path}", data=b"{}" if "filter" in path else None)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(asked, timeout=10)
+        assert refused.value.code == 401
+    page = api.removesuffix("/api")
+    with urllib.request.urlopen(page, timeout=10) as answer:
+        assert b"<title>Prefect" in answer.read()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_of_this_machine_reads_no_secret_and_is_refused(stack):
+    kept = stack / "runs/local"
+    for folder in (*kept.parents, kept):  # else it is a folder above that keeps him out
+        if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    for name in ("env", "ray_token"):
+        assert stat.S_IMODE((kept / name).stat().st_mode) == 0o600
+        read = subprocess.run(
+            ["cat", kept / name], user="nobody", cwd="/", capture_output=True, check=False
+        )
+        assert b"Permission denied" in read.stderr
+    for variable, path in (
+        ("PREFECT_API_URL", "/flows/filter"),
+        ("RAY_API_SERVER_ADDRESS", "/api/jobs/"),
+    ):
+        url = shell(stack, f'printf %s "${variable}"').stdout + path
+        asked = (
+            f"import urllib.request as r; r.urlopen(r.Request({url!r}, data=b'{{}}'), timeout=10)"
+        )
+        said = subprocess.run(
+            ["/usr/bin/python3", "-c", asked],
+            user="nobody",
+            cwd="/",
+            env={},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "HTTP Error 401" in said.stderr, said.stderr
+
+
+def test_a_run_says_neither_command_nor_environment(stack):
+    """The pool's template has no place for them, whatever a run asks for."""
+    made = stack / "made-by-a-run"
+    asked = shell(
+        stack,
+        "prefect deployment run teacher-cache/default --watch --watch-timeout 120 "
+        f"--job-variable {shlex.quote(f'command=touch {made}')} "
+        f"--job-variable {shlex.quote('env=' + json.dumps({'EUPE_HOME': str(made)}))} "
+        f"-p {shlex.quote('overrides=' + json.dumps(['num_veiws=1']))}",
+    )
+    assert asked.returncode != 0
+    assert not made.exists()
 
 
 def test_a_second_up_is_refused_and_loses_nothing(stack):
