@@ -38,7 +38,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's decoders raise on damaged files; anything else is a fault of ours and must surface.
-_DECODER_ERRORS = (
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats of images that are opened, whatever a file's name says; Pillow knows others, of which
+one runs Ghostscript on what it is given (EPS)."""
+DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -50,6 +53,7 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    RuntimeError,  # libavif's, of a damaged file
 )
 
 
@@ -106,12 +110,12 @@ def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> I
     if not data:
         raise ImageError("the image has no bytes")
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.load()
             return _upright(_to_rgb(opened, background), _orientation(opened))
     except ImageError:
         raise
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         reason = str(error).replace("<_io.BytesIO object at ", "<").strip() or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"{len(data)} bytes are in no image format known here"
@@ -249,7 +253,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except _DECODER_ERRORS:
+    except DECODER_ERRORS:
         # A damaged EXIF block beside sound pixels states no orientation, as if it were absent.
         return 1
 

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -385,3 +386,36 @@ if __name__ == "__main__":  # python tests/test_eupe_views.py, after a deliberat
         jpeg = base64.b64encode(saved(image, "JPEG", quality=80)).decode()
     new = {"jpeg_bytes": jpeg}
     GOLDEN.write_text(json.dumps({**new, "digests": digests(new)}, indent=1) + "\n")
+
+
+def test_postscript_is_no_image_and_runs_no_program(tmp_path, monkeypatch):
+    """Pillow gives EPS to `gs`, wherever one is on the PATH, whatever the file is called."""
+    called = tmp_path / "called"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    with contextlib.suppress(OSError), Image.open(io.BytesIO(eps)) as opened:
+        opened.load()
+    assert called.exists()  # so Pillow alone would have
+    called.unlink()
+    with pytest.raises(views.ImageError, match="no image format known here"):
+        views.decode(eps)
+    assert not called.exists()
+
+
+def test_a_damaged_avif_is_no_image():
+    """What libavif raises is a RuntimeError."""
+    sink = io.BytesIO()
+    Image.new("RGB", (32, 24), "red").save(sink, "AVIF")
+    whole = bytearray(sink.getvalue())
+    assert views.decode(bytes(whole)).size == (32, 24)
+    damaged = 0
+    for place in range(len(whole) // 2, len(whole), 3):
+        other = bytearray(whole)
+        other[place] ^= 0xFF
+        try:
+            views.decode(bytes(other))
+        except views.ImageError:
+            damaged += 1
+    assert damaged

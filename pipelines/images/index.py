@@ -8,7 +8,6 @@ of bytes in the file `uri`; for Parquet see `pipelines.images.parquet`.
 import hashlib
 import io
 import json
-import struct
 import sys
 from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cache.files import place
 from eupe.errors import BadInput
-from eupe.views import ImageError
+from eupe.views import DECODER_ERRORS, FORMATS, ImageError
 from pipelines.images import parquet, walks
 from pipelines.images.walks import Candidate, Walk
 from pipelines.machines.progress import track
@@ -34,14 +33,6 @@ WALKS: dict[str, Walk] = {
 WINDOW = 256  # candidates in memory at once while indexing
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TURNED = (5, 6, 7, 8)
-_HEADER_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 RECORD_SCHEMA: dict[str, type[pl.DataType]] = {
     "sample_id": pl.String,
     "uri": pl.String,
@@ -167,13 +158,13 @@ def _upright_size(data: bytes) -> tuple[int, int]:
     if not data:
         raise ImageError("the image has no bytes")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             # The base class's: PNG's own decodes all pixels in search of EXIF data after them.
             exif = Image.Image.getexif(image)
             turned = exif.get(_EXIF_ORIENTATION, 1) in _EXIF_TURNED
     except UnidentifiedImageError as error:
         raise ImageError(f"{len(data)} bytes are in no image format known here") from error
-    except _HEADER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise ImageError(f"the image's header cannot be read: {error}") from error
     return (height, width) if turned else (width, height)
