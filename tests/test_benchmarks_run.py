@@ -44,20 +44,49 @@ SMALL = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SMALL))
-def test_a_benchmark_writes_its_rows(name, tmp_path):
-    arguments, keys = SMALL[name]
-    table = tmp_path / "rows.json"
+FAULTS = [
+    "writer killed",
+    "training worker killed",
+    "disk full, build",
+    "patches flipped",
+    "rows deleted",
+    "sample segment truncated",
+    "spec exchanged",
+    "two builders at once",
+    "stale locks",
+]
+
+
+def measured(name: str, arguments: list[str], written: Path) -> object:
+    """Run a benchmark; return what it wrote."""
     run = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json", str(table)],
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json", str(written)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
         timeout=PATIENCE_SECONDS,
     )
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(table.read_text())
+    assert run.returncode == 0, run.stderr + run.stdout
+    return json.loads(written.read_text())
+
+
+@pytest.mark.slow
+def test_faults_lose_nothing(tmp_path):
+    arguments = ["--rounds", str(len(FAULTS)), "--seed", "3", "--kinds", *FAULTS]
+    found = measured("faults", arguments, tmp_path / "faults.json")
+    assert found["rounds"] == len(FAULTS)
+    assert set(found["kinds"]) == set(FAULTS)
+    for name in ("lost_rows", "duplicate_rows", "silent_differences", "failures"):
+        assert found[name] == 0, name
+    assert found["refusals"] >= 3  # a row, a table and a segment, each by its name
+    assert found["max_shards_redone_per_actor"] <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_a_benchmark_writes_its_rows(name, tmp_path):
+    arguments, keys = SMALL[name]
+    rows = measured(name, arguments, tmp_path / "rows.json")
     assert rows
     assert all(keys <= row.keys() for row in rows)
