@@ -1,5 +1,6 @@
 """What every test runs under: nothing reaches the network, nothing outlives the test session."""
 
+import atexit
 import os
 import secrets
 import shutil
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SESSION = secrets.token_hex(8)
 PRIVATE = Path(tempfile.mkdtemp(prefix="eupe-tests-"))  # Prefect's and Ray's homes, never yours
+atexit.register(shutil.rmtree, PRIVATE, ignore_errors=True)
 GRACE_SECONDS = 20.0  # Ray's and Prefect's children need a moment to follow their parent
 
 # Set before anything imports torch, Ray or Prefect: they read their settings once, at import.
@@ -78,7 +80,6 @@ def nothing_outlives_the_session() -> Iterator[None]:
     names = [describe(process) for process in left]
     for process in left:
         process.kill()
-    shutil.rmtree(PRIVATE, ignore_errors=True)
     assert not names, "processes left behind: " + "; ".join(names)
 
 

@@ -252,6 +252,7 @@ def test_a_bit_of_the_sample_table_ends_no_process_and_changes_no_label(store):
     assert len(Samples.open(store.root, DATASET.name)) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["c.0.0.0", "rows-00000000", "00000000.arrow"])
 @pytest.mark.parametrize("damage", ["a bit", "cut"])
 def test_a_damaged_copy_in_a_mirror_is_fetched_again(s3, tmp_path, kind, damage):
@@ -270,6 +271,7 @@ def test_a_damaged_copy_in_a_mirror_is_fetched_again(s3, tmp_path, kind, damage)
     assert not refused_or_equal(store, wanted)
 
 
+@pytest.mark.slow
 def test_a_copy_that_somebody_else_has_mended_meanwhile_is_opened_again(s3, tmp_path):
     toy = Toy(f"s3://{NAME}/{tmp_path.name}")
     toy.add_samples(ids(7))
@@ -297,6 +299,7 @@ def test_a_copy_that_somebody_else_has_mended_meanwhile_is_opened_again(s3, tmp_
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_an_object_that_is_damaged_itself_is_refused(s3, tmp_path):
     root = f"s3://{NAME}/{tmp_path.name}"
     toy = Toy(root)

@@ -25,6 +25,7 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="no file system may be mounted here")
+@pytest.mark.slow
 @pytest.mark.parametrize(("work", "refusals"), [("store", 20), ("training", 3)])
 def test_a_full_disk_loses_nothing(tmp_path, work, refusals):
     run = subprocess.run(

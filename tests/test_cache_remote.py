@@ -30,6 +30,8 @@ from cache.samples import Samples
 from cache.store import find_stores, open_store
 from cache.verify import verify
 
+pytestmark = pytest.mark.slow
+
 CHILD = Path(__file__).parent / "support" / "bucket_child.py"
 WAIT_SECONDS = 240  # two busy cores may take a minute to start a child
 
@@ -170,7 +172,6 @@ def run_child(s3: Bucket, *arguments: str, **behaviour) -> int:
     return child.returncode
 
 
-@pytest.mark.slow
 def test_killed_in_the_middle_of_uploads_then_again_gives_the_same_bytes(s3, root, tmp_path):
     clean = local_build(tmp_path / "local")
     bucket_child.build(root)

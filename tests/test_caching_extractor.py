@@ -21,6 +21,8 @@ from eupe.teachers import Teacher
 from pipelines.caching import extractor, indexing, precompute
 from pipelines.machines.pool import IN_FLIGHT
 
+pytestmark = pytest.mark.slow
+
 DECODE_SECONDS = 60.0  # 16 emoji on a busy machine
 
 

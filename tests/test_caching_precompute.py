@@ -132,6 +132,7 @@ def test_a_lost_shard_alone_is_computed_again(tmp_path, images):
     assert open_stores(work)[0].spec == store.spec
 
 
+@pytest.mark.slow
 def test_growing_adds_files_and_changes_none(tmp_path, images):
     source = write_folder(tmp_path / "images", dict(list(images.items())[:14]))
     build(job(tmp_path / "root", source))
@@ -231,6 +232,7 @@ def test_left_out_images_are_listed_beside_the_samples(tmp_path, images):
     assert "no bytes" in listed
 
 
+@pytest.mark.slow
 def test_another_teacher_view_or_weights_is_another_store(tmp_path, images):
     source = write_folder(tmp_path / "images", images)
     (store,) = build(job(tmp_path / "root", source))

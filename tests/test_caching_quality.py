@@ -24,6 +24,8 @@ from pipelines.records import tracking
 from pipelines.training import inputs
 from pipelines.training.loop import train_stage
 
+pytestmark = pytest.mark.slow
+
 DIM = 1280  # EfficientNet-Lite0's
 ROT4_LOSS_RTOL = 0.02
 """Tokens of cosine 0.994 are 0.11 of their length away, in a direction the student cannot learn:

@@ -127,6 +127,7 @@ def check(encoder: Encoder, resolution: int, summary: int, width: int, grid: tup
     assert features.patches.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILY if name != "proxy_vitg"])
 def test_each_student_at_the_three_scales(name):
     student = build_student(FAMILY[name]).eval()
@@ -136,12 +137,14 @@ def test_each_student_at_the_three_scales(name):
         check(student, scale, student.summary_dim, student.patch_dim, grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEACHERS)
 def test_each_teacher_architecture_at_its_native_resolution(name):
     spec, resolution, (summary, width, grid) = TEACHERS[name]
     check(Encoder(spec).eval(), resolution, summary, width, grid)
 
 
+@pytest.mark.slow
 def test_the_proxy_at_the_three_scales():
     arguments = {**FAMILY["proxy_vitg"].model_arguments, "depth": 1}
     spec = FAMILY["proxy_vitg"].model_copy(update={"model_arguments": arguments})
@@ -310,6 +313,7 @@ for name in ("eupe_vitt16", "eupe_convnext_tiny"):
 """
 
 
+@pytest.mark.slow
 def test_the_forward_pass_is_one_graph_for_compile():
     """As users run it: in a process without the shape checks, which a compiler cannot trace."""
     subprocess.run([sys.executable, "-c", ONE_GRAPH], check=True)

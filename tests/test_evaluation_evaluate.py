@@ -102,6 +102,7 @@ def test_the_baseline_is_fitted_on_the_grid_of_the_comparison():
     assert constants.predictions(3)["near"].patches.shape == (3, 4, 4, 3)
 
 
+@pytest.mark.slow
 def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
     readers = {
         job.dataset.name: Reader(open_stores(job)[0])

@@ -101,6 +101,7 @@ def reported(run) -> Opening:
     return seen
 
 
+@pytest.mark.slow
 def test_a_report_opens_each_store_once_and_works_out_each_shape_once(run, reported):
     jobs = [*cache_jobs(run), *proxy_jobs(run)]
     wanted = sum(len(teacher.resolutions) for job in jobs for teacher in job.teachers)

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_raw_pixels_have_what_the_readme_says():
     run = subprocess.run(
         [sys.executable, str(ROOT / "examples/raw_pixels.py")],

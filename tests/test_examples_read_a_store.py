@@ -16,6 +16,7 @@ def example(root: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["float16", "rot4"])
 def test_all_readers_agree(tmp_path, codec):
     toy = Toy(tmp_path, codec, bad={"a/005": "no image"})

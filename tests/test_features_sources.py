@@ -74,6 +74,7 @@ def asked(source, count: int = COUNT):
     return ids, np.arange(len(ids)) % 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resolution", [64, 96])
 def test_cached_and_live_tokens_are_equal(cached, live, resolution):
     ids, views = asked(cached)

@@ -10,6 +10,8 @@ from support.toy_stores import DATASET, Toy, ids
 
 from cache.format import layout
 
+pytestmark = pytest.mark.slow
+
 EUPE = [sys.executable, "-m", "flows.cli", "cache"]
 NUM_SAMPLES, NUM_VIEWS = 6, 2
 BAD = {"a/003": "patches are not finite"}

@@ -36,6 +36,7 @@ def entries() -> dict[str, Entry]:
     return {each.recipe: each for each in catalogue.entries()}
 
 
+@pytest.mark.slow
 def test_the_list_names_every_recipe_once(entries):
     assert list(entries) == list(recipes.RECIPES)
 

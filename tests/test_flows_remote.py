@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 
+import pytest
 from support import bucket_server
 from support.toy_stores import Toy, ids
 
 from cache.files import place
+
+pytestmark = pytest.mark.slow
 
 
 def eupe(*words: str) -> subprocess.CompletedProcess:

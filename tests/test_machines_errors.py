@@ -97,6 +97,7 @@ def test_an_error_from_another_process_is_what_it_was_there():
     assert bad_input(arrived(lambda: np.zeros(2) + np.zeros(3))) is None
 
 
+@pytest.mark.slow
 def test_bad_input_needs_no_sources(tmp_path):
     """Bytecode alone: no line of source is there to be read."""
     for room in ("eupe", "cache", "pipelines", "flows"):
@@ -145,6 +146,7 @@ def test_commands_answer_bad_input_with_a_sentence_and_exit_2(
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
+@pytest.mark.slow
 def test_the_installed_command_has_the_same_manners(tmp_path):
     run = subprocess.run(
         [Path(sys.executable).parent / "eupe", "cache", "build", "dmeo"],

@@ -139,6 +139,7 @@ def with_toy_codec(directory: Path) -> Recipe:
     return override(small_run.recipe(directory), ["teachers.lite0.codec=halves", *TWO_STEPS])
 
 
+@pytest.mark.slow
 def test_a_toy_codec_is_stored_read_judged_and_taught_from(halves: Kind, tmp_path: Path):
     run = with_toy_codec(tmp_path)
     small_run.build(run, tmp_path)

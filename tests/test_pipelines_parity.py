@@ -38,6 +38,8 @@ from pipelines.recipe.stores import open_stores
 from pipelines.training import inputs
 from pipelines.training.batches import Feed
 
+pytestmark = pytest.mark.slow
+
 STEPS, IMAGES, SIDE = 20, 40, 64
 EPOCH = 5  # steps: the same images, so that their losses compare
 OTHER_BATCH = 5

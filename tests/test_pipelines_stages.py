@@ -32,6 +32,8 @@ from pipelines.recipe.stores import (
 )
 from pipelines.training import inputs, launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, emoji) -> Recipe:

@@ -31,6 +31,7 @@ def test_frequencies_over_100_000_draws() -> None:
     assert abs(rest[2] / rest.sum() - 0.25) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_holds_its_shares_to_within_one_slot() -> None:
     counts = np.stack([paper_mix(global_batch=30).counts(step) for step in range(2000)])
     mixed = counts[counts[:, 0] == 0]

@@ -14,6 +14,8 @@ from pipelines.recipe.stores import cache_jobs, proxy_jobs
 from pipelines.records import checkpoint, tracking
 from pipelines.training import launch
 
+pytestmark = pytest.mark.slow
+
 TINY = [f"{name}_tiny" for name in (*family.STUDENTS, "proxy_vitg")]
 TRAIN, HELD_OUT = 16, 4
 

@@ -71,6 +71,7 @@ def test_no_checkpoint_is_none_and_requiring_one_says_so(tmp_path):
         checkpoint.require(tmp_path)
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # it writes to a disk, which takes as long as it takes
 @given(
     scores=st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=6),

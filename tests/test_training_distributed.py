@@ -20,6 +20,8 @@ from pipelines.recipe.named import by_name
 from pipelines.records import checkpoint, tracking
 from pipelines.training import launch
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 LOG_EVERY, CHECKPOINT_EVERY, STOP_AT = 3, 4, 10  # a checkpoint falls between two logs
 # The bound that the project sets itself for 20 steps: float32 sums in another order, grown by
@@ -266,7 +268,6 @@ def travelling(ray_cluster: None) -> Iterator[None]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.usefixtures("travelling")
 def test_ray_train_runs_the_same_loop(tmp_path, alone, capsys):
     run = small(tmp_path).model_copy(update={"workers": WorkersConfig(count=2)})

@@ -160,6 +160,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path)
     assert all(bool(value.isfinite().all()) for value in saved.encoder().values())
 
 
+@pytest.mark.slow
 def test_kill_at_a_random_step_then_resume_gives_bit_equal_losses(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     train_child.train(undisturbed, pause=0)

@@ -28,6 +28,7 @@ def run(tmp_path_factory, emoji) -> Recipe:
     return recipe
 
 
+@pytest.mark.slow
 def test_pixels_are_those_of_the_view_resized(run):
     stage = run.stage("stage1")
     job = next(job for job in pixel_jobs(run, stage) if job.views == run.views)

@@ -18,6 +18,8 @@ from pipelines.records import checkpoint, tracking
 from pipelines.training import inputs, launch, start
 from pipelines.training.loop import SCORE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
