@@ -5,7 +5,6 @@ version. Every record carries the version that committed it, so any earlier vers
 read after segments have been merged: a run pins the version it trains on.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,23 +13,22 @@ import numpy as np
 import pyarrow as pa
 from pydantic import JsonValue
 
-from cache.errors import Busy, Corrupt, NotBuilt
+from cache.errors import Corrupt, NotBuilt, StoreError
 from cache.files import atomic
-from cache.files.bucket import BucketPath
 from cache.format import arrow_tables, layout
 from cache.segments import (
     Head,
     HeadFile,
     Segment,
+    commit,
     files,
     map_segment,
+    next_version,
     read_head,
-    swap_head,
     write_segment,
 )
 from eupe.errors import BadInput
 
-SWAP_SECONDS = 60.0
 MERGE_AT = 8
 """So many segments of about one size become one: n commits make O(log n) files."""
 
@@ -90,7 +88,6 @@ class ManifestHead(Head):
         provenance: what the first build recorded for later builds to obey.
     """
 
-    version: int = 0
     spec_sha256: str
     moments_sha256: str
     provenance: dict[str, JsonValue]
@@ -123,14 +120,10 @@ class Manifest:
         return cls(directory, there)
 
     @classmethod
-    def create(cls, store: Path, head: ManifestHead) -> "Manifest":
-        """Write the first HEAD, which names no shards yet.
-
-        Raises:
-            Busy: another process has created it in the bucket.
-        """
+    def create(cls, store: Path, head: ManifestHead) -> None:
+        """Write the first HEAD, which names no shards yet, unless there is one."""
         directory, scratch = layout.manifest_directory(store), layout.scratch_directory(store)
-        return cls(directory, swap_head(directory, head, None, scratch))
+        commit(directory, ManifestHead, lambda there: None if there else head, scratch)
 
     @property
     def head(self) -> ManifestHead:
@@ -186,34 +179,37 @@ class Manifest:
         callers want that one.
 
         Raises:
-            Busy: another process has been committing for a minute.
+            StoreError: the store was made anew since this manifest was opened, with other moments
+                or another spec: these shards were encoded with the old ones.
+            Busy: other processes have been committing for a minute.
         """
         if not records:
             return self.version
         scratch = layout.scratch_directory(self.directory.parent)
-        with atomic.only_writer(self.directory.parent, scratch):
-            return self._commit(records, scratch)
-
-    def _commit(self, records: Sequence[ShardRecord], scratch: Path) -> int:
-        """Append to the newest HEAD; in a bucket, builders of other machines move it too."""
         rows = [asdict(record) for record in records]
-        given = time.monotonic() + SWAP_SECONDS
-        while True:
-            self._read_again()
-            version = self.version + 1
-            columns = {"version": [version] * len(records)}
-            columns |= {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
-            try:
-                self._append(pa.table(columns, schema=SCHEMA), version, scratch)
-                return version
-            except Busy:
-                if time.monotonic() > given:
-                    raise
+        columns = {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
 
-    def _append(self, table: pa.Table, version: int, scratch: Path) -> None:
-        """Write one segment, merging smaller ones of the tail into it, then HEAD."""
-        segments = self.head.segments
-        first = version
+        def next_head(there: HeadFile[ManifestHead] | None) -> ManifestHead:
+            if there is None:
+                raise NotBuilt(f"{self.directory.parent}: the store was deleted meanwhile")
+            check_same(
+                self.directory.parent, there.head, self.head.spec_sha256, self.head.moments_sha256
+            )
+            version = next_version(there)
+            table = pa.table({"version": [version] * len(rows), **columns}, schema=SCHEMA)
+            segments = self._appended(there.head.segments, table, version, scratch)
+            return there.head.model_copy(update={"version": version, "segments": segments})
+
+        with atomic.only_writer(self.directory.parent, scratch):
+            there = commit(self.directory, ManifestHead, next_head, scratch)
+        assert there is not None
+        self._there = there
+        return self.version
+
+    def _appended(
+        self, segments: tuple[Segment, ...], table: pa.Table, version: int, scratch: Path
+    ) -> tuple[Segment, ...]:
+        """Write one segment, merging smaller ones of the tail into it."""
         # Merge when the last MERGE_AT - 1 segments are no larger than this one would become, so
         # each record is rewritten at most log_MERGE_AT(n) times.
         while True:
@@ -221,18 +217,8 @@ class Manifest:
             if len(tail) < MERGE_AT - 1 or max(s.rows for s in tail) > table.num_rows:
                 break
             table = pa.concat_tables([*(self._segment(segment) for segment in tail), table])
-            first = int(tail[0].name.partition("-")[0])
             segments = segments[: -len(tail)]
-        stem = f"{first:08d}-{version:08d}"
-        segments = (*segments, write_segment(self.directory, stem, table, scratch))
-        head = self.head.model_copy(update={"version": version, "segments": segments})
-        self._there = swap_head(self.directory, head, self._there, scratch)
-        if isinstance(self.directory, BucketPath):
-            return  # another machine may be about to name a segment, or be reading an older HEAD
-        named = {segment.name for segment in segments}
-        for path in self.directory.glob("*.arrow"):
-            if path.name not in named:  # merged just now, or left by a killed commit
-                path.unlink(missing_ok=True)
+        return (*segments, write_segment(self.directory, version, table, scratch))
 
     def _read_again(self) -> None:
         self._there = Manifest.open(self.directory.parent)._there
@@ -254,3 +240,22 @@ class Manifest:
     def _segment(self, segment: Segment) -> pa.Table:
         # Comparing the checksums of a million shards takes 0.2 s.
         return map_segment(self.directory, segment, SCHEMA)
+
+
+def check_same(store: Path, head: ManifestHead, spec_sha256: str, moments_sha256: str) -> None:
+    """Refuse a store that is another one than when it was opened.
+
+    Args:
+        store: its directory.
+        head: of its manifest as it is now.
+        spec_sha256: of spec.json as it was.
+        moments_sha256: of moments.arrow as it was.
+
+    Raises:
+        StoreError: it was deleted and made anew, and has another scaling.
+    """
+    if (head.spec_sha256, head.moments_sha256) != (spec_sha256, moments_sha256):
+        raise StoreError(
+            f"{store}: the store was made anew since this process opened it, and its features are "
+            f"scaled otherwise; run the same command again"
+        )

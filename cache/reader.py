@@ -162,8 +162,10 @@ class Reader:
                 else:
                     read_all(pieces, into.reshape(-1, self._row_bytes))
                 return
-            except Corrupt:
+            except Corrupt as error:
                 if not (first and self.mirrored):
+                    for view, shard, _, _ in groups:
+                        self._check_rebuilt(view, shard, error)
                     raise
                 self._let_go(groups)
 
@@ -257,6 +259,27 @@ class Reader:
             )
         self._checked[position] = True
 
+    def _check_rebuilt(self, view: int, shard: int, error: Exception) -> None:
+        """Say so if a shard's files are those of a later version than this reader's.
+
+        Raises:
+            StoreError: they are.
+        """
+        newest = self.store.manifest()
+        if self.version == newest.version:
+            return
+        table = newest.table()
+        of_view, of_shard = (arrow_tables.to_numpy(table[name]) for name in ("view", "shard"))
+        for record in np.flatnonzero((of_view == view) & (of_shard == shard)).tolist():
+            names = "patches_sha256", "rows_sha256"
+            if any(table[n][record].as_py() != self._record(view, shard, n) for n in names):
+                raise StoreError(
+                    f"{self.store.directory}: view {view}, shard {shard} was built anew, with "
+                    f"other bytes, at manifest version {table['version'][record].as_py()}; this "
+                    f"run is pinned to version {self.version}. Start a new run, which reads the "
+                    f"newest version, or restore the shard's files of before"
+                ) from error
+
     def _use(self, view: int, shard: int, kind: Kind, use: Callable[[Path, int, str], T]) -> T:
         """Open one of a shard's files, given as path, size and sha256."""
         self._check_samples(view, shard)
@@ -265,8 +288,11 @@ class Reader:
             return using(path, lambda local: use(local, num_bytes, sha256), num_bytes, sha256)
         except NotBuilt as error:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
-        except WrongSize as error:
-            raise Corrupt(f"{error}; build again") from error
+        except Corrupt as error:
+            self._check_rebuilt(view, shard, error)
+            if isinstance(error, WrongSize):
+                raise Corrupt(f"{error}; build again") from error
+            raise
 
     def _open_patches(self, view: int, shard: int) -> ShardRows:
         rows_class = MappedRows if self._mapped else PositionedRows

@@ -24,11 +24,13 @@ from cache.format import arrow_tables, layout
 from cache.format.sample_table import SCHEMA, conform, frame, new_samples
 from cache.segments import (
     Head,
+    HeadFile,
     Segment,
+    commit,
     files,
     map_segment,
+    next_version,
     read_head,
-    swap_head,
     write_segment,
 )
 from eupe import fingerprint as fp
@@ -141,18 +143,24 @@ class Samples:
         scratch = layout.scratch_directory(directory)
         with atomic.only_writer(directory, scratch):
             atomic.sweep(scratch)
-            return cls._append(root, directory, dataset, given, rows_per_shard)
+            commit(
+                directory,
+                SamplesHead,
+                lambda there: cls._grown(directory, there, dataset, given, rows_per_shard),
+                scratch,
+            )
+        return cls.open(root, dataset.name)
 
     @classmethod
-    def _append(
+    def _grown(
         cls,
-        root: str | Path,
         directory: Path,
+        there: HeadFile[SamplesHead] | None,
         dataset: DatasetSpec,
         given: pl.DataFrame,
         rows_per_shard: int | None,
-    ) -> "Samples":
-        there = read_head(directory, SamplesHead)
+    ) -> SamplesHead | None:
+        """Write what is not there yet; return the HEAD that names it, or None if all is there."""
         start = 0
         if there is None:
             if rows_per_shard is None:
@@ -171,19 +179,17 @@ class Samples:
             given = new_samples(given, known.table, str(directory))
             start = -(-known.num_rows // head.rows_per_shard) * head.rows_per_shard
         if given.is_empty():
-            return cls.open(root, dataset.name)
+            return None
         rows = pl.Series("row", np.arange(start, start + given.height, dtype=np.int64))
         numbered = given.with_columns(rows).select(SCHEMA.names)
-        segments = list(head.segments)
+        segments, version = list(head.segments), next_version(there)
         scratch = layout.scratch_directory(directory)
         most = max(SEGMENT_ROWS // head.rows_per_shard, 1) * head.rows_per_shard
         for first in range(0, given.height, most):
             part = numbered.slice(first, most).to_arrow().cast(SCHEMA)
-            written = write_segment(directory, f"{len(segments):08d}", part, scratch)
+            written = write_segment(directory, version, part, scratch)
             segments.append(SampleSegment(**written.model_dump(), start=start + first))
-        grown = head.model_copy(update={"segments": tuple(segments)})
-        swap_head(directory, grown, there, scratch)
-        return cls.open(root, dataset.name)
+        return head.model_copy(update={"version": version, "segments": tuple(segments)})
 
     def __len__(self) -> int:
         """Number of samples (gaps left out)."""

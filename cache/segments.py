@@ -1,28 +1,46 @@
 """A folder of Arrow segments under a HEAD: how samples and manifests grow without being rewritten.
 
-    <segment>.arrow, ...   written once, never changed
-    HEAD                   JSON, a `Head`: names the segments that count, with their checksums, and
-                           has its own; replaced last, by whoever has read the one that is there
+    <version>-<digest>.arrow   segments, named by their content: written once, never changed
+    HEAD-<version>             JSON, a `Head`: names the segments that count, with their checksums
+    HEAD                       a copy of the newest of these
 
-What HEAD does not name does not exist: a killed writer leaves a segment that nobody sees.
+What no HEAD names does not exist: a killed writer leaves a segment that nobody sees.
+
+Committers need no lock that all of them see. Whoever makes `HEAD-<version>`, whole and only if
+there is none, has committed that version; the others look again and try the next one. A committer
+that is killed before it has copied its HEAD leaves a HEAD that is older than what is committed:
+readers look for a newer `HEAD-<version>`, of which the last KEPT_HEADS stay. In a bucket there is
+HEAD alone: it is replaced if it still says what its next writer has read.
 """
 
 import hashlib
 import json
+import os
+import random
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from cache.errors import Corrupt
-from cache.files import atomic
+from cache.errors import Busy, Corrupt
+from cache.files import atomic, bucket
+from cache.files.bucket import BucketPath
 from cache.format import arrow_tables, layout
 
+KEPT_HEADS = 8
+"""A committer overtaken by so many cannot tell what became of its version: it tries again."""
+COMMIT_SECONDS = 60.0
+RETRY_SECONDS = 0.05
+DIGEST_DIGITS = 16
+REPAIR = "`eupe cache repair` makes it anew"
 CHECKSUM, UNKNOWN = "head_sha256", "0" * 64
 """Field of a HEAD: the sha256 of the file as it is with zeros in this place."""
 _CHECKSUM_LINE = re.compile(rb'"head_sha256":\s*"([0-9a-f]{64})"')
+_NUMBERED = re.compile(rf"(?:{layout.HEAD}-(\d+)|(\d+)-[0-9a-f]{{{DIGEST_DIGITS}}}\.arrow)")
 
 
 class Segment(BaseModel):
@@ -46,12 +64,14 @@ class Head(BaseModel):
 
     Attributes:
         format: of the cache root.
+        version: commits that came before this one.
         segments: those that count, oldest first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
+    version: int = 0
     segments: tuple[Segment, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -81,13 +101,186 @@ class HeadFile(NamedTuple, Generic[H]):
     content: bytes
 
 
+class _Numbered(NamedTuple):
+    """What the names in a folder tell.
+
+    Attributes:
+        heads: versions of the `HEAD-<version>` that are there, rising.
+        segments: version that wrote each segment -> its names.
+    """
+
+    heads: list[int]
+    segments: dict[int, list[str]]
+
+
 def read_head(directory: Path, kind: type[H]) -> HeadFile[H] | None:
-    """Read the HEAD of a folder; None if it has none.
+    """Read the newest HEAD of a folder; None if it has none.
 
     Raises:
-        Corrupt: it is no HEAD of that kind, or not as it was written.
+        Corrupt: it is no HEAD of that kind, it was damaged, or it is older than the segments.
     """
+    seen: tuple[int, int] | None = None
+    while True:
+        found = _read(directory / layout.HEAD, kind)
+        if isinstance(directory, BucketPath):
+            return found
+        version = -1 if found is None else found.head.version
+        there = _numbered(directory)
+        if there.heads and there.heads[-1] > version:
+            version = there.heads[-1]
+            found = _read(_numbered_head(directory, version), kind)
+            if found is None:
+                continue  # committers have gone on meanwhile
+        newest = max(there.segments, default=-1)
+        if found is None or newest <= version + 1:  # one may be about to be committed
+            return found
+        if seen == (version, newest):  # twice: this is no glance at a folder in motion
+            raise Corrupt(
+                f"{directory}: its HEAD is of version {version}, older than its segments (version "
+                f"{newest}); was it restored from a backup? {REPAIR}"
+            )
+        seen = version, newest
+
+
+def commit(
+    directory: Path,
+    kind: type[H],
+    change: Callable[[HeadFile[H] | None], H | None],
+    scratch: Path,
+) -> HeadFile[H] | None:
+    """Put the next HEAD in its place, built on the newest one.
+
+    Args:
+        directory: the folder.
+        kind: of HEAD.
+        change: HEAD as it is (None: there is none) -> the next one, whose segments are written and
+            whose version is `next_version`, or None if nothing is to change. Called again when
+            another committer was faster.
+        scratch: for files while they are written.
+
+    Returns:
+        The newest HEAD.
+
+    Raises:
+        Busy: others have been faster for a minute.
+        Corrupt: see `read_head`.
+        StoreError: it cannot be written.
+    """
+    given = time.monotonic() + COMMIT_SECONDS
+    while True:
+        there = read_head(directory, kind)
+        head = change(there)
+        if head is None:
+            if there is not None and not isinstance(directory, BucketPath):
+                _copy_newest(directory, there.head.version, there.content, scratch)
+            return there
+        try:
+            return _put(directory, head, there, scratch)
+        except Busy:
+            if time.monotonic() > given:
+                raise
+            time.sleep(random.uniform(0, RETRY_SECONDS))  # two that keep step would meet again
+
+
+def next_version(there: HeadFile[H] | None) -> int:
+    """Return the version of the HEAD that follows."""
+    return 0 if there is None else there.head.version + 1
+
+
+def _put(directory: Path, head: H, there: HeadFile[H] | None, scratch: Path) -> HeadFile[H]:
+    """Make a version the newest, if it is still the next.
+
+    Raises:
+        Busy: it is not.
+    """
+    assert head.version == next_version(there)
+    content = head.to_bytes()
+    if isinstance(directory, BucketPath):
+        expected = None if there is None else there.content
+        bucket.swap(directory / layout.HEAD, content, expected)
+        return HeadFile(head, content)
+    claim = _numbered_head(directory, head.version)
+    try:
+        atomic.write(claim, [content], scratch, new=True)
+    except FileExistsError as error:
+        raise Busy(f"{claim}: another process was faster; run the same again") from error
+    # The name was free: nobody had it, or so many have committed since that it was cleared away.
+    overtaken = _numbered(directory).heads[-1] >= head.version + KEPT_HEADS
+    if overtaken or not _is_there(directory, there):
+        claim.unlink(missing_ok=True)
+        raise Busy(f"{directory}: others have replaced its HEAD meanwhile; run the same again")
+    _copy_newest(directory, head.version, content, scratch)
+    _clear(directory, head)
+    return HeadFile(head, content)
+
+
+def _is_there(directory: Path, there: HeadFile[H] | None) -> bool:
+    """True if the folder still has a HEAD: it is not that of a store made anew meanwhile."""
+    if there is None:
+        return True
+    for path in (_numbered_head(directory, there.head.version), directory / layout.HEAD):
+        try:
+            if path.read_bytes() == there.content:
+                return True
+        except FileNotFoundError:
+            pass
+    return False
+
+
+def _copy_newest(directory: Path, version: int, content: bytes, scratch: Path) -> None:
+    """Make HEAD the newest version: that of this process, or what others have committed since."""
     path = directory / layout.HEAD
+    while True:
+        if not path.is_file() or path.read_bytes() != content:
+            atomic.write(path, [content], scratch)
+        newest = max(_numbered(directory).heads, default=version)
+        if newest <= version:
+            return
+        version, content = newest, _numbered_head(directory, newest).read_bytes()
+
+
+def _clear(directory: Path, head: Head) -> None:
+    """Delete what no reader wants once a HEAD is committed: old HEADs, and segments without one.
+
+    A segment of that version or before that this HEAD does not name was merged, or is of a
+    committer that was slower or killed: HEADs to come name it neither.
+    """
+    named = {segment.name for segment in head.segments}
+    there = _numbered(directory)
+    for version in there.heads:
+        if version <= head.version - KEPT_HEADS:
+            _numbered_head(directory, version).unlink(missing_ok=True)
+    for version, names in there.segments.items():
+        if version <= head.version:
+            for name in set(names) - named:
+                (directory / name).unlink(missing_ok=True)
+
+
+def _numbered(directory: Path) -> _Numbered:
+    """Look which HEADs and segments are there."""
+    there = _Numbered([], {})
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return there
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            continue
+        if match[1]:
+            there.heads.append(int(match[1]))
+        else:
+            there.segments.setdefault(int(match[2]), []).append(name)
+    there.heads.sort()
+    return there
+
+
+def _numbered_head(directory: Path, version: int) -> Path:
+    return directory / f"{layout.HEAD}-{version:08d}"
+
+
+def _read(path: Path, kind: type[H]) -> HeadFile[H] | None:
+    """Read a HEAD file; None if there is none."""
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -97,40 +290,36 @@ def read_head(directory: Path, kind: type[H]) -> HeadFile[H] | None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "all of it"
-        raise Corrupt(f"{path}: no HEAD of format 1 ({where}: {first['msg']})") from error
+        what = f"no HEAD of format 1 ({where}: {first['msg']})"
+        raise Corrupt(f"{path}: {what}; {REPAIR}") from error
     place = _CHECKSUM_LINE.search(content)
     blank = b"" if place is None else _with(content, place, UNKNOWN)
     if place is None or hashlib.sha256(blank).hexdigest() != place[1].decode():
-        raise Corrupt(f"{path}: contents do not match the {CHECKSUM} in it; restore the file")
+        raise Corrupt(f"{path}: contents do not match the {CHECKSUM} in it; {REPAIR}")
     return HeadFile(head, content)
 
 
-def swap_head(directory: Path, head: H, there: HeadFile[H] | None, scratch: Path) -> HeadFile[H]:
-    """Replace the HEAD that was read (None: there was none) and return the new one.
-
-    Locally the caller holds `atomic.only_writer` since it has read HEAD; a bucket compares itself.
-
-    Raises:
-        Busy: another process has replaced it in the bucket.
-        StoreError: it cannot be written.
-    """
-    content = head.to_bytes()
-    expected = None if there is None else there.content
-    atomic.swap(directory / layout.HEAD, content, expected, scratch)
-    return HeadFile(head, content)
+def _with(content: bytes, place: re.Match[bytes], checksum: str) -> bytes:
+    """Return a HEAD file with another checksum in the place of its own."""
+    return content[: place.start(1)] + checksum.encode() + content[place.end(1) :]
 
 
-def write_segment(directory: Path, stem: str, table: pa.Table, scratch: Path) -> Segment:
+def write_segment(directory: Path, version: int, table: pa.Table, scratch: Path) -> Segment:
     """Write a segment that the next HEAD will name.
+
+    Its name has a digest of its content: committers that meet write different files, or one and
+    the same.
 
     Args:
         directory: the folder.
-        stem: of its name; it may get a number, see `atomic.write_new`.
+        version: of that HEAD.
         table: its rows.
         scratch: for the file while it is written.
     """
     content = arrow_tables.to_bytes(table)
-    name, written = atomic.write_new(directory / f"{stem}.arrow", content, scratch)
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"{version:08d}-{digest[:DIGEST_DIGITS]}.arrow"
+    written = atomic.write(directory / name, [content], scratch)
     return Segment(name=name, rows=table.num_rows, sha256=written.sha256)
 
 
@@ -152,11 +341,6 @@ def map_segment(directory: Path, segment: Segment, schema: pa.Schema) -> pa.Tabl
     if table.num_rows != segment.rows or table.schema != schema:
         raise Corrupt(f"{path}: not the segment its HEAD describes")
     return table
-
-
-def _with(content: bytes, place: re.Match[bytes], checksum: str) -> bytes:
-    """Return a HEAD file with another checksum in the place of its own."""
-    return content[: place.start(1)] + checksum.encode() + content[place.end(1) :]
 
 
 def files(directory: Path, head: Head) -> list[tuple[Path, str]]:

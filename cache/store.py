@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from cache.codec.encoded import Codec, Moments
 from cache.codec.known import make_codec, stored_codec
-from cache.errors import Busy, Corrupt, FingerprintMismatch, NotBuilt
+from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic, place
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
-from cache.manifest import Manifest, ManifestHead, ShardRecord
+from cache.manifest import Manifest, ManifestHead, ShardRecord, check_same
 from cache.samples import Samples, ShardRange, num_rows_now
 from cache.segments import check_pinned
 from eupe import fingerprint as fp
@@ -82,8 +82,14 @@ class Store:
         return rows_table.schema(self.spec.summary_dim, self.codec.has_escapes)
 
     def manifest(self) -> Manifest:
-        """Read the manifest as it is now."""
-        return Manifest.open(self.directory)
+        """Read the manifest as it is now.
+
+        Raises:
+            StoreError: the store was made anew since it was opened, with another spec or moments.
+        """
+        manifest = Manifest.open(self.directory)
+        check_same(self.directory, manifest.head, self._spec_sha256, self.moments_sha256)
+        return manifest
 
     def moments(self) -> dict[str, Moments]:
         """Return count, mean [D] and scatter [D, D] (float64) of "summary" and "patches".
@@ -137,11 +143,13 @@ class Store:
         HEAD is replaced: readers see the shards from then on.
 
         Raises:
-            Busy: another process has been committing for a minute.
+            StoreError: the store was made anew since it was opened, with another spec or moments.
+            Busy: other processes have been committing for a minute.
         """
+        manifest = self.manifest()
         for view in sorted({record.view for record in records}):
             self._write_array_metadata(view)
-        return self.manifest().commit(records)
+        return manifest.commit(records)
 
     def mend_metadata(self) -> None:
         """Write the zarr.json of every committed view anew where it is missing or another.
@@ -235,25 +243,21 @@ def create_store(
     with atomic.only_writer(directory, scratch):
         atomic.sweep(scratch)
         if not layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
-            try:
-                return _create(base, directory, spec, moments, provenance, scratch)
-            except Busy:
-                pass  # a builder on another machine was faster, in a bucket
+            _create(directory, spec, moments, provenance, scratch)
     return open_store(base, spec)
 
 
 def _create(
-    base: Path,
     directory: Path,
     spec: StoreSpec,
     moments: Mapping[str, Moments],
     provenance: Mapping[str, object],
     scratch: Path,
-) -> Store:
+) -> None:
     """Write the files that HEAD pins, then HEAD.
 
-    In a bucket other builders may do so at this moment: a file that is there is the one that
-    counts, and HEAD pins what is there.
+    Other builders may do so at this moment: a file that is there is the one that counts, and HEAD
+    pins what is there.
     """
     path = layout.moments_file(directory)
     measured = atomic.write_once(path, moments_table.to_bytes(moments), scratch)
@@ -265,7 +269,7 @@ def _create(
         moments_sha256=hashlib.sha256(measured).hexdigest(),
         provenance=json.loads(fp.canonical_json(dict(provenance))),
     )
-    return Store(base, spec, Manifest.create(directory, head))
+    Manifest.create(directory, head)
 
 
 def description(spec: StoreSpec, codec: Codec) -> dict[str, object]:

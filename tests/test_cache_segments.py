@@ -11,18 +11,35 @@ from pydantic import ValidationError
 from cache.errors import Corrupt, NotBuilt
 from cache.manifest import ManifestHead
 from cache.samples import SamplesHead
-from cache.segments import Head, map_segment, read_head, swap_head, write_segment
+from cache.segments import Head, commit, map_segment, read_head, write_segment
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_format_1"
 TABLE = pa.table({"row": pa.array([1, 2, 3], pa.int64())})
 PINNED = {"spec_sha256": "a" * 64, "moments_sha256": "b" * 64}
 
 
+def put(directory, head):
+    """Make a HEAD the first of a folder, or the next."""
+    return commit(directory, type(head), lambda there: head, directory)
+
+
 def test_a_head_is_read_as_it_was_written(tmp_path):
-    head = ManifestHead(**PINNED, version=3, provenance={"compute_batch": 8, "share": 0.1})
-    written = swap_head(tmp_path, head, None, tmp_path)
+    head = ManifestHead(**PINNED, provenance={"compute_batch": 8, "share": 0.1})
+    written = put(tmp_path, head)
     assert read_head(tmp_path, ManifestHead) == written
     assert read_head(tmp_path, ManifestHead).head.to_bytes() == (tmp_path / "HEAD").read_bytes()
+
+
+def test_a_flipped_bit_of_a_head_is_refused(tmp_path):
+    put(tmp_path, ManifestHead(**PINNED, provenance={"share": 0.1}))
+    path = tmp_path / "HEAD"
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(Corrupt, match="eupe cache repair"):
+            read_head(tmp_path, ManifestHead)
 
 
 def test_golden_heads_keep_their_bytes():
@@ -58,12 +75,11 @@ def test_a_head_cannot_be_changed_in_place():
 
 
 def test_another_segment_under_the_same_name_is_refused(tmp_path):
-    segment = write_segment(tmp_path, "00000001", TABLE, tmp_path)
+    segment = write_segment(tmp_path, 1, TABLE, tmp_path)
     assert map_segment(tmp_path, segment, TABLE.schema).equals(TABLE)
-    write_segment(tmp_path, "00000001", pa.table({"row": pa.array([1, 2, 4])}), tmp_path)
-    with pytest.raises(Corrupt, match="do not match the recorded sha256"):
-        map_segment(tmp_path, segment, TABLE.schema)
-    write_segment(tmp_path, "00000001", TABLE.slice(1), tmp_path)
+    other = write_segment(tmp_path, 1, pa.table({"row": pa.array([1, 2, 4])}), tmp_path)
+    assert other.name != segment.name
+    (tmp_path / other.name).rename(tmp_path / segment.name)
     with pytest.raises(Corrupt, match="do not match the recorded sha256"):
         map_segment(tmp_path, segment, TABLE.schema)
     (tmp_path / segment.name).unlink()
@@ -72,11 +88,11 @@ def test_another_segment_under_the_same_name_is_refused(tmp_path):
 
 
 def test_head_files_are_plain_json(tmp_path):
-    swap_head(tmp_path, Head(segments=[]), None, tmp_path)
+    put(tmp_path, Head(segments=[]))
     content = (tmp_path / "HEAD").read_bytes()
     said = json.loads(content)
     own = said.pop("head_sha256")
-    assert said == {"format": 1, "segments": []}
+    assert said == {"format": 1, "version": 0, "segments": []}
     blank = content.replace(own.encode(), b"0" * 64)
     assert own == hashlib.sha256(blank).hexdigest()
 
@@ -93,7 +109,7 @@ def test_head_files_are_plain_json(tmp_path):
 )
 def test_a_head_that_is_not_as_it_was_written_is_refused(tmp_path, change):
     head = ManifestHead(**PINNED, provenance={"share": 0.1})
-    sound = swap_head(tmp_path, head, None, tmp_path).content
+    sound = put(tmp_path, head).content
     (tmp_path / "HEAD").write_bytes(change(sound))
     assert change(sound) != sound
     with pytest.raises(Corrupt, match=r"HEAD: (contents do not match|no HEAD of format 1)"):

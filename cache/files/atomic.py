@@ -5,8 +5,8 @@ Temporary files lie in a scratch folder of their own on the same file system, so
 killed writers left behind lists one small folder instead of walking the store.
 """
 
+import errno
 import hashlib
-import itertools
 import os
 import secrets
 import socket
@@ -18,12 +18,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cache.errors import Busy
+from cache.errors import Busy, StoreError
 from cache.files import bucket
 from cache.files.bucket import BucketPath
 from cache.files.refused import writing
 
 LOCK_SECONDS = 60.0
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What a file system without locks answers."""
+NO_LINKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV)
+"""What a file system without hard links answers."""
 ABANDONED_SECONDS = 24 * 3600.0
 """A temporary file that nobody has written to for so long is swept, whoever began it."""
 
@@ -56,7 +60,7 @@ def write(
         path: where the file shall be; missing folders are made. To a bucket it is sent whole.
         buffers: its contents, in order; each is read once, none is copied.
         scratch: folder for the temporary file, on the same file system.
-        new: in a bucket, refuse to replace an object (locally, the caller holds a lock).
+        new: refuse to replace a file. Of several writers, on whatever machines, one succeeds.
 
     Returns:
         Size and sha256 of what was written. sha256 and not a faster sum: with the processor's own
@@ -64,8 +68,9 @@ def write(
         names the content for publishing and deduplication.
 
     Raises:
-        FileExistsError: `new`, and there is such an object.
-        StoreError: the file cannot be written (disk full, no permission); nothing has changed then.
+        FileExistsError: `new`, and there is such a file.
+        StoreError: the file cannot be written (disk full, no permission, no hard links); nothing
+            has changed then.
     """
     digest = hashlib.sha256()
     num_bytes = 0
@@ -87,7 +92,10 @@ def write(
                 temporary.unlink()
             else:
                 os.fsync(handle)
-                os.replace(temporary, path)
+                if new:
+                    _link(temporary, handle, path)
+                else:
+                    os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -98,28 +106,32 @@ def write(
     return Written(num_bytes, digest.hexdigest())
 
 
-def write_new(path: Path, content: bytes | memoryview, scratch: Path) -> tuple[str, Written]:
-    """Write a file that a HEAD will name; return its name, which may have got a number.
+def _link(temporary: Path, handle: int, path: Path) -> None:
+    """Give a written file its name, unless there is such a file.
 
-    Locally the caller's lock keeps others away, and a file of that name was left by a killed
-    writer. In a bucket somebody else may be about to name it: it is not touched.
+    Raises:
+        FileExistsError: there is one.
+        StoreError: the file system has no hard links.
     """
-    for number in itertools.count():
-        name = f"{path.stem}-{number}{path.suffix}" if number else path.name
-        there = path.with_name(name)
-        try:
-            return name, write(there, [content], scratch, new=True)
-        except FileExistsError:
-            if there.read_bytes() == content:
-                return name, Written(len(content), hashlib.sha256(content).hexdigest())
-    raise AssertionError("counting ended")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        if os.fstat(handle).st_nlink < 2:  # else ours: NFS has lost the answer, and asked again
+            raise
+    except OSError as error:
+        if error.errno in NO_LINKS:
+            raise StoreError(
+                f"{path}: this file system has no hard links, without which two writers could "
+                f"not be told apart; lay the cache root on another one, or in a bucket"
+            ) from error
+        raise
+    temporary.unlink()
 
 
 def write_once(path: Path, content: bytes | memoryview, scratch: Path) -> bytes | memoryview:
     """Write a file that a HEAD will pin; return what it holds.
 
-    Locally the caller's lock keeps others away, and a file that is there was left by a killed
-    writer: it is replaced. In a bucket somebody else may be about to pin what is there: that stays.
+    Somebody else may be about to pin the file that is there: it stays.
     """
     try:
         write(path, [content], scratch, new=True)
@@ -128,36 +140,27 @@ def write_once(path: Path, content: bytes | memoryview, scratch: Path) -> bytes 
     return content
 
 
-def swap(path: Path, content: bytes, expected: bytes | None, scratch: Path) -> None:
-    """Replace a HEAD that says what is expected (None: that is not there).
-
-    Locally the caller holds a lock, in which it has looked; a bucket looks itself, at the same
-    moment.
-
-    Raises:
-        Busy: another process has replaced it in the bucket.
-        StoreError: it cannot be written.
-    """
-    if isinstance(path, BucketPath):
-        bucket.swap(path, content, expected)
-    else:
-        write(path, [content], scratch)
-
-
 @contextmanager
 def only_writer(directory: Path, scratch: Path) -> Iterator[None]:
-    """Be the one process of this machine that replaces the HEAD of a directory.
+    """Be the one process that changes a directory, as far as its file system's locks reach.
+
+    A courtesy: it makes races rare, and no commit relies on it (cache/segments.py). A file system
+    without locks is worked on without.
 
     Raises:
         Busy: another process has been at it for a minute.
+        StoreError: the folder cannot be written.
     """
+    lock = FileLock(scratch / "LOCK", fallback_to_soft=False)
     with writing(directory, scratch):  # a folder that one may only read, say
         make_directories(scratch)
-        lock = FileLock(scratch / "LOCK")
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:  # an OSError, too
             raise Busy(f"{directory}: another process has been writing for a minute") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
     try:
         yield
     finally:

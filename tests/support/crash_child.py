@@ -18,7 +18,7 @@ from cache.reader import Reader
 from cache.verify import verify
 from support.toy_stores import Toy, files_under, ids
 
-OPERATIONS = ("open", "write", "fsync", "replace", "mkdir", "unlink")
+OPERATIONS = ("open", "write", "fsync", "link", "replace", "mkdir", "unlink")
 DIED = 9
 
 
