@@ -157,6 +157,21 @@ def test_a_committer_that_was_overtaken_before_it_claims_tries_again(
     assert head_version(store) == 1 + others
 
 
+def test_a_head_of_before_does_not_make_an_old_version_free(built, no_locks, monkeypatch):
+    store, records = built
+    head = layout.manifest_directory(store.directory) / "HEAD"
+
+    def overtake_and_restore():
+        backup = head.read_bytes()
+        for record in records[1:]:
+            store.commit([record])
+        head.write_bytes(backup)
+
+    before(monkeypatch, segments, "_put", overtake_and_restore)
+    store.commit(records[:1])
+    assert committed(store) == list(range(NUM_SHARDS))
+
+
 @pytest.mark.parametrize("others", [1, NUM_SHARDS - 1])
 def test_a_committer_that_is_late_with_its_head_takes_nothing_back(
     built, no_locks, monkeypatch, others
