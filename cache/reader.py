@@ -164,8 +164,7 @@ class Reader:
                 return
             except Corrupt as error:
                 if not (first and self.mirrored):
-                    for view, shard, _, _ in groups:
-                        self._check_rebuilt(view, shard, error)
+                    check_not_rebuilt(self, groups, error)
                     raise
                 self._let_go(groups)
 
@@ -259,27 +258,6 @@ class Reader:
             )
         self._checked[position] = True
 
-    def _check_rebuilt(self, view: int, shard: int, error: Exception) -> None:
-        """Say so if a shard's files are those of a later version than this reader's.
-
-        Raises:
-            StoreError: they are.
-        """
-        newest = self.store.manifest()
-        if self.version == newest.version:
-            return
-        table = newest.table()
-        of_view, of_shard = (arrow_tables.to_numpy(table[name]) for name in ("view", "shard"))
-        for record in np.flatnonzero((of_view == view) & (of_shard == shard)).tolist():
-            names = "patches_sha256", "rows_sha256"
-            if any(table[n][record].as_py() != self._record(view, shard, n) for n in names):
-                raise StoreError(
-                    f"{self.store.directory}: view {view}, shard {shard} was built anew, with "
-                    f"other bytes, at manifest version {table['version'][record].as_py()}; this "
-                    f"run is pinned to version {self.version}. Start a new run, which reads the "
-                    f"newest version, or restore the shard's files of before"
-                ) from error
-
     def _use(self, view: int, shard: int, kind: Kind, use: Callable[[Path, int, str], T]) -> T:
         """Open one of a shard's files, given as path, size and sha256."""
         self._check_samples(view, shard)
@@ -289,7 +267,7 @@ class Reader:
         except NotBuilt as error:
             raise Corrupt(f"{error}, though the manifest has it; build again") from error
         except Corrupt as error:
-            self._check_rebuilt(view, shard, error)
+            check_not_rebuilt(self, [Group(view, shard, [], [])], error)
             if isinstance(error, WrongSize):
                 raise Corrupt(f"{error}; build again") from error
             raise
@@ -311,3 +289,33 @@ class Reader:
         if table.schema != self.store.rows_schema:
             raise Corrupt(f"{path}: {table.schema.names} are no columns of rows; {AGAIN}")
         return TableRows(table)
+
+
+def check_not_rebuilt(reader: Reader, groups: Sequence[Group], error: Exception) -> None:
+    """Say so if shards that are not as recorded are those of a later version than the reader's.
+
+    Args:
+        reader: of a version that a run is pinned to.
+        groups: the shards.
+        error: what is wrong with them.
+
+    Raises:
+        StoreError: one of them was built anew.
+    """
+    manifest = reader.store.manifest()
+    if reader.version == manifest.version:
+        return
+    asked = {(group.view, group.shard) for group in groups}
+    then, now = (
+        {(r.view, r.shard): r for r in manifest.records(version) if (r.view, r.shard) in asked}
+        for version in (reader.version, None)
+    )
+    for key, record in then.items():
+        later = now[key]
+        if (record.patches_sha256, record.rows_sha256) != (later.patches_sha256, later.rows_sha256):
+            raise StoreError(
+                f"{reader.store.directory}: view {key[0]}, shard {key[1]} was built anew, with "
+                f"other bytes, since manifest version {reader.version}, to which this run is "
+                f"pinned. Start a new run, which reads version {manifest.version}, or restore the "
+                f"shard's files of before"
+            ) from error
