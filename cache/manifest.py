@@ -78,6 +78,18 @@ SCHEMA = pa.schema(
 """Columns of a segment."""
 
 
+def table_of(records: Sequence[ShardRecord], versions: Sequence[int]) -> pa.Table:
+    """Return records as rows of a segment, each with the version that committed it."""
+    rows = [asdict(record) for record in records]
+    columns = {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
+    return pa.table({"version": list(versions), **columns}, schema=SCHEMA)
+
+
+def records_of(table: pa.Table) -> list[ShardRecord]:
+    """Return rows of a segment as objects."""
+    return [ShardRecord(**row) for row in table.drop_columns(["version"]).to_pylist()]
+
+
 class ManifestHead(Head):
     """HEAD of a manifest.
 
@@ -169,8 +181,7 @@ class Manifest:
 
     def records(self, version: int | None = None) -> list[ShardRecord]:
         """Return the records at a version as objects, sorted by view and shard (see `table`)."""
-        rows = self.table(version).drop_columns(["version"]).to_pylist()
-        return [ShardRecord(**row) for row in rows]
+        return records_of(self.table(version))
 
     def commit(self, records: Sequence[ShardRecord]) -> int:
         """Make shards exist: append their records, HEAD last; return the new version.
@@ -186,8 +197,6 @@ class Manifest:
         if not records:
             return self.version
         scratch = layout.scratch_directory(self.directory.parent)
-        rows = [asdict(record) for record in records]
-        columns = {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
 
         def next_head(there: HeadFile[ManifestHead] | None) -> ManifestHead:
             if there is None:
@@ -196,7 +205,7 @@ class Manifest:
                 self.directory.parent, there.head, self.head.spec_sha256, self.head.moments_sha256
             )
             version = next_version(there)
-            table = pa.table({"version": [version] * len(rows), **columns}, schema=SCHEMA)
+            table = table_of(records, [version] * len(records))
             segments = self._appended(there.head.segments, table, version, scratch)
             return there.head.model_copy(update={"version": version, "segments": segments})
 
@@ -205,6 +214,11 @@ class Manifest:
         assert there is not None
         self._there = there
         return self.version
+
+    def settle(self) -> None:
+        """Make HEAD the newest version, where a killed committer has not come to that."""
+        scratch = layout.scratch_directory(self.directory.parent)
+        commit(self.directory, ManifestHead, lambda there: None, scratch)
 
     def _appended(
         self, segments: tuple[Segment, ...], table: pa.Table, version: int, scratch: Path

@@ -19,14 +19,15 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from cache.errors import Busy, Corrupt
+from cache.errors import Busy, Corrupt, StoreError
 from cache.files import atomic, bucket
 from cache.files.bucket import BucketPath
 from cache.format import arrow_tables, layout
@@ -185,6 +186,99 @@ def commit(
 def next_version(there: HeadFile[H] | None) -> int:
     """Return the version of the HEAD that follows."""
     return 0 if there is None else there.head.version + 1
+
+
+class Left(NamedTuple, Generic[H]):
+    """What is left of a folder's HEADs, whatever of them is damaged.
+
+    Attributes:
+        newest: the newest that can be read; None if none can.
+        fault: what is wrong; None if they are sound.
+        next_version: beyond all that the folder's names tell.
+    """
+
+    newest: H | None
+    fault: str | None
+    next_version: int
+
+
+def left_of(directory: Path, kind: type[H]) -> Left[H]:
+    """Look what is left of a folder's HEADs."""
+    try:
+        sound = read_head(directory, kind)
+        if sound is not None:
+            return Left(sound.head, None, sound.head.version + 1)
+        fault = "lost"
+    except Corrupt as error:
+        fault = str(error)
+    readable = []
+    for path in directory.glob(f"{layout.HEAD}*"):
+        with suppress(Corrupt, OSError):
+            found = _read(path, kind)
+            readable += [] if found is None else [found.head]
+    names = [path.name for path in directory.glob("*")]
+    versions = [int(m[1] or m[2]) for m in map(_NUMBERED.fullmatch, names) if m is not None]
+    newest = max(readable, key=lambda head: head.version, default=None)
+    versions += [] if newest is None else [newest.version]
+    return Left(newest, fault, max(versions, default=-1) + 1)
+
+
+def restore(directory: Path, head: Head, scratch: Path) -> None:
+    """Make a HEAD the newest, whatever is there.
+
+    Args:
+        directory: the folder.
+        head: of `Left.next_version`.
+        scratch: for files while they are written.
+
+    Raises:
+        Busy: in a bucket somebody else has replaced HEAD meanwhile.
+        StoreError: it cannot be written.
+    """
+    path, content = directory / layout.HEAD, head.to_bytes()
+    if isinstance(path, BucketPath):
+        bucket.swap(path, content, path.read_bytes() if path.is_file() else None)
+        return
+    atomic.write(_numbered_head(directory, head.version), [content], scratch)
+    atomic.write(path, [content], scratch)
+
+
+def whole_segments(
+    directory: Path, named: Iterable[Segment], schema: pa.Schema
+) -> dict[str, tuple[Segment, pa.Table]]:
+    """Return the segments that lie in a folder and are whole, named by a HEAD or not, by name.
+
+    Args:
+        directory: the folder.
+        named: those of which a HEAD knows the checksum; of others their name tells it.
+        schema: their columns.
+    """
+    known = {segment.name: segment.sha256 for segment in named}
+    whole = {}
+    for path in sorted(directory.glob("*.arrow")):
+        match = _NUMBERED.fullmatch(path.name)
+        if match is None:
+            continue
+        with suppress(StoreError, OSError):
+            content = arrow_tables.map_file(path, sha256=known.get(path.name))
+            sha256 = hashlib.sha256(content).hexdigest()
+            table = arrow_tables.parse_table(content, str(path))
+            digest = path.stem.partition("-")[2]
+            if sha256.startswith(digest) and table.schema == schema:
+                segment = Segment(name=path.name, rows=table.num_rows, sha256=sha256)
+                whole[path.name] = segment, table
+    return whole
+
+
+def superseded(names: Iterable[str], head: Head) -> Iterator[str]:
+    """Yield the names of HEADs and segments that the newest HEAD makes superfluous."""
+    named = {segment.name for segment in head.segments}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match is None or name in named:
+            continue
+        if match[2] or int(match[1]) <= head.version - KEPT_HEADS:
+            yield name
 
 
 def _put(directory: Path, head: H, there: HeadFile[H] | None, scratch: Path) -> HeadFile[H]:

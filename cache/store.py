@@ -152,11 +152,13 @@ class Store:
         return manifest.commit(records)
 
     def mend_metadata(self) -> None:
-        """Write the zarr.json of every committed view anew where it is missing or another.
+        """Write HEAD and the zarr.json of every committed view anew where they are not of now.
 
         For builds that find no shard to do, and so commit none.
         """
-        for view in np.unique(arrow_tables.to_numpy(self.manifest().table()["view"])).tolist():
+        manifest = self.manifest()
+        manifest.settle()
+        for view in np.unique(arrow_tables.to_numpy(manifest.table()["view"])).tolist():
             self._write_array_metadata(view)
 
     def array_metadata(self, num_rows: int) -> bytes:

@@ -71,15 +71,15 @@ def verify_root(
         NotBuilt: there is no such folder.
     """
     base = layout.cache_root(root)
-    directories = store_directories(base)
-    for head in sorted(base.glob(f"*/samples/{layout.HEAD}")):
-        dataset, report = head.parent.parent.name, Report()
+    tables, stores = all_folders(base)
+    for directory in tables:
+        report = Report()
         try:
-            report.num_rows = len(Samples.open(base, dataset))
+            report.num_rows = len(Samples.open(base, directory.parent.name))
         except StoreError as error:
-            report.problems.append(Problem(head.parent, str(error)))
-        yield f"{dataset}/samples", report
-    for directory in directories:
+            report.problems.append(Problem(directory, str(error)))
+        yield str(directory.relative_to(base)), report
+    for directory in stores:
         name = str(directory.relative_to(base))
         try:
             store = open_store(base, store_info(directory).spec)
@@ -87,6 +87,20 @@ def verify_root(
                 yield name, verify(store, deep, shown)
         except StoreError as error:
             yield name, Report(problems=[Problem(directory, str(error))])
+
+
+def all_folders(base: Path) -> tuple[list[Path], list[Path]]:
+    """List the folders of sample tables and of stores below a root, also of those without a HEAD.
+
+    A store whose HEAD is lost is known by its views: they are made after it.
+
+    Raises:
+        NotBuilt: there is no such folder.
+    """
+    stores = set(store_directories(base)) | {view.parent for view in base.glob("*/*/*/*/view-*")}
+    tables = {head.parent for head in base.glob(f"*/samples/{layout.HEAD}*")}
+    tables |= {layout.samples_directory(base, store.relative_to(base).parts[0]) for store in stores}
+    return sorted(tables), sorted(stores)
 
 
 def verify(store: Store, deep: bool = True, progress: Progress | None = None) -> Report:
@@ -110,7 +124,7 @@ def verify(store: Store, deep: bool = True, progress: Progress | None = None) ->
         report.num_shards += 1
         report.num_rows += record.stop - record.start
         report.num_invalid += record.num_invalid
-        for problem in _check_shard(store, record, deep, report):
+        for problem in check_shard(store, record, deep, report):
             report.problems.append(problem)
         if progress is not None:
             progress(done, len(records))
@@ -167,9 +181,15 @@ def _check_metadata(store: Store, records: Sequence[ShardRecord]) -> Iterator[Pr
             yield Problem(path, "describes another array than this store's")
 
 
-def _check_shard(
-    store: Store, record: ShardRecord, deep: bool, report: Report
-) -> Iterator[Problem]:
+def check_shard(store: Store, record: ShardRecord, deep: bool, report: Report) -> Iterator[Problem]:
+    """Yield what is wrong with a shard's files.
+
+    Args:
+        store: the store.
+        record: of the shard.
+        deep: also read every byte.
+        report: the bytes read are added to it.
+    """
     patches = layout.patches_file(store.directory, record.view, record.shard)
     rows = layout.rows_file(store.directory, record.view, record.shard)
     whole = True

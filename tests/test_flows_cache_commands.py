@@ -90,3 +90,45 @@ def test_verify_looks_at_everything_although_much_is_damaged(toy):
     found = json.loads(eupe("verify", str(toy.root), "--json").stdout)
     assert [bool(each["problems"]) for each in found["stores"]].count(False) == 1
     assert any(str(shard) in problem for problem in found["problems"])
+
+
+def test_repair_says_what_it_would_do_and_does_it_when_told(toy):
+    store = toy.store()
+    spec, shard = layout.spec_file(store.directory), layout.patches_file(store.directory, 0, 0)
+    spec.unlink()
+    shard.write_bytes(b"")
+    said = eupe("repair", str(toy.root))
+    assert said.returncode == 0, said.stderr
+    assert "2 to mend; `--yes` does it, 0 lost for good" in said.stdout
+    assert not spec.exists()
+    done = eupe("repair", str(toy.root), "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["mended"]) == 2
+    assert spec.exists()
+    assert not shard.exists()
+    toy.build(NUM_VIEWS)
+    assert eupe("verify", str(toy.root)).returncode == 0
+    moments = layout.moments_file(store.directory)
+    moments.unlink()
+    lost = eupe("repair", str(toy.root), "--yes")
+    assert lost.returncode == 1
+    assert str(moments) in lost.stderr
+
+
+def test_gc_lists_what_killed_work_has_left_and_deletes_it_when_told(toy):
+    left = layout.patches_file(toy.store().directory, 0, 9)
+    left.write_bytes(b"left")
+    assert json.loads(eupe("gc", str(toy.root), "--json").stdout)["files"] == []  # too young
+    listed = eupe("gc", str(toy.root), "--older-than", "0")
+    assert listed.returncode == 0, listed.stderr
+    assert f"{left}: of a shard that was never committed, 4 bytes" in listed.stdout
+    assert "1 files, 4 bytes; `--yes` deletes" in listed.stdout
+    assert left.exists()
+    gone = eupe("gc", str(toy.root), "--older-than", "0", "--yes", "--json")
+    assert json.loads(gone.stdout)["bytes"] == 4
+    assert not left.exists()
+    assert eupe("verify", str(toy.root)).returncode == 0
+    layout.manifest_directory(toy.store().directory).joinpath("HEAD").write_bytes(b"")
+    damaged = eupe("gc", str(toy.root), "--older-than", "0", "--yes")
+    assert damaged.returncode == 1
+    assert "nothing of it is deleted" in damaged.stderr

@@ -182,13 +182,23 @@ def make_directories(path: Path) -> None:
 
 
 def sweep(scratch: Path, abandoned_seconds: float = ABANDONED_SECONDS) -> int:
-    """Delete temporary files whose writer is gone; return how many.
+    """Delete temporary files whose writer is gone; return how many."""
+    swept = 0
+    for path in abandoned(scratch, abandoned_seconds):
+        with suppress(PermissionError):  # of a folder that one may only read
+            path.unlink(missing_ok=True)
+            swept += 1
+    return swept
 
-    Whether a process of another host lives cannot be seen: its files go when they are old.
+
+def abandoned(scratch: Path, abandoned_seconds: float = ABANDONED_SECONDS) -> Iterator[Path]:
+    """Yield the temporary files whose writer is gone.
+
+    Whether a process of another host lives cannot be seen: its files are abandoned when nobody has
+    written to them for so long.
     """
     if not scratch.is_dir():
-        return 0
-    swept = 0
+        return
     for name in os.listdir(scratch):
         host, _, rest = name.partition("~")
         pid = rest.partition("~")[0]
@@ -196,10 +206,7 @@ def sweep(scratch: Path, abandoned_seconds: float = ABANDONED_SECONDS) -> int:
             continue  # a lock, say
         gone = host == _HOST and not _alive(int(pid))
         if gone or _age(scratch / name) > abandoned_seconds:
-            with suppress(PermissionError):  # of a folder that one may only read
-                (scratch / name).unlink(missing_ok=True)
-                swept += 1
-    return swept
+            yield scratch / name
 
 
 def _age(path: Path) -> float:

@@ -74,14 +74,16 @@ class BucketPath(PosixPath):
             return bytes(obstore.get(_store(self), self.key).bytes())
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        """Return a result of which only `st_size` means something.
+        """Return a result of which only `st_size` and `st_mtime` mean something.
 
         Raises:
             FileNotFoundError: there is no such object.
             StoreError: the bucket does not answer.
         """
-        size, _ = self.describe()
-        return os.stat_result((0o100444, 0, 0, 1, 0, 0, size, 0, 0, 0))
+        with _asking(self, "read"):
+            found = obstore.head(_store(self), self.key)
+        written = int(found["last_modified"].timestamp())
+        return os.stat_result((0o100444, 0, 0, 1, 0, 0, found["size"], 0, written, 0))
 
     def describe(self) -> tuple[int, str]:
         """Return size and entity tag, which another content does not have.
@@ -120,7 +122,18 @@ class BucketPath(PosixPath):
         return self
 
     def files_below(self) -> list[tuple["BucketPath", int]]:
-        """Return every object below with its size, sorted by name: a request a thousand objects.
+        """Return every object below with its size, sorted by name.
+
+        Raises:
+            StoreError: the bucket does not answer.
+        """
+        return [(path, size) for path, size, _ in self.listing()]
+
+    def listing(self) -> list[tuple["BucketPath", int, float]]:
+        """Return every object below, sorted by name: a request a thousand objects.
+
+        Returns:
+            Name, size, and when it was written, in seconds since 1970.
 
         Raises:
             StoreError: the bucket does not answer.
@@ -128,7 +141,11 @@ class BucketPath(PosixPath):
         base = type(self)(*self.parts[:2])
         with _asking(self, "listed"):
             found = obstore.list(_store(self), prefix=self.key or None, chunk_size=1000)
-            return sorted((base / each["path"], each["size"]) for part in found for each in part)
+            return sorted(
+                (base / each["path"], each["size"], each["last_modified"].timestamp())
+                for part in found
+                for each in part
+            )
 
     def glob(self, pattern: str) -> Generator["BucketPath", None, None]:
         """Yield objects and prefixes that match, part by part; one request a prefix on the way.

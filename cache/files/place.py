@@ -4,7 +4,9 @@ The one place that tells the two apart. Names are paths either way (`BucketPath`
 files to be mapped or opened are asked for here.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -108,6 +110,19 @@ def sizes(directory: Path, paths: Sequence[Path]) -> list[int]:
         there: dict[Path, int] = dict(directory.files_below())
         return [there.get(path, -1) for path in paths]
     return [_size(path) for path in paths]
+
+
+def listing(directory: Path) -> Iterator[tuple[Path, int, float]]:
+    """Yield every file below a directory: path, size, when it was written (seconds since 1970)."""
+    if isinstance(directory, BucketPath):
+        yield from directory.listing()
+        return
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                yield path, status.st_size, status.st_mtime
 
 
 def scratch(directory: Path, name: str) -> Path:

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache.codec.encoded import Escapes
 from cache.format import arrow_tables
@@ -158,6 +159,13 @@ def summaries(table: pa.Table) -> Floats:
     column = table["summary"]  # `combine_chunks` would copy it, of one chunk too
     column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     return arrow_tables.to_numpy(column.flatten()).reshape(table.num_rows, -1)
+
+
+def num_escapes(table: pa.Table) -> int:
+    """Count the tokens that are stored at higher precision."""
+    if "escape_token" not in table.schema.names:
+        return 0
+    return int(pc.sum(pc.list_value_length(table["escape_token"])).as_py() or 0)
 
 
 def valid(table: pa.Table) -> npt.NDArray[np.bool_]:

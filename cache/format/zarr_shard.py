@@ -107,6 +107,22 @@ def pack(
     yield tail + checksum(tail)
 
 
+def kept_checksums(
+    file: bytes | memoryview | npt.NDArray[np.uint8], row_bytes: int, num_rows: int
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """Return the crc32c that a shard file has beside each of its rows, and that of the rows.
+
+    Args:
+        file: the contents.
+        row_bytes: size of a row, its crc32c left out.
+        num_rows: that are present.
+    """
+    stored = num_rows * stored_bytes(row_bytes)
+    rows = np.frombuffer(file, np.uint8, stored).reshape(num_rows, -1)
+    kept = np.ascontiguousarray(rows[:, row_bytes:]).view("<u4").reshape(-1)
+    return kept.astype(np.uint32), checksums(rows[:, :row_bytes])
+
+
 def stored_bytes(row_bytes: int) -> int:
     """Return what a row takes in the file: itself and its crc32c."""
     return row_bytes + CHECKSUM_BYTES

@@ -1,4 +1,4 @@
-"""`eupe cache`: build, list, inspect and verify teacher features on disk."""
+"""`eupe cache`: build, list, inspect, verify and mend teacher features on disk."""
 
 import json
 import sys
@@ -143,6 +143,91 @@ def verify(
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
+        raise typer.Exit(1)
+
+
+@app.command("gc")
+def collect_garbage(
+    root: Root = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it. Left out: only list it.")] = False,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            help="Hours that nobody must have written to a file. A builder names what it writes "
+            "within minutes; 0 is safe when nothing runs, on any machine.",
+            min=0,
+        ),
+    ] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """List, and with [b]--yes[/b] delete, what killed work has left and nothing names.
+
+    Exit code 1 if a store is damaged, whose files therefore stay.
+    """
+    from cache import orphans
+
+    seconds = older_than * 3600
+    found = orphans.find(root_of(root), seconds)
+    gone = [each for each in found.orphans if not yes or orphans.remove(each, seconds)]
+    num_bytes = sum(each.num_bytes for each in gone)
+    if as_json:
+        files = [{"path": str(e.path), "bytes": e.num_bytes, "what": e.what} for e in gone]
+        untold = [str(problem) for problem in found.untold]
+        print_json({"deleted": yes, "bytes": num_bytes, "files": files, "untold": untold})
+    else:
+        for each in gone:
+            print(f"{each.path}: {each.what}, {each.num_bytes} bytes")
+        print(f"{len(gone)} files, {num_bytes} bytes{' deleted' if yes else '; `--yes` deletes'}")
+        for problem in found.untold:
+            print(f"{problem}; nothing of it is deleted", file=sys.stderr)
+    if found.untold:
+        raise typer.Exit(1)
+
+
+@app.command("repair")
+def repair(
+    root: Root = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do it. Left out: only say what would be done.")
+    ] = False,
+    compute_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="extraction.compute_batch of the recipe; asked for where nothing tells it any "
+            "more.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Mend a cache root from what is left of it; exit code 1 if something is lost for good.
+
+    HEADs, manifests, spec.json and zarr.json are written anew. Shards that are damaged are
+    deleted: [b]eupe cache build[/b] computes just these again. Every byte is read.
+    """
+    from cache.repair import repair_root
+    from pipelines.machines.progress import track
+
+    @contextmanager
+    def shown(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        with track(total, f"Looking at {name}", "shards") as progress:
+            yield lambda done, all_of_them: progress.advance()
+
+    mended, lost = list[str](), list[str]()
+    for _, found in repair_root(root_of(root), yes, shown, compute_batch):
+        mended += [str(problem) for problem in found.mended]
+        lost += [str(problem) for problem in found.lost]
+    if as_json:
+        print_json({"mended" if yes else "would_mend": mended, "lost": lost})
+    else:
+        for line in mended:
+            print(line)
+        what = "mended" if yes else "to mend; `--yes` does it"
+        print(f"{len(mended)} {what}, {len(lost)} lost for good")
+        for line in lost:
+            print(line, file=sys.stderr)
+    if lost:
         raise typer.Exit(1)
 
 

@@ -1,0 +1,475 @@
+"""Mend a cache root from what is left of it; what cannot be mended is said.
+
+    spec.json    from the attributes of an array's zarr.json
+    zarr.json    from spec.json and the sample table
+    HEAD         from an older HEAD, the segments, and what it pins
+    segments     of a manifest: from other segments, or from shards with their tables of rows;
+                 of samples: the last ones are left out, and indexing writes them again
+    shards       that are damaged are deleted, so that a build computes just these
+
+Lost for good are other segments of samples, and moments: nothing else holds what they hold.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import JsonValue, ValidationError
+
+from cache.codec.known import stored_codec
+from cache.errors import MissingSamples, StoreError
+from cache.files import atomic
+from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
+from cache.format.sample_table import SCHEMA as SAMPLES_SCHEMA
+from cache.manifest import SCHEMA, Manifest, ManifestHead, ShardRecord, records_of, table_of
+from cache.samples import Samples, SampleSegment, SamplesHead
+from cache.segments import HeadFile, Segment, left_of, restore, whole_segments, write_segment
+from cache.store import Store, spec_bytes
+from cache.verify import Problem, Progress, Report, all_folders, check_shard
+from eupe import fingerprint as fp
+from eupe.errors import BadInput
+from eupe.spec import StoreSpec
+
+FIRST_COMMIT = 1
+"""Version that a record gets whose own is lost: every run that pins a version sees its shard."""
+UNKNOWN: dict[str, object] = {"unknown": "the record was lost; made anew from the shard's files"}
+"""Provenance of such a record."""
+BUILD = "`eupe cache build` computes it again"
+PATCHES_NAME = re.compile(r"c\.(\d+)\.0\.0")
+
+
+@dataclass
+class Mended:
+    """What was found in a sample table or a store.
+
+    Attributes:
+        mended: what is put right, and how.
+        lost: what cannot be put right, and what helps.
+    """
+
+    mended: list[Problem] = field(default_factory=list)
+    lost: list[Problem] = field(default_factory=list)
+
+
+Shown = Callable[[str, int], AbstractContextManager[Progress]]
+"""(folder of a store below the root, its shards) -> what shows how far its check is."""
+
+
+def unseen(name: str, total: int) -> AbstractContextManager[Progress]:
+    """Show nothing."""
+    return nullcontext(lambda done, all_of_them: None)
+
+
+def repair_root(
+    root: str | Path, write: bool, shown: Shown = unseen, compute_batch: int | None = None
+) -> Iterator[tuple[str, Mended]]:
+    """Mend all that a cache root holds. Reads every byte.
+
+    Args:
+        root: the cache root.
+        write: False: only say what would be done.
+        shown: shows progress.
+        compute_batch: of stores that have lost what their first build recorded.
+
+    Yields:
+        What was looked at, `<dataset>/samples` or a store's folder below the root, and what was
+        found there.
+
+    Raises:
+        NotBuilt: there is no such folder.
+        StoreError: what is mended cannot be written.
+    """
+    base = layout.cache_root(root)
+    tables, stores = all_folders(base)
+    known: dict[str, Samples | None] = {}
+    for directory in tables:
+        mending = _Mending(write)
+        dataset = directory.parent.name
+        with mending.alone(directory):
+            known[dataset] = _mend_samples(base, directory, stores, mending)
+        yield str(directory.relative_to(base)), mending.result
+    for directory in stores:
+        mending = _Mending(write)
+        name = str(directory.relative_to(base))
+        with mending.alone(directory):
+            samples = known[directory.relative_to(base).parts[0]]
+            store = _StoreMending(base, directory, samples, mending, compute_batch)
+            store.run(partial(shown, name))
+        yield name, mending.result
+
+
+class _Mending:
+    """Does what is to be done, or only says so.
+
+    Attributes:
+        write: False: only says so.
+        result: what was found so far.
+    """
+
+    def __init__(self, write: bool):
+        self.write = write
+        self.result = Mended()
+
+    def alone(self, directory: Path) -> AbstractContextManager[None]:
+        """Keep committers away while something may be changed."""
+        if not self.write:
+            return nullcontext()
+        return atomic.only_writer(directory, layout.scratch_directory(directory))
+
+    def mend(self, path: Path, what: str, do: Callable[[], object]) -> None:
+        """Put something right."""
+        self.result.mended.append(Problem(path, what))
+        if self.write:
+            do()
+
+    def lose(self, path: Path, what: str) -> None:
+        """Say that something cannot be put right."""
+        self.result.lost.append(Problem(path, what))
+
+
+# ---------------------------------------------------------------------------------------- samples
+
+
+def _mend_samples(
+    base: Path, directory: Path, stores: Sequence[Path], mending: _Mending
+) -> Samples | None:
+    """Return a dataset's samples as they are once mended; None if they are lost."""
+    dataset = directory.parent.name
+    try:
+        return Samples.open(base, dataset)
+    except StoreError as error:
+        fault = str(error).removeprefix(f"{directory / layout.HEAD}: ")
+    left = left_of(directory, SamplesHead)
+    head = left.newest or _told_by_stores(dataset, base, stores)
+    if head is None:
+        mending.lose(directory, f"{fault}; nothing tells what its HEAD said, restore it")
+        return None
+    whole = whole_segments(directory, head.segments, SAMPLES_SCHEMA)
+    kept: list[SampleSegment] = []
+    for segment in head.segments:
+        if segment.name not in whole:
+            break
+        kept.append(segment)
+    gone = [segment.name for segment in head.segments[len(kept) :]]
+    if (gone and not kept) or any(name in whole for name in gone):
+        mending.lose(
+            directory / gone[0],
+            "damaged or lost, and nothing else holds its samples; restore it, or delete the "
+            "dataset's folder and build again",
+        )
+        return None
+    named = {segment.name for segment in head.segments}
+    for name in sorted(set(whole) - named):
+        if gone:
+            break  # rows of samples that are lost come first
+        per_shard = head.rows_per_shard
+        end = kept[-1].start + kept[-1].rows if kept else 0
+        start = -(-end // per_shard) * per_shard
+        table = whole[name][1]
+        if table["row"][0].as_py() == start:
+            kept.append(SampleSegment(**whole[name][0].model_dump(), start=start))
+    if not kept:
+        mending.lose(directory, f"{fault}; no segment of its samples is left, index it anew")
+        return None
+    mended = head.model_copy(update={"version": left.next_version, "segments": tuple(kept)})
+    what = f"{fault}; written anew, with {kept[-1].start + kept[-1].rows} rows"
+    if gone:
+        what += f" and without {', '.join(gone)}: `eupe cache build` indexes its images again"
+    scratch = layout.scratch_directory(directory)
+    mending.mend(directory / layout.HEAD, what, lambda: restore(directory, mended, scratch))
+    return Samples(directory, mended)
+
+
+def _told_by_stores(dataset: str, base: Path, stores: Sequence[Path]) -> SamplesHead | None:
+    """Return what the arrays of a dataset's stores tell of its HEAD: all but its segments."""
+    for store in stores:
+        if store.relative_to(base).parts[0] != dataset:
+            continue
+        for path in sorted(store.glob("view-*/zarr.json")):
+            try:
+                metadata = json.loads(path.read_bytes())
+                spec = StoreSpec.model_validate(metadata["attributes"]["eupe"]["spec"])
+                chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+                return SamplesHead(dataset=spec.dataset, rows_per_shard=int(chunk[0]))
+            except (OSError, ValueError, LookupError, TypeError, ValidationError):
+                continue
+    return None
+
+
+# ----------------------------------------------------------------------------------------- stores
+
+
+class _StoreMending:
+    """Mends one store."""
+
+    def __init__(
+        self,
+        base: Path,
+        directory: Path,
+        samples: Samples | None,
+        mending: _Mending,
+        compute_batch: int | None,
+    ):
+        self.base, self.directory, self.samples = base, directory, samples
+        self.mending, self.compute_batch = mending, compute_batch
+        self.manifest_directory = layout.manifest_directory(directory)
+        self.scratch = layout.scratch_directory(directory)
+
+    def run(self, shown: Callable[[int], AbstractContextManager[Progress]]) -> None:
+        """Mend the store's files, in the order in which one is judged by the other."""
+        if self.samples is None:
+            self.mending.lose(self.directory, "cannot be judged: its dataset's samples are lost")
+            return
+        self.left = left_of(self.manifest_directory, ManifestHead)
+        head = self.left.newest
+        said = self._spec(head)
+        if said is None:
+            return
+        spec = StoreSpec.model_validate(said["spec"])
+        moments = self._moments(head, spec)
+        if moments is None and head is None:
+            self.mending.lose(self.manifest_directory, "no HEAD without moments; see above")
+            return
+        pinned = ManifestHead(
+            spec_sha256=hashlib.sha256(spec_bytes(said)).hexdigest(),
+            moments_sha256=moments or (head.moments_sha256 if head else ""),
+            provenance={},
+        )
+        head = head or pinned
+        there = HeadFile(head, b"")
+        self.store = Store(self.base, spec, Manifest(self.manifest_directory, there))
+        self.store.samples = self.samples
+        self.store.codec = stored_codec(spec.codec, said["codec"])
+        records = self._shards(head, shown)
+        self._metadata(records)
+
+    def _spec(self, head: ManifestHead | None) -> dict[str, Any] | None:
+        """Return what spec.json says once it is mended; None if that is lost."""
+        path = layout.spec_file(self.directory)
+        wanted = None if head is None else head.spec_sha256
+        if (said := self._described(path, wanted, lambda whole: whole)) is not None:
+            return said
+        for array in sorted(self.directory.glob("view-*/zarr.json")):
+            said = self._described(array, wanted, lambda whole: whole["attributes"]["eupe"])
+            if said is not None:
+                what = f"damaged or lost; written anew from {array.parent.name}/{array.name}"
+                self.mending.mend(path, what, partial(self._write, path, spec_bytes(said)))
+                return said
+        self.mending.lose(path, "damaged or lost, and no array's zarr.json says the same; restore")
+        return None
+
+    def _described(
+        self, path: Path, sha256: str | None, part: Callable[[Any], Any]
+    ) -> dict[str, Any] | None:
+        """Read a description of this store; None if the file has none, or another's."""
+        try:
+            said: dict[str, Any] = part(json.loads(path.read_bytes()))
+            spec = StoreSpec.model_validate(said["spec"])
+            stored_codec(spec.codec, said["codec"])
+        except (OSError, ValueError, LookupError, TypeError, ValidationError, BadInput):
+            return None
+        ours = layout.store_directory(self.base, spec) == self.directory
+        if not ours or spec.fingerprint() != said.get("fingerprint"):
+            return None
+        if sha256 is not None and hashlib.sha256(spec_bytes(said)).hexdigest() != sha256:
+            return None
+        return said
+
+    def _moments(self, head: ManifestHead | None, spec: StoreSpec) -> str | None:
+        """Return the sha256 of the store's moments; None if they are lost."""
+        path = layout.moments_file(self.directory)
+        try:
+            content = arrow_tables.map_file(path, sha256=head.moments_sha256 if head else None)
+            moments_table.check_widths(spec, moments_table.parse(content, path))
+            return hashlib.sha256(content).hexdigest()
+        except (StoreError, ValueError, OSError):
+            self.mending.lose(
+                path,
+                "damaged or lost, and cannot be told from stored features: restore it. Features "
+                "are read, decoded and built without it; training normalises by it",
+            )
+            return None
+
+    # ---------------------------------------------------------------------------------- shards
+
+    def _shards(
+        self, head: ManifestHead, shown: Callable[[int], AbstractContextManager[Progress]]
+    ) -> list[ShardRecord]:
+        """Judge every shard; return the records of those that are there once all is mended."""
+        whole = whole_segments(self.manifest_directory, head.segments, SCHEMA)
+        gone = [segment.name for segment in head.segments if segment.name not in whole]
+        sound = self.left.fault is None and not gone
+        named = {segment.name for segment in head.segments}
+        versions: dict[tuple[int, int], dict[ShardRecord, int]] = {}
+        for name, (_, table) in whole.items():
+            if sound and name not in named:
+                continue  # of a commit that never was
+            committed = arrow_tables.to_numpy(table["version"]).tolist()
+            for version, record in zip(committed, records_of(table), strict=True):
+                versions.setdefault((record.view, record.shard), {})[record] = version
+        on_disk = set() if sound else self._files()
+        kept: list[ShardRecord] = []
+        changed: list[tuple[int, ShardRecord]] = []
+        keys = sorted(set(versions) | on_disk)
+        with shown(len(keys)) as progress:
+            for done, key in enumerate(keys, 1):
+                known = versions.get(key, {})
+                newest_first = sorted(known, key=known.__getitem__, reverse=True)
+                judged = self._judged(key, newest_first)
+                if judged is not None:
+                    kept.append(judged)
+                    if judged not in known:
+                        changed.append((FIRST_COMMIT, judged))
+                    elif known[judged] < max(known.values()):
+                        changed.append((self.left.next_version, judged))
+                progress(done, len(keys))
+        if not sound:
+            everything = [
+                (version, record) for own in versions.values() for record, version in own.items()
+            ]
+            self._write_head(head, everything, changed, gone)
+        return kept
+
+    def _judged(self, key: tuple[int, int], known: Sequence[ShardRecord]) -> ShardRecord | None:
+        """Return the record that a shard's files are of, the newest first; None if of none."""
+        view, shard = key
+        paths = [
+            named(self.directory, view, shard) for named in (layout.patches_file, layout.rows_file)
+        ]
+        problems: list[Problem] = []
+        try:
+            digest = self.store.samples.shard_digest(shard)
+        except MissingSamples:  # to be indexed again: until then nobody reads it
+            return known[0] if known else None
+        if known and all(record.samples_digest != digest for record in known):
+            what = "made of other samples or images than the dataset's table has; restore the table"
+            self.mending.lose(paths[0], what)
+            return known[0]
+        for record in known:
+            problems = list(check_shard(self.store, record, True, Report()))
+            if not problems:
+                return record
+        if not known:
+            return self._read(view, shard, paths, digest)
+        there = [path for path in paths if path.is_file()]
+
+        def delete() -> None:
+            for path in there:
+                path.unlink()
+
+        what = f"deleted; {BUILD}" if there else BUILD
+        self.mending.mend(problems[0].path, f"{problems[0].what.partition(';')[0]}; {what}", delete)
+        return None
+
+    def _read(
+        self, view: int, shard: int, paths: Sequence[Path], digest: str
+    ) -> ShardRecord | None:
+        """Make a shard's record from its files; None if they are not whole: it was in work."""
+        try:
+            content = [arrow_tables.map_file(path) for path in paths]
+        except (StoreError, OSError):
+            return None
+        sha256s = [hashlib.sha256(part).hexdigest() for part in content]
+        span = self.store.samples.shard_range(shard)
+        try:
+            table = arrow_tables.parse_table(content[1], str(paths[1]))
+            if table.schema != self.store.rows_schema:
+                return None
+            valid = rows_table.valid(table)
+            record = ShardRecord(
+                view=view,
+                shard=shard,
+                start=span.start,
+                stop=span.stop,
+                num_valid=int(valid.sum()),
+                num_escapes=rows_table.num_escapes(table),
+                samples_digest=digest,
+                patches_bytes=content[0].size,
+                patches_sha256=sha256s[0],
+                rows_bytes=content[1].size,
+                rows_sha256=sha256s[1],
+                provenance=fp.canonical_json(UNKNOWN).decode(),
+            )
+            if list(check_shard(self.store, record, True, Report())):
+                return None
+            codec = self.store.codec
+            row_bytes = int(np.prod(self.store.row_shape)) * codec.storage_dtype.itemsize
+            sums = zarr_shard.kept_checksums(content[0], row_bytes, record.num_valid)
+        except (StoreError, pa.ArrowException):
+            return None
+        return record if np.array_equal(*sums) else None
+
+    def _files(self) -> set[tuple[int, int]]:
+        """Return (view, shard) of every file of patches."""
+        found = set()
+        for path in self.directory.glob("view-*/c.*.0.0"):
+            number, match = path.parent.name.partition("-")[2], PATCHES_NAME.fullmatch(path.name)
+            if match is not None and number.isdigit():
+                found.add((int(number), int(match[1])))
+        return found
+
+    def _write_head(
+        self,
+        head: ManifestHead,
+        known: Sequence[tuple[int, ShardRecord]],
+        changed: Sequence[tuple[int, ShardRecord]],
+        gone: Sequence[str],
+    ) -> None:
+        """Write one segment of all records, and the HEAD that names it."""
+        path = self.manifest_directory / layout.HEAD
+        provenance = head.provenance or self._provenance(known)
+        if provenance is None:
+            self.mending.lose(
+                path,
+                "lost, and no record tells the compute_batch that its features were made with: "
+                "give it with --compute-batch (extraction.compute_batch of the recipe)",
+            )
+            return
+        everything = [*known, *changed]
+        table = table_of([record for _, record in everything], [at for at, _ in everything])
+        # Where nothing tells, as many as there are shards: a build commits them one by one.
+        version = self.left.next_version or table.num_rows
+
+        def write() -> None:
+            segments: tuple[Segment, ...] = ()
+            if table.num_rows:
+                segments = (write_segment(self.manifest_directory, version, table, self.scratch),)
+            mended = head.model_copy(
+                update={"version": version, "segments": segments, "provenance": provenance}
+            )
+            restore(self.manifest_directory, mended, self.scratch)
+
+        what = [f"{name} is damaged or lost" for name in gone] or [self.left.fault or ""]
+        unknown = sum(at == FIRST_COMMIT for at, _ in changed)
+        told = f"; of {unknown} shards the provenance is unknown now" if unknown else ""
+        self.mending.mend(path, f"{', '.join(what)}; written anew{told}", write)
+
+    def _provenance(self, known: Sequence[tuple[int, ShardRecord]]) -> dict[str, JsonValue] | None:
+        """Return what the first build recorded, from what it recorded of its shards."""
+        for _, record in sorted(known, key=lambda each: each[0]):
+            said: dict[str, JsonValue] = json.loads(record.provenance)
+            if "compute_batch" in said:
+                return {name: value for name, value in said.items() if name != "device"}
+        return {"compute_batch": self.compute_batch} if self.compute_batch else None
+
+    def _metadata(self, records: Sequence[ShardRecord]) -> None:
+        """Write the zarr.json of every view that has shards, where it is another."""
+        ends: dict[int, int] = {}
+        for record in records:
+            ends[record.view] = max(record.stop, ends.get(record.view, self.store.samples.num_rows))
+        for view, end in sorted(ends.items()):
+            path, content = layout.zarr_file(self.directory, view), self.store.array_metadata(end)
+            if not path.is_file() or path.read_bytes() != content:
+                what = "damaged, lost or of another length; written anew"
+                self.mending.mend(path, what, partial(self._write, path, content))
+
+    def _write(self, path: Path, content: bytes) -> None:
+        atomic.write(path, [content], self.scratch)
