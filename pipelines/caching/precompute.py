@@ -5,6 +5,7 @@
 Each step looks at what is there and does what is missing: it may be killed and called again.
 """
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import polars as pl
 
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
@@ -20,6 +22,7 @@ from cache.format import arrow_tables, layout
 from cache.samples import ShardRange
 from cache.store import Store, create_store, open_store
 from cache.verify import Report, verify
+from eupe.preprocessing import normalisation
 from eupe.spec import StoreSpec
 from pipelines.caching import quality
 from pipelines.caching.extractor import Extractor, provenance
@@ -29,6 +32,7 @@ from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob, store_specs
 
+PIXEL_STEP = 1 / 255
 VIEWS_TOGETHER = 4
 """Views of a shard that one call draws from one decode; it holds the patches of all of them."""
 
@@ -73,6 +77,7 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
     specs = store_specs(job)
     absent = [spec for spec in specs if _open(job, spec) is None]
     if absent:
+        _say_whose_pixels(job)
         batch = job.extraction.compute_batch
         made_by = provenance(batch, job.extraction.compute_threads)  # shards name the device
         with _borrowed(pool, job) as workers:
@@ -278,6 +283,20 @@ def _open(job: CacheJob, spec: StoreSpec) -> Store | None:
         return open_store(job.root, spec)
     except (NotBuilt, FingerprintMismatch):
         return None
+
+
+def _say_whose_pixels(job: CacheJob) -> None:
+    """Say which teachers get pixels otherwise than their weights' own record has it."""
+    for teacher in job.teachers:
+        asked = teacher.encoder.pixel_mean, teacher.encoder.pixel_std
+        record = normalisation(teacher.encoder, teacher.weights)
+        if record is not None and not np.allclose(record, asked, atol=PIXEL_STEP):
+            print(
+                f"{teacher.name}: pixels get mean {asked[0]} and std {asked[1]}, as the recipe "
+                f"says; published weights of {teacher.encoder.architecture} want {record[0]} and "
+                f"{record[1]}",
+                file=sys.stderr,
+            )
 
 
 def _tasks(

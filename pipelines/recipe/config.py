@@ -87,7 +87,10 @@ class DatasetConfig(Spec):
 
 
 class TeacherConfig(Spec):
-    """A teacher as a recipe names it. Its identity in a store is the digest of its weights."""
+    """A teacher as a recipe names it. Its identity in a store is the digest of its weights.
+
+    A pixel mean and std that the recipe does not name are those of the weights' own record.
+    """
 
     name: Annotated[Name, IDENTITY] = Field(description="of its folders in the cache root")
     encoder: Annotated[EncoderSpec, IDENTITY] = Field(description="its network")
@@ -99,6 +102,26 @@ class TeacherConfig(Spec):
     codec: Annotated[CodecName, IDENTITY] = Field(
         "float16", description="its features are stored in"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pixels_of_the_weights(cls, said: object) -> object:
+        if not isinstance(said, dict) or not isinstance(said.get("weights"), str):
+            return said
+        encoder = said.get("encoder")
+        if isinstance(encoder, dict):
+            encoder = EncoderSpec.model_validate(encoder)
+        if not isinstance(encoder, EncoderSpec):
+            return said
+        if not {"pixel_mean", "pixel_std"} - encoder.model_fields_set:
+            return said
+        from eupe.preprocessing import normalisation  # timm and open_clip: seconds
+
+        if (record := normalisation(encoder, said["weights"])) is not None:
+            named = {name: getattr(encoder, name) for name in encoder.model_fields_set}
+            pixels = dict(zip(("pixel_mean", "pixel_std"), record, strict=True))
+            encoder = EncoderSpec(**(pixels | named))
+        return {**said, "encoder": encoder}
 
 
 class StudentConfig(Spec):

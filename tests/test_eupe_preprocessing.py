@@ -1,0 +1,43 @@
+"""Pixels go in as the weights' own record says, and who says otherwise is told."""
+
+import pytest
+
+from eupe.preprocessing import normalisation
+from eupe.spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
+from pipelines.recipe.config import TeacherConfig
+
+HALF = (0.5, 0.5, 0.5)
+OPENAI = (0.48145466, 0.4578275, 0.40821073)
+
+
+@pytest.mark.parametrize(
+    ("library", "architecture", "weights", "mean"),
+    [
+        ("timm", "vit_tiny_patch16_224", "hub:augreg_in21k", HALF),
+        ("timm", "vit_tiny_patch16_224.augreg_in21k", "file:somewhere.pth", HALF),
+        ("timm", "vit_huge_plus_patch16_dinov3", "hub", IMAGENET_MEAN),
+        ("open_clip", "ViT-B-32", "hub:openai", OPENAI),
+        ("open_clip", "ViT-B-32", "hub:laion2b_s34b_b79k", OPENAI),
+    ],
+)
+def test_what_a_recipe_does_not_name_is_the_weights_own(library, architecture, weights, mean):
+    encoder = EncoderSpec(library=library, architecture=architecture)
+    teacher = TeacherConfig(name="t", encoder=encoder, weights=weights, resolutions=(224,))
+    assert teacher.encoder.pixel_mean == mean
+    plain = TeacherConfig.model_validate(teacher.model_dump(mode="json"))
+    assert plain == teacher
+
+
+@pytest.mark.parametrize("weights", ["random:1", "checkpoint:runs/x", "hub:no_such_tag"])
+def test_without_a_record_it_is_imagenets(weights):
+    encoder = EncoderSpec(architecture="vit_tiny_patch16_224")
+    teacher = TeacherConfig(name="t", encoder=encoder, weights=weights, resolutions=(224,))
+    assert (teacher.encoder.pixel_mean, teacher.encoder.pixel_std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert normalisation(encoder, weights) is None
+
+
+def test_what_a_recipe_names_stays():
+    encoder = EncoderSpec(architecture="vit_tiny_patch16_224", pixel_mean=(0.1, 0.2, 0.3))
+    teacher = TeacherConfig(name="t", encoder=encoder, weights="hub", resolutions=(224,))
+    assert teacher.encoder.pixel_mean == (0.1, 0.2, 0.3)
+    assert teacher.encoder.pixel_std == HALF
