@@ -12,6 +12,7 @@ from support import small_run
 
 from cache.reader import Reader
 from eupe.encoders import Features
+from eupe.errors import BadInput
 from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
 from eupe.views import decode, draw, make_view, render, resize
@@ -20,6 +21,7 @@ from pipelines import stages
 from pipelines.evaluation import during, evaluate, report
 from pipelines.evaluation.compare import Constants
 from pipelines.evaluation.frozen import FrozenStudent
+from pipelines.evaluation.knn import numbered
 from pipelines.images.reader import ImageReader
 from pipelines.recipe import recipes
 from pipelines.recipe.named import by_name
@@ -226,6 +228,16 @@ def test_a_label_that_is_not_there_is_named(run):
     opened = inputs.from_caches(run, run.stage("stage2"))
     with pytest.raises(ValueError, match=r"evaluation\.label=null"):  # before a step is trained
         during.hook(asked, asked.stage("stage2"), opened)
+
+
+def test_labels_of_two_alphabets_are_refused():
+    """ImageNet as class numbers here and as WordNet names there: kNN would be 0.0 %."""
+    with pytest.raises(
+        BadInput, match=r"labels \('0', '1', \.\.\.\) and .* \('n01440764', \.\.\.\)"
+    ):
+        numbered(["0", "1", "1"], ["n01440764"])
+    known, asked = numbered(["b", "a"], ["a", "c"])
+    assert (known.tolist(), asked.tolist()) == ([1, 0], [0, 2])
 
 
 def test_no_label_is_no_knn(run, found):

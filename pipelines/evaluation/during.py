@@ -1,5 +1,6 @@
 """The evaluation during training: a hook that the loop calls with the model it has."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
@@ -20,6 +21,8 @@ from pipelines.training.batches import Batch, Batches
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import SCORE, Evaluate
 
+PER_CLASS = 20
+"""Images a class that the bank of the evaluation during training has, or there is no kNN in it."""
 HOOK_IMAGES = 1024
 """Images of each set that the evaluation during training looks at."""
 
@@ -49,13 +52,24 @@ def hook(recipe: Recipe, stage: StageConfig, given: Inputs) -> Evaluate:
     rows = {name: images.rows(name, HOOK_IMAGES) for name in (bank_name, held_out)}
     at = evaluation_resolutions(recipe, stage)
     if label is not None:
-        for name in (bank_name, held_out):
-            samples = images.feeds[name].source.samples
-            labels(images, name, samples.sample_ids(rows[name]), label)
-            if name == bank_name and recipe.evaluation.k > len(rows[name]):
-                raise BadInput(
-                    f"evaluation.k = {recipe.evaluation.k}: the bank has {len(rows[name])} images"
+        if recipe.evaluation.k > len(rows[bank_name]):
+            raise BadInput(
+                f"evaluation.k = {recipe.evaluation.k}: the bank has {len(rows[bank_name])} images"
+            )
+        known, _ = numbered(
+            *(
+                labels(
+                    images, name, images.feeds[name].source.samples.sample_ids(rows[name]), label
                 )
+                for name in (bank_name, held_out)
+            )
+        )
+        if len(known) < PER_CLASS * len(known.unique()) and len(known) == HOOK_IMAGES:
+            label = None  # a neighbour of the right class would be luck; the last figure has all
+            print(
+                f"{HOOK_IMAGES} images are fewer than {PER_CLASS} a class: no kNN during training",
+                file=sys.stderr,
+            )
 
     def swept(name: str) -> Batches:
         return images.batches(name, rows[name], at)

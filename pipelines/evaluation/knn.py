@@ -123,7 +123,20 @@ def labels(images: CentreViews, dataset: str, sample_ids: Sequence[str], label: 
 
 
 def numbered(bank: Sequence[str], queries: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Number the classes of two lists of labels alike, int64 [n] and [m]."""
+    """Number the classes of two lists of labels alike, int64 [n] and [m].
+
+    Raises:
+        BadInput: not one label is in both, so that nothing can be predicted.
+    """
+    if not {*bank} & {*queries}:
+        first = [
+            ", ".join(repr(label) for label in sorted({*each})[:3]) for each in (bank, queries)
+        ]
+        raise BadInput(
+            f"kNN can predict nothing: the bank's labels ({first[0]}, ...) and the held-out set's "
+            f"({first[1]}, ...) have not one in common; give both one kind of label, name another "
+            "with evaluation.label, or leave kNN out with evaluation.label=null"
+        )
     classes = {label: number for number, label in enumerate(sorted({*bank, *queries}))}
     known, asked = (torch.tensor([classes[label] for label in each]) for each in (bank, queries))
     return known, asked
