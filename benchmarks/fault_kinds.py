@@ -250,7 +250,11 @@ RUN_FILES = {"checkpoint": "run/*/checkpoints/step-00000006/*"}
 """Kind of file -> where such files lie below a root."""
 
 
-def _flipped(round: Round, path: Path) -> tuple[Path, ...]:
+Damage = Callable[[Round, Path, str], tuple[Path, ...]]
+"""(round, a file, the pattern of its kind) -> the files that it damaged."""
+
+
+def _flipped(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
     content = bytearray(path.read_bytes())
     bit = round.random.randrange(8 * len(content))
     content[bit // 8] ^= 1 << bit % 8
@@ -258,36 +262,29 @@ def _flipped(round: Round, path: Path) -> tuple[Path, ...]:
     return (path,)
 
 
-def _truncated(round: Round, path: Path) -> tuple[Path, ...]:
+def _truncated(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
     os.truncate(path, round.random.randrange(path.stat().st_size))
     return (path,)
 
 
-def _deleted(round: Round, path: Path) -> tuple[Path, ...]:
+def _deleted(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
     path.unlink()
     return (path,)
 
 
-def _exchanged(round: Round, path: Path) -> tuple[Path, ...]:
-    """Exchange a file for another of its size: below the same root, else the twin's."""
-    twin = round.reference.twin / path.relative_to(round.root)
-    others = [*sorted(round.root.rglob("*")), *sorted(round.reference.twin.rglob("*"))]
+def _exchanged(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
+    """Exchange a file for another of its kind, or the twin's: of its size if there is one."""
     content = path.read_bytes()
-    like = [
-        other
-        for other in others
-        if other.is_file()
-        and other.suffix == path.suffix
-        and other.stat().st_size == len(content)
-        and other.read_bytes() != content
-    ]
-    mine = [other for other in like if round.root in other.parents]
-    chosen = round.random.choice(mine or like or [twin])
-    path.write_bytes(chosen.read_bytes())
-    if chosen in mine:
-        chosen.write_bytes(content)
-        return path, chosen
-    return (path,)
+    twin = round.reference.twin / path.relative_to(round.root)
+    below = [*sorted(round.root.glob(pattern)), twin]
+    others = [other for other in below if other.is_file() and other.read_bytes() != content]
+    like = [other for other in others if other.stat().st_size == len(content)]
+    other = round.random.choice(like or others)
+    path.write_bytes(other.read_bytes())
+    if other == twin:
+        return (path,)
+    other.write_bytes(content)
+    return path, other
 
 
 DAMAGES = {
@@ -298,7 +295,7 @@ DAMAGES = {
 }
 
 
-def _rolled_back(round: Round, path: Path) -> tuple[Path, ...]:
+def _rolled_back(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
     """Put a HEAD back as it was when half of the work was done."""
     earlier = round.reference.half / path.relative_to(round.root)
     if not earlier.is_file():  # the last store of all, say, had none yet
@@ -312,7 +309,7 @@ def _damage(
     name: str,
     pattern: str,
     how: str,
-    damage: Callable[[Round, Path], tuple[Path, ...]],
+    damage: Damage,
     then: Literal["build", "train"],
 ) -> None:
     @kind(f"{name} {how}", then=then)
@@ -322,7 +319,7 @@ def _damage(
             round.copy("run")
             shutil.rmtree(round.root / "run" / fault_subject.STAGE / "checkpoints/step-00000008")
         path = round.random.choice(sorted(round.root.glob(pattern)))
-        return Struck(damage(round, path))
+        return Struck(damage(round, path, pattern))
 
 
 for _how, _change in DAMAGES.items():

@@ -5,11 +5,13 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 from eupe.students import build_student
 from eupe.weights import CHECKPOINT_FILE, load_state_dict
@@ -209,9 +211,13 @@ def test_training_state_is_never_unpickled(tmp_path):
         def __reduce__(self):
             return (Path.touch, (target,))
 
-    (saved.directory / checkpoint.STATE).write_bytes(pickle.dumps(Evil(), protocol=2))
-    with pytest.raises(ValueError, match="is no training state"):
+    path = saved.directory / checkpoint.STATE
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(ValueError, match="do not match the crc32c"):
         saved.state()
+    sums = {**saved.checksums, path.name: checkpoint._crc32c(path)}
+    with pytest.raises(ValueError, match="is no training state"):
+        dataclasses.replace(saved, checksums=sums).state()
     assert not target.exists()
 
 
@@ -220,7 +226,9 @@ def test_training_state_is_never_unpickled(tmp_path):
     [
         (checkpoint.CONFIG, b"{", "cannot be read"),
         (checkpoint.CONFIG, json.dumps({"format": 99}).encode(), "checkpoint format 99"),
-        (CHECKPOINT_FILE, b"short", "cannot be read"),
+        (checkpoint.CONFIG, b"[]", "checkpoint format None"),
+        (checkpoint.CONFIG, b'{"format": 1}', "do not match the config_sha256"),
+        (CHECKPOINT_FILE, b"short", "do not match the crc32c"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, message):
@@ -229,3 +237,27 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as refused:
         checkpoint.require(tmp_path).encoder()
     assert str(saved.directory / name) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT_FILE, "heads.safetensors", "state.pt", "config.json"])
+def test_any_flipped_bit_of_a_checkpoint_is_refused_by_name(tmp_path, name):
+    """Safetensors and torch.load take other weights for weights."""
+    saved = checkpoint.save(tmp_path, contents(1), keep=1)
+    checkpoint.judge(tmp_path, saved, 0.5, keep=1)  # its figures are checked like all others
+    path = saved.directory / name
+    sound = path.read_bytes()
+    for bit in np.random.default_rng(3).integers(0, 8 * len(sound), 50).tolist():
+        content = bytearray(sound)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=rf"{name}: (contents do not match|cannot|checkpoint)"):
+            read_all(tmp_path)
+    path.write_bytes(sound)
+    read_all(tmp_path)
+
+
+def read_all(stage_directory: Path) -> None:
+    """Read every file of the newest checkpoint."""
+    found = checkpoint.require(stage_directory)
+    for read in (found.encoder, found.heads, found.normalisers, found.state):
+        read()

@@ -5,8 +5,10 @@
         heads.safetensors         adapter heads, named <teacher>.<summary|patches>...
         normalisers.safetensors   what a teacher's tokens went through before the loss
         state.pt                  optimizer and figures, for resuming
-        config.json               what the run is, where it stands, the manifest versions it reads
+        config.json               what the run is, where it stands, the manifest versions it reads;
+                                  the crc32c of the files above, and its own sha256
 
+What is read is compared with these first: a bit that the disk has lost would train on unseen.
 A folder has its name only while all of it is on disk: whatever is called step-* is whole. It gets
 the name last, and loses it before the first of its files is deleted. Only one process writes below
 a stage directory (pipelines.training.loop holds its lock), so a save sweeps what a kill left.
@@ -22,12 +24,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cache.files import atomic
+from cache.files import atomic, sealed
 from cache.files.refused import writing
 from cache.format import layout
 from eupe import fingerprint as fp
@@ -37,8 +40,11 @@ from eupe.weights import CHECKPOINT_FILE, state_digest
 FORMAT = 1
 FOLDER = "checkpoints"
 CONFIG, STATE = "config.json", "state.pt"
+CHECKSUM = "config_sha256"
 HEADS, NORMALISERS = "heads.safetensors", "normalisers.safetensors"
 _PREFIX, _TEMPORARY = "step-", ".tmp-"
+READ_BYTES = 1 << 24
+INSTEAD = "remove this checkpoint to go on from the one before it"
 MAX_LINES = 12
 """Differing fields that a refusal names; the rest it counts."""
 
@@ -75,6 +81,7 @@ class Checkpoint:
     Attributes:
         score: held-out figure by which checkpoints are compared, higher is better; None if the
             step was not evaluated.
+        checksums: crc32c of each of its other files, by name.
     """
 
     directory: Path
@@ -83,14 +90,15 @@ class Checkpoint:
     pins: dict[str, int]
     score: float | None
     recipe: dict[str, object]
+    checksums: dict[str, int]
 
     def encoder(self) -> dict[str, Tensor]:
         """Read the encoder's tensors."""
-        return _tensors(self.directory / CHECKPOINT_FILE)
+        return _tensors(self._checked(CHECKPOINT_FILE))
 
     def heads(self) -> dict[str, Tensor]:
         """Read the heads' tensors."""
-        return _tensors(self.directory / HEADS)
+        return _tensors(self._checked(HEADS))
 
     def weights_digest(self) -> str:
         """Return the digest of the encoder's and the heads' tensors."""
@@ -98,16 +106,31 @@ class Checkpoint:
 
     def normalisers(self) -> dict[str, Tensor]:
         """Read the normalisers' buffers."""
-        return _tensors(self.directory / NORMALISERS)
+        return _tensors(self._checked(NORMALISERS))
 
     def state(self) -> dict[str, Any]:
         """Read the training state, on the CPU; never unpickles anything but plain data."""
-        path = self.directory / STATE
+        path = self._checked(STATE)
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise BadInput(f"{path}: is no training state: {error}") from error
         return state
+
+    def _checked(self, name: str) -> Path:
+        """Return the path of a file that is as it was written.
+
+        Raises:
+            BadInput: it is not, or cannot be read.
+        """
+        path = self.directory / name
+        try:
+            found = _crc32c(path)
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read: {error}; {INSTEAD}") from error
+        if found != self.checksums.get(name):
+            raise BadInput(f"{path}: contents do not match the crc32c in {CONFIG}; {INSTEAD}")
+        return path
 
     def check(self, identity: Mapping[str, object]) -> None:
         """Refuse to go on with another run's checkpoint.
@@ -193,6 +216,7 @@ def _write(directory: Path, contents: Contents) -> None:
         "identity": contents.identity,
         "pins": contents.pins,
         "recipe": contents.recipe,
+        "crc32c": {path.name: _crc32c(path) for path in sorted(directory.iterdir())},
     }
     fp.canonical_json(description)  # refuses what would not be read back as it was written
     _write_config(directory, description)
@@ -209,18 +233,15 @@ def judge(stage_directory: Path, judged: Checkpoint, score: float, keep: int) ->
         score: the figure.
         keep: as for `save`; a best one that is beaten now goes.
     """
-    description = json.loads((judged.directory / CONFIG).read_text(encoding="utf-8"))
-    _write_config(judged.directory, {**description, "score": score})
+    _write_config(judged.directory, {**_description(judged.directory), "score": score})
     _prune(stage_directory, keep)
     return replace(judged, score=score)
 
 
 def _write_config(directory: Path, description: Mapping[str, object]) -> None:
     """Write what a checkpoint's folder says of it; the file appears whole."""
-    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    atomic.write(
-        directory / CONFIG, [text.encode()], layout.scratch_directory(directory.parents[1])
-    )
+    scratch = layout.scratch_directory(directory.parents[1])
+    atomic.write(directory / CONFIG, [sealed.seal(description, CHECKSUM)], scratch)
 
 
 def find(stage_directory: Path) -> list[Checkpoint]:
@@ -271,15 +292,7 @@ def finished(stage_directory: Path, steps: int) -> Checkpoint:
 
 
 def _open(directory: Path) -> Checkpoint:
-    path = directory / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read: {error}; remove the checkpoint") from error
-    if config.get("format") != FORMAT:
-        raise BadInput(
-            f"{path}: checkpoint format {config.get('format')!r}; this version reads {FORMAT}"
-        )
+    config = _description(directory)
     return Checkpoint(
         directory,
         config["step"],
@@ -287,7 +300,25 @@ def _open(directory: Path) -> Checkpoint:
         config["pins"],
         config["score"],
         config["recipe"],
+        config["crc32c"],
     )
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    """Read what a checkpoint's folder says of it."""
+    path = directory / CONFIG
+    try:
+        content = path.read_bytes()
+        said = json.loads(content)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}; remove the checkpoint") from error
+    there = said.get("format") if isinstance(said, dict) else None
+    if there != FORMAT:
+        raise BadInput(f"{path}: checkpoint format {there!r}; this version reads {FORMAT}")
+    if not sealed.is_whole(content, CHECKSUM):
+        raise BadInput(f"{path}: contents do not match the {CHECKSUM} in it; {INSTEAD}")
+    assert isinstance(said, dict)
+    return said
 
 
 def _prune(stage_directory: Path, keep: int) -> None:
@@ -307,6 +338,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
     return found
+
+
+def _crc32c(path: Path) -> int:
+    """Return the crc32c of a file, which disks are slower than, as they are not than a sha256."""
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while part := file.read(READ_BYTES):
+            checksum.update(part)
+    return int.from_bytes(checksum.digest(), "big")
 
 
 def _sync(path: Path) -> None:
