@@ -22,7 +22,7 @@ from eupe.spec import StoreSpec
 
 PAGE = 4096
 DISK_BYTES = 6 << 20
-FOLDER_WILL_DO = ("HEAD", "config.json")
+FOLDER_WILL_DO = ("HEAD", "config.json", "spec.json")
 SIGNALS = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM}
 
 
@@ -71,22 +71,31 @@ class Struck:
         damaged: files that it changed or took away; none if it was the end of a process.
         broken: what went wrong already: a process that a fault elsewhere should not have ended.
         actors: that computed.
+        there: the shards that lay there when the fault happened, see `shard_files`; None: those
+            that lie there when it is over.
     """
 
     damaged: tuple[Path, ...] = ()
     broken: str = ""
     actors: int = 1
+    there: dict[Path, int] | None = None
 
     def is_named(self, words: str) -> bool:
         """True if a refusal names a file that was damaged.
 
-        What a HEAD or a checkpoint's description says wrongly is found beside it: there the folder
-        will do.
+        What a HEAD, a spec or a checkpoint's description says wrongly is found beside it: there the
+        folder will do.
         """
         return any(
             path.name in words or (path.name in FOLDER_WILL_DO and str(path.parent) in words)
             for path in self.damaged
         )
+
+
+def shard_files(root: Path) -> dict[Path, int]:
+    """Return which files of patches lie below a root, with their inodes: a new one is new work."""
+    found = (root / "cache").glob("*/*/*/*/view-*/c.*")
+    return {path.relative_to(root): path.stat().st_ino for path in found}
 
 
 @dataclass

@@ -162,6 +162,17 @@ def build(
     return {"shards": done.num_shards, "specs": [store.spec for store in stores]}
 
 
+def flow(images: Path, root: Path, ray_address: str, prefect_url: str) -> None:
+    """Build as the flow `teacher-cache` does, each step a task, by Ray's actors."""
+    os.environ |= {"RAY_ADDRESS": ray_address, "PREFECT_API_URL": prefect_url}
+    import prefect  # after its settings: it reads them once, when imported
+
+    from flows import teacher_cache
+
+    indexing.index_samples(job(images, root, PARTS[0]))  # stores are made of all, as without it
+    prefect.flow(name="faults")(teacher_cache.build)([[job(images, root)]], "Stores")
+
+
 def train(images: Path, root: Path) -> dict[str, Any]:
     """Train, or go on; return every step's losses and the digest of the weights at the end."""
     run = recipe(images, root)

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import fault_subject, tables
+from benchmarks import fault_clusters, fault_subject, tables
 from benchmarks.fault_children import Ended, in_child, num_operations, start_server
-from benchmarks.fault_kinds import KINDS, Kind, Reference, Round, Struck
+from benchmarks.fault_kinds import KINDS, Kind, Reference, Round, Struck, shard_files
 from benchmarks.fault_subject import Seen
 
 REDONE_ALLOWED = 2
@@ -162,17 +162,14 @@ def run_round(kind: Kind, work: Undisturbed, round: Round) -> Verdict:
 
 def judge_build(verdict: Verdict, work: Undisturbed, round: Round, struck: Struck) -> None:
     """Build again; compare rows, samples, records and files with those of the undisturbed build."""
-    before = look(verdict, work, round, struck)
-    begun = begun_shards(before, round.root)
+    look(verdict, work, round, struck)
+    there = shard_files(round.root) if struck.there is None else struck.there
     indexed = (fault_subject.ALL,) if struck.damaged else fault_subject.GROWING
     done = in_child(fault_subject.build, work.reference.images, round.root, indexed)
-    if done.how == "done":
-        committed = work.seen if struck.damaged else before
-        again = done.result["shards"] - num_records(work.seen) + num_records(committed)
-        verdict.shards_redone = -(-(again + begun) // struck.actors)
-    elif done.how == "refused" and struck.damaged:
+    verdict.shards_redone = -(-redone(there, shard_files(round.root)) // struck.actors)
+    if done.how == "refused" and struck.damaged:
         verdict.refuse(done.words, struck)
-    else:
+    elif done.how != "done":
         verdict.fail(f"given again, the build {done.how}: {done.words}")
     seen = look(verdict, work, round, struck)
     if done.how == "done":
@@ -216,20 +213,10 @@ def look(verdict: Verdict, work: Undisturbed, round: Round, struck: Struck) -> S
     return seen
 
 
-def num_records(seen: Seen) -> int:
-    """Count the committed shards, over views and stores."""
-    return sum(" record " in what for what in seen.values)
-
-
-def begun_shards(seen: Seen, root: Path) -> int:
-    """Count the shards of which there are files that no manifest names."""
-    begun = set()
-    for path in (root / "cache").glob("*/*/*/*/view-*/c.*"):
-        teacher = path.parents[2].name.partition("-")[0]
-        view, shard = int(path.parent.name.removeprefix("view-")), int(path.name.split(".")[1])
-        if f"{teacher} record {view} {shard}" not in seen.values and teacher not in seen.refused:
-            begun.add(shard)
-    return len(begun)
+def redone(before: Mapping[Path, int], now: Mapping[Path, int]) -> int:
+    """Count the shards that lay there and were computed again, over views and stores."""
+    again = [path for path, inode in before.items() if now.get(path, inode) != inode]
+    return len({path.name for path in again})
 
 
 def judge_training(verdict: Verdict, work: Undisturbed, round: Round, struck: Struck) -> None:
@@ -320,11 +307,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=[], metavar="NAME")
     parser.add_argument("--verbose", action="store_true", help="say what every round refused")
     arguments = parser.parse_args(argv)
-    os.environ["OMP_NUM_THREADS"] = "1"
     console, started = tables.console(), time.monotonic()
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="eupe-faults-"))
-        verdicts = campaign(arguments, Path(folder), console)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eupe-faults-")))
+        os.environ |= {"OMP_NUM_THREADS": "1", **fault_clusters.settings(folder)}
+        stack.callback(fault_clusters.NODES.close)
+        verdicts = campaign(arguments, folder, console)
     found = summary(verdicts, time.monotonic() - started)
     rows = [{"kind": name, **row} for name, row in sorted(found["kinds"].items())]
     title = f"{len(verdicts)} faults, seed {arguments.seed}, {found['seconds']:.0f} s"

@@ -1,0 +1,221 @@
+"""Faults of clusters: Ray's driver, actors, one of two raylets, its head; Prefect's server.
+
+One Ray of two nodes serves all rounds, until one of its own processes is killed. It listens to its
+token alone, has no job API, and writes below the campaign's folder: another Ray of this machine is
+not touched.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import fault_subject
+from benchmarks.fault_children import Child, Ended, wait_until
+from benchmarks.fault_kinds import SIGNALS, Round, Struck, kind, shard_files
+from flows.local_stack import free_ports
+
+PATIENCE_SECONDS = 240.0
+ACTORS = 2
+STORE_BYTES = 80 << 20
+RECONNECT_SECONDS = 10
+"""Ray waits a minute for a head that is gone; a round need not."""
+
+
+def settings(folder: Path) -> dict[str, str]:
+    """Return what Ray and Prefect read when they are imported."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(RECONNECT_SECONDS),
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+class Nodes:
+    """A Ray of two nodes of one CPU each; started when first asked for, mended when asked again."""
+
+    def __init__(self) -> None:
+        self._cluster: Any = None
+        self._second: Any = None
+
+    def address(self) -> str:
+        """Return where the head listens; both nodes are there."""
+        from ray.cluster_utils import Cluster
+
+        node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+        if self._cluster is None:
+            head = {**node, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+            self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        if self._second is None:
+            self._second = self._cluster.add_node(**node)
+        return str(self._cluster.address)
+
+    def kill_second(self) -> None:
+        """Kill the raylet of the second node; the next round gets another."""
+        os.kill(_pid(self._second, "raylet"), signal.SIGKILL)
+
+    def forget_second(self) -> None:
+        """Clear away what is left of a node whose raylet was killed."""
+        with suppress(Exception):  # of what is dead already
+            self._cluster.remove_node(self._second, allow_graceful=False)
+        self._second = None
+
+    def kill_head(self) -> None:
+        """Kill the process that the cluster hangs on."""
+        os.kill(_pid(self._cluster.head_node, "gcs_server"), signal.SIGKILL)
+
+    def actors(self) -> list[psutil.Process]:
+        """Return the processes that hold teachers."""
+        raylets = [_pid(node, "raylet") for node in (self._cluster.head_node, self._second)]
+        found = []
+        for raylet in raylets:
+            for process in psutil.Process(raylet).children(recursive=True):
+                with suppress(psutil.Error):
+                    if "ray::Extractor" in " ".join(process.cmdline()):
+                        found.append(process)
+        return sorted(found, key=lambda process: process.pid)
+
+    def close(self) -> None:
+        """End all of it."""
+        if self._cluster is not None:
+            with suppress(Exception):  # of what is dead already
+                self._cluster.shutdown()
+        self._cluster = self._second = None
+
+
+def _pid(node: Any, name: str) -> int:
+    pid: int = node.all_processes[name][0].process.pid
+    return pid
+
+
+NODES = Nodes()
+"""Of this campaign."""
+
+
+def _begin(round: Round) -> Child:
+    """Start a build by Ray's actors; return when a seeded number of shards lies there."""
+    wanted = round.random.randint(1, len(shard_files(round.reference.root)) - 4)
+    arguments = (round.reference.images, round.root, fault_subject.GROWING, NODES.address())
+    child = Child(fault_subject.build, *arguments)
+    _wait_for_shards(child, round, wanted)
+    return child
+
+
+def _wait_for_shards(child: Child, round: Round, wanted: int) -> None:
+    there = wait_until(lambda: len(shard_files(round.root)) >= wanted, child, PATIENCE_SECONDS)
+    if not there:
+        raise RuntimeError(f"{wanted} shards did not come: {child.end(PATIENCE_SECONDS)}")
+
+
+def _struck(round: Round, ended: Ended, sound: bool, there: dict[Path, int]) -> Struck:
+    broken = "" if sound else f"{ended.how}: {ended.words}"
+    return Struck(broken=broken, actors=ACTORS, there=there)
+
+
+def _driver(by: str) -> None:
+    @kind(f"driver {by}", slow=True)
+    def strike(round: Round) -> Struck:
+        child = _begin(round)
+        child.kill(SIGNALS[by])
+        ended, there = child.end(PATIENCE_SECONDS), shard_files(round.root)
+        return _struck(round, ended, ended.how == "died", there)
+
+
+def _actor(by: str) -> None:
+    @kind(f"actor {by}", slow=True)
+    def strike(round: Round) -> Struck:
+        child = _begin(round)
+        there = shard_files(round.root)
+        for process in NODES.actors()[:1]:
+            process.send_signal(SIGNALS[by])
+        ended = child.end(PATIENCE_SECONDS)
+        return _struck(round, ended, ended.how == "done", there)
+
+
+for _by in SIGNALS:
+    _driver(_by)
+    _actor(_by)
+
+
+@kind("one of two raylets killed", slow=True)
+def _raylet(round: Round) -> Struck:
+    """Half of the actors are gone for good: the build ends with the other half, or says so."""
+    child = _begin(round)
+    there = shard_files(round.root)
+    NODES.kill_second()
+    ended = child.end(PATIENCE_SECONDS)
+    NODES.forget_second()
+    return _struck(round, ended, ended.how == "done" or "died more than" in ended.words, there)
+
+
+@kind("Ray head killed", slow=True)
+def _head(round: Round) -> Struck:
+    child = _begin(round)
+    there = shard_files(round.root)
+    NODES.kill_head()
+    ended = child.end(PATIENCE_SECONDS)
+    NODES.close()
+    return _struck(round, ended, ended.how != "hung", there)
+
+
+@kind("Prefect server killed", slow=True)
+def _prefect(round: Round) -> Struck:
+    """A flow ends without its server, or fails and says so; it does not wait for ever."""
+    wanted = round.random.randint(1, len(shard_files(round.reference.root)) - 4)
+    with _prefect_server() as (url, server):
+        arguments = (round.reference.images, round.root, NODES.address(), url)
+        child = Child(fault_subject.flow, *arguments)
+        _wait_for_shards(child, round, wanted)
+        there = shard_files(round.root)
+        for process in [server, *server.children(recursive=True)]:
+            process.kill()
+        ended = child.end(PATIENCE_SECONDS)
+    return _struck(round, ended, ended.how != "hung", there)
+
+
+@contextmanager
+def _prefect_server() -> Iterator[tuple[str, psutil.Process]]:
+    """Start a Prefect server; its URL and process."""
+    (port,) = free_ports(1)
+    words = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    started = subprocess.Popen(
+        [sys.executable, *words, "--no-ui"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        given = time.monotonic() + PATIENCE_SECONDS
+        while not _answers(f"{url}/health"):
+            if time.monotonic() > given or started.poll() is not None:
+                raise RuntimeError("the Prefect server did not answer")
+            time.sleep(0.2)
+        yield url, psutil.Process(started.pid)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(started.pid).children(recursive=True):
+                process.kill()
+        started.kill()
+        started.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
