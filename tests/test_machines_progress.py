@@ -1,18 +1,23 @@
 """Progress reaches a listener here, and through the job folder of another process."""
 
+import io
 import os
+import re
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 
 import pytest
+from rich.console import Console
 
 from pipelines.machines import job_folder, progress
 from pipelines.machines.progress import Reading, followed, set_listener, track
 
 CHILD = """
 import sys
+import time
 from pipelines.machines.progress import track
 print("before", file=sys.stderr)
 with track(3, "Counting", "sheep") as progress:
@@ -141,3 +146,23 @@ def test_folders_that_killed_processes_left_go_when_they_are_old(tmp_path):
     os.utime(old, (0, 0))
     with job_folder.made(tmp_path, "a") as ours:
         assert sorted(tmp_path.iterdir()) == sorted([ours, young])
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_bar_shows_count_rate_and_time_left_however_narrow_the_screen(width):
+    """And what it is of, as far as there is room; brackets in it are no markup."""
+    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    long = "Extracting imagenet-train[/x]/0123456789ab/efficientnet_lite0 at 256 and 384 pixels"
+    with progress._bar(screen, 1_281_167, long, "images") as shown:
+        for done in (0, 1000, 2000):
+            shown(
+                Reading(long, "images", done, 1_281_167, done / 100, note="loss 1.2345, 8 others")
+            )
+            time.sleep(0.02)  # of no time at all rich gives no rate
+    last = screen.file.getvalue().split("\r")[-1]
+    line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).strip()
+    assert len(line) <= width
+    assert "2000/1281167" in line
+    assert re.search(r"[\d.]+ images/s", line)
+    assert re.search(r"\d:\d\d:\d\d", line)
+    assert line.startswith("Extract")

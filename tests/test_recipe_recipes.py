@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from eupe.encoders import Encoder
+from eupe.errors import BadInput
 from pipelines.recipe import recipes
 from pipelines.recipe.config import PROXY
 from pipelines.recipe.override import validated
@@ -84,6 +85,29 @@ def test_an_overridden_path_is_below_eupe_home_too_and_an_absolute_one_stays(tmp
     recipe = recipes.get("demo", ["run_directory=elsewhere", "cache_root=/caches"])
     assert recipe.run_directory == str(tmp_path / "elsewhere")
     assert recipe.cache_root == "/caches"
+
+
+def test_home_and_variables_in_paths_are_what_a_shell_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = recipes.get("demo", ["cache_root=$SCRATCH/caches", "run_directory=~/runs"])
+    assert recipe.cache_root == str(tmp_path / "caches")
+    assert recipe.run_directory == "/home/me/runs"
+    monkeypatch.setenv("EUPE_HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(
+        "recipe: demo\nset: {cache_root: '${oc.env:SCRATCH}/c', student.weights: 'file:~/w.pth'}\n"
+    )
+    mine = recipes.get("mine.yaml")
+    assert mine.cache_root == str(tmp_path / "c")
+    assert mine.student.weights == "file:/home/me/w.pth"
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(BadInput, match="the environment has no SCRATCH"):
+        recipes.get("demo", ["cache_root=$SCRATCH/caches"])
+
+
+def test_a_label_that_looks_like_a_number_is_text():
+    recipe = recipes.get("demo", ["held_out.source.where={split: 0}"])
+    assert recipe.held_out.source.where == {"split": "0"}
 
 
 def test_remote_roots_are_left_alone():

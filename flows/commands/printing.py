@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def print_json(value: object) -> None:
@@ -24,5 +25,6 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        # As text: what a value holds in brackets is no markup.
+        table.add_row(*(Text(f"{v:,}" if isinstance(v, int) else str(v)) for v in row.values()))
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     ProgressColumn,
-    SpinnerColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 from pipelines.machines import job_folder
@@ -282,26 +282,30 @@ def _lines(console: Console, total: int | None, description: str, unit: str) -> 
 
 @contextmanager
 def _bar(console: Console, total: int | None, description: str, unit: str) -> Iterator[Listener]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with RichProgress(*columns, console=console) as bar:
+    with RichProgress(*_columns(unit), console=console, expand=True) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda reading: bar.update(task, completed=reading.done, note=reading.note)
+
+
+def _columns(unit: str) -> tuple[ProgressColumn, ...]:
+    """Return what a bar shows: count, rate and time left whole, from 60 columns on; others cut."""
+    whole = partial(Column, no_wrap=True)
+    cut = partial(Column, no_wrap=True, overflow="ellipsis")
+    return (
+        TextColumn("{task.description}", markup=False, table_column=cut(ratio=2)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        MofNCompleteColumn(table_column=whole()),
+        _RateColumn(unit, table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
+        TextColumn("{task.fields[note]}", markup=False, table_column=cut(ratio=1)),
+    )
 
 
 class _RateColumn(ProgressColumn):
     """Units a second, as rich measures it over its last samples."""
 
-    def __init__(self, unit: str) -> None:
-        super().__init__()
+    def __init__(self, unit: str, table_column: Column) -> None:
+        super().__init__(table_column)
         self._unit = unit
 
     def render(self, task: Task) -> Text:

@@ -7,7 +7,7 @@ on is turned into an `eupe.spec` (identity) when weights have been read and hash
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from cache.codec.known import KNOWN, kind
 from eupe.errors import BadInput
@@ -29,6 +29,11 @@ from pipelines.recipe.stage import StageConfig, StageName
 def _known_codec(name: str) -> str:
     kind(name)
     return name
+
+
+def _as_label(value: object) -> object:
+    """Labels are text; YAML makes a number of what looks like one."""
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _list_codecs(schema: dict[str, object]) -> None:
@@ -69,7 +74,7 @@ class SourceConfig(Spec):
     label_columns: Annotated[tuple[str, ...], IDENTITY] = Field(
         (), description="parquet: columns kept as labels"
     )
-    where: Annotated[dict[str, str], IDENTITY] = Field(
+    where: Annotated[dict[str, Annotated[str, BeforeValidator(_as_label)]], IDENTITY] = Field(
         {}, description="keep samples whose labels equal these"
     )
 

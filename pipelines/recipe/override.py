@@ -37,7 +37,7 @@ def override(recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
             raise BadInput(f"override {item!r}: wants path.to.field=value")
         try:
             update = OmegaConf.from_dotlist([f"value={text}"])
-            value = OmegaConf.to_container(update)["value"]  # type: ignore[index, call-overload]
+            value = OmegaConf.to_container(update, resolve=True)["value"]  # type: ignore[index, call-overload]
         except (OmegaConfBaseException, YAMLError) as error:
             raise BadInput(f"override {item!r}: {' '.join(str(error).split())}") from error
         fields.append((path.strip(), value))

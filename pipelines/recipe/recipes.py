@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ def _from_file(path: Path) -> Recipe:
         BadInput: no such file, no YAML of that form, or a change that does not fit.
     """
     try:
-        asked = OmegaConf.to_container(OmegaConf.load(path))
+        asked = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
         raise BadInput(f"{path}: no recipe there ({error.strerror})") from error
     except (YAMLError, OmegaConfBaseException) as error:
@@ -89,13 +90,26 @@ def home() -> Path:
     return Path(os.environ.get("EUPE_HOME") or ".").resolve()
 
 
+def _expanded(path: str) -> str:
+    """Return a path with `~` and `$VARIABLE` as a shell has them.
+
+    Raises:
+        BadInput: a variable that is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if (unset := re.search(r"\$\{?\w+\}?", expanded)) is not None:
+        raise BadInput(f"path {path!r}: the environment has no {unset[0].strip('${}')}")
+    return expanded
+
+
 def _placed(recipe: Recipe, home: Path) -> Recipe:
     def placed(path: str) -> str:
+        path = _expanded(path)
         return path if "://" in path else str(home / path)
 
     def weights(uri: str | None) -> str | None:
         scheme, colon, path = (uri or "").partition(":")
-        return f"{scheme}{colon}{home / path}" if scheme in ("file", "checkpoint") else uri
+        return f"{scheme}{colon}{placed(path)}" if scheme in ("file", "checkpoint") else uri
 
     def student(config: StudentConfig) -> StudentConfig:
         return config.model_copy(update={"weights": weights(config.weights)})
