@@ -17,6 +17,7 @@ TOKEN_BYTES = 32
 AGENT_PORT = 52365
 """Where every Ray's job agent listens; ray.init has no argument for it (`ray start` has)."""
 ENDING_SECONDS = 15.0
+ANSWER_SECONDS = 10.0
 
 
 @contextmanager
@@ -33,7 +34,8 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         the address of the job API of a Ray started here with one, else None.
 
     Raises:
-        BadInput: a job API is asked for, and another Ray's agent holds the port of its agent.
+        BadInput: a job API is asked for, and another Ray's agent holds the port of its agent; or
+            nothing answers at RAY_ADDRESS, or it wants another token.
     """
     _authenticate()
     import ray  # after its settings: it reads them once, when imported
@@ -44,7 +46,14 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, logging_level=logging.WARNING)
+            _check_answers(address)
+            try:
+                ray.init(address=address, logging_level=logging.WARNING)
+            except ray.exceptions.AuthenticationError as error:
+                raise BadInput(
+                    f"RAY_ADDRESS = {address}: that cluster wants its token: name the file that "
+                    "holds it in RAY_AUTH_TOKEN_PATH, or set RAY_AUTH_MODE=disabled if it has none"
+                ) from error
         else:
             if dashboard_port is not None:
                 _check_agent_port()
@@ -58,6 +67,20 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         yield None if dashboard_port is None else f"http://127.0.0.1:{dashboard_port}"
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address at which nobody listens: Ray would try it for ever."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # "auto", say
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise BadInput(
+            f"RAY_ADDRESS = {address}: no Ray answers there ({error.strerror or error}); unset it "
+            "to use a Ray of this machine, or name a cluster's GCS address, head:6379"
+        ) from error
 
 
 def _check_agent_port() -> None:
