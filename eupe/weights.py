@@ -3,7 +3,8 @@
     package:<python package>/<file>   a file inside an installed Python package
     file:<path>                       safetensors, or a checkpoint that torch loads weights-only
     checkpoint:<directory>            a checkpoint of ours: <directory>/encoder.safetensors
-    hub                               timm's or open_clip's own download (open_clip: hub:<tag>)
+    hub:<tag>                         timm's or open_clip's own download, of that pretrained tag;
+                                      plain hub where there is one tag only
     random:<seed>                     the architecture's own initialisation
     sha256:<digest>                   the tensors of that digest, which are not here: enough to read
                                       features that were cached from them, as `eupe cache inspect`
@@ -207,19 +208,42 @@ def _by_order(state: dict[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:
     return dict(zip(ours, state.values(), strict=True))
 
 
+def _pretrained_tag(spec: EncoderSpec, asked: str, name: str) -> str:
+    """Return the pretrained tag that is meant: files of several tags often fit one network.
+
+    Raises:
+        BadInput: a tag that the library does not have, or none where it has several.
+    """
+    named = ""
+    if spec.library == "timm":
+        architecture, named = timm.models.split_model_name_tag(spec.architecture)
+        there = timm.list_pretrained(f"{architecture}.*")
+        tags = [timm.models.split_model_name_tag(each)[1] for each in there]
+    else:
+        tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
+    if not tags:
+        raise BadInput(f"weights 'hub' of {name}: it has none there; name a file:<path>")
+    wanted = asked or named or (tags[0] if len(tags) == 1 else "")
+    if wanted not in tags or (named and wanted != named):
+        raise BadInput(
+            f"weights {f'hub:{asked}' if asked else 'hub'!r} of {name}: wants hub:<tag> with one "
+            f"of {[named] if named in tags else tags}"
+        )
+    return wanted
+
+
 def _from_hub(spec: EncoderSpec, tag: str) -> dict[str, Tensor]:
     name = f"{spec.library}'s {spec.architecture}"
+    tag = _pretrained_tag(spec, tag, name)
     try:
         if spec.library == "timm":
             arguments = dict(spec.model_arguments)
             if spec.summary != "attention_pool":
                 arguments.setdefault("num_classes", 0)
-            network = timm.create_model(spec.architecture, pretrained=True, **arguments)
+            architecture, _ = timm.models.split_model_name_tag(spec.architecture)
+            network = timm.create_model(f"{architecture}.{tag}", pretrained=True, **arguments)
         else:
-            tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
-            if not tag and len(tags) != 1:
-                raise BadInput(f"weights 'hub' of {name}: wants hub:<tag> with one of {tags}")
-            network = open_clip.create_model(spec.architecture, pretrained=tag or tags[0]).visual
+            network = open_clip.create_model(spec.architecture, pretrained=tag).visual
     except (OSError, RuntimeError) as error:
         raise BadInput(
             f"weights 'hub' of {name} cannot be fetched: {type(error).__name__}: "

@@ -1,14 +1,19 @@
 """Weights, teachers and interchange: every URI, refusals, digests, released names bit for bit."""
 
+import os
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from eupe import interchange
 from eupe.encoders import Encoder
+from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 from eupe.students import FAMILY, build_student
 from eupe.teachers import Teacher, load_teacher
@@ -170,10 +175,62 @@ def test_weights_that_are_not_there(uri, reason):
 
 
 def test_hub_without_a_network_says_so():
-    for spec in (VITT, EncoderSpec(library="open_clip", architecture="PE-Core-bigG-14-448")):
-        with pytest.raises(ValueError, match=r"cannot be fetched.*file:<path>") as caught:
+    for spec in (
+        EncoderSpec(architecture="vit_huge_plus_patch16_dinov3"),
+        EncoderSpec(library="open_clip", architecture="PE-Core-bigG-14-448"),
+    ):
+        with pytest.raises(BadInput, match=r"cannot be fetched.*file:<path>") as caught:
             load_state_dict("hub", spec)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "uri", "says"),
+    [
+        ("vit_tiny_patch16_224", "hub", "'hub' of timm's .*: wants hub:<tag> with one of .*in21k"),
+        ("vit_tiny_patch16_224", "hub:lvd1689m", "'hub:lvd1689m' of timm's .*: wants hub:<tag>"),
+        ("vit_tiny_patch16_224.augreg_in21k", "hub:augreg_in21k_ft_in1k", r"\['augreg_in21k'\]"),
+        ("vit_tiny_patch16_dinov3", "hub", "has none there; name a file"),
+    ],
+)
+def test_a_tag_is_loaded_or_refused(architecture, uri, says):
+    """Files of several tags often have equal names and shapes."""
+    with pytest.raises(BadInput, match=says):
+        load_state_dict(uri, EncoderSpec(architecture=architecture))
+
+
+HUB = """
+import sys
+from eupe.spec import EncoderSpec
+from eupe.weights import digest
+for uri in sys.argv[1:]:
+    print(digest(uri, EncoderSpec(architecture="vit_tiny_patch16_224")))
+"""
+
+
+def test_the_file_of_the_tag_is_the_one_that_is_loaded(tmp_path):
+    """From a download of huggingface_hub's own, laid out as it lays them out."""
+    wanted = []
+    for seed, tag in enumerate(("augreg_in21k", "augreg_in21k_ft_in1k")):
+        network = timm.create_model(f"vit_tiny_patch16_224.{tag}", pretrained=False)
+        torch.nn.init.constant_(network.cls_token, seed + 1)
+        home = tmp_path / f"models--timm--vit_tiny_patch16_224.{tag}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs/main").write_text("0" * 40)
+        (home / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        path = home / "snapshots" / ("0" * 40) / "model.safetensors"
+        save_file(network.state_dict(), path)
+        network.reset_classifier(0)
+        wanted.append(state_digest(network.state_dict()))
+    tags = ["hub:augreg_in21k", "hub:augreg_in21k_ft_in1k"]
+    run = subprocess.run(
+        [sys.executable, "-c", HUB, *tags],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == wanted
 
 
 class Malice:

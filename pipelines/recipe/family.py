@@ -34,7 +34,7 @@ PE_CORE = TeacherConfig(
         pixel_std=PIXEL_HALF,
         summary="attention_pool",
     ),
-    weights="hub",
+    weights="hub:fb",
     dtype="bfloat16",
     resolutions=(448,),
 )
@@ -46,14 +46,14 @@ PE_LANG = TeacherConfig(
         pixel_std=PIXEL_HALF,
         summary="mean_patches",
     ),
-    weights="hub",
+    weights="hub:fb",
     dtype="bfloat16",
     resolutions=(448,),
 )
 DINOV3_H = TeacherConfig(
     name="dinov3_hplus",
     encoder=EncoderSpec(architecture="vit_huge_plus_patch16_dinov3"),
-    weights="hub",
+    weights="hub:lvd1689m",
     dtype="bfloat16",
     resolutions=(256,),
 )
