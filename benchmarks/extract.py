@@ -32,6 +32,7 @@ from pipelines.caching import indexing, precompute
 from pipelines.features.codec_torch import encode
 from pipelines.images import index
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe import family
 from pipelines.recipe.config import ExtractionConfig, SourceConfig
 from pipelines.recipe.stores import CacheJob
@@ -55,13 +56,16 @@ class Loop:
     Args:
         teacher: computes here.
         store: whose samples and codec are used.
+        images: reads its samples.
         folder: features are written there.
         threads: that decode.
     """
 
-    def __init__(self, teacher: Teacher, store: Store, folder: Path, threads: int) -> None:
+    def __init__(
+        self, teacher: Teacher, store: Store, images: ImageReader, folder: Path, threads: int
+    ) -> None:
         self._teacher, self._store, self._folder = teacher, store, folder
-        self._images, self._pool = ImageReader(), ThreadPoolExecutor(threads)
+        self._images, self._pool = images, ThreadPoolExecutor(threads)
 
     def view(self, view: int) -> None:
         """Compute and write one view of every sample."""
@@ -117,9 +121,9 @@ def job(arguments: argparse.Namespace, root: Path, source: SourceConfig) -> Cach
 
 def lay_out(folder: Path, count: int) -> SourceConfig:
     """Lay the first emoji out as files."""
-    found = next(index.index(family.emoji("train").source)).records.head(count)
-    reader = ImageReader()
-    for sample in found.iter_rows(named=True):
+    source = family.emoji("train").source
+    reader = ImageReader(base(source))
+    for sample in index.whole(source).records.slice(0, count).to_pylist():
         path = folder / f"{sample['sample_id']}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(reader.read(sample))
@@ -135,7 +139,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[tables.Row]:
     teacher = load_teacher(config.name, config.encoder, config.weights)
     with precompute.extractors(work) as pool:
         stores = precompute.resolve_stores(work, pool)
-        loop = Loop(teacher, stores[0], folder, arguments.cores)
+        loop = Loop(teacher, stores[0], ImageReader(folder / "images"), folder, arguments.cores)
 
         def ours(pair: int) -> None:
             views_now = work.model_copy(update={"num_views": pair + 2})

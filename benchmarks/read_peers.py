@@ -103,8 +103,9 @@ class Ours:
     def write(self, rows: Rows, folder: Path) -> None:
         """Write a store of one view."""
         ids = [str(number) for number in range(len(rows))]
-        table = {"sample_id": ids, "uri": ids, "digest": ids, "labels": ["{}"] * len(ids)}
-        numbers = dict.fromkeys(("offset", "bytes", "width", "height"), 0)
+        digests = [name.zfill(32).encode() for name in ids]
+        table = {"sample_id": ids, "uri": ids, "digest": digests, "labels": ["{}"] * len(ids)}
+        numbers = dict.fromkeys(("offset", "bytes"), 0)
         import polars as pl
 
         samples = pl.DataFrame(table).with_columns(pl.lit(0).alias(name) for name in numbers)

@@ -64,6 +64,8 @@ from pipelines.features.cached import CachedSource
 from pipelines.features.live import LiveSource
 from pipelines.features.sources import FeatureSource, Fetched, Normalisers, Targets
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
+from pipelines.recipe import family
 from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.resolutions import Resolutions
@@ -215,7 +217,7 @@ def measure(
     normalisers = {
         name: Normalisers(*(zscore(Moments.of(each.flatten(0, -2).numpy())) for each in tokens))
     }
-    reader = ImageReader()
+    reader = ImageReader(base(family.emoji("train").source))
     memory = InMemory(samples, {name: targets_of(tokens, slice(arguments.batch))})
 
     def made(source: FeatureSource) -> Batches:

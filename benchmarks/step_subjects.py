@@ -25,6 +25,7 @@ from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
 from pipelines.images import index
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe import family
 
 SIDE = 256
@@ -105,13 +106,13 @@ class Noise:
 
 def indexed(root: Path) -> Samples:
     """Index the first images of the emoji's train split."""
-    records: pl.DataFrame = next(index.index(family.emoji("train").source)).records
-    return Samples.append(root, DATASET, records.head(NUM_IMAGES), NUM_IMAGES)
+    records = index.whole(family.emoji("train").source).records
+    return Samples.append(root, DATASET, records.slice(0, NUM_IMAGES), NUM_IMAGES)
 
 
 def render(samples: Samples) -> list[views.View]:
     """Draw view 0 of every sample."""
-    reader = ImageReader()
+    reader = ImageReader(base(family.emoji("train").source))
     return [
         views.make_view(reader.read(sample), POLICY, sample["sample_id"], 0)
         for sample in samples.table.iter_rows(named=True)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import polars as pl
 import torch
 
 from eupe import views
@@ -15,6 +14,7 @@ from eupe.students import build_student
 from pipelines.features.sources import Targets
 from pipelines.images import index
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe import family
 from pipelines.training import start
 
@@ -26,13 +26,13 @@ FORWARD_BATCH = 16
 def pictures(split: str, count: int, resolution: int) -> np.ndarray:
     """Return real images in their centre view, uint8 [count, R, R, 3], spread over a split."""
     source = family.emoji(split).source
-    records: pl.DataFrame = next(index.index(source)).records
-    chosen = records[[place * len(records) // count for place in range(count)]]
-    reader, policy = ImageReader(), CentreView(canvas=resolution)
+    records = index.whole(source).records
+    chosen = records.take([place * len(records) // count for place in range(count)])
+    reader, policy = ImageReader(base(source)), CentreView(canvas=resolution)
     return np.stack(
         [
             views.make_view(reader.read(sample), policy, sample["sample_id"], 0).canvas
-            for sample in chosen.iter_rows(named=True)
+            for sample in chosen.to_pylist()
         ]
     )
 

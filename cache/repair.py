@@ -5,6 +5,7 @@
     HEAD         from an older HEAD, the segments, and what it pins
     segments     of a manifest: from other segments, or from shards with their tables of rows;
                  of samples: the last ones are left out, and indexing writes them again
+    hashes       of sample ids: from the ids
     shards       that are damaged are deleted, so that a build computes just these
 
 Lost for good are other segments of samples, and moments: nothing else holds what they hold.
@@ -28,10 +29,18 @@ from cache.codec.known import stored_codec
 from cache.errors import MissingSamples, StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
-from cache.format.sample_table import SCHEMA as SAMPLES_SCHEMA
+from cache.format.sample_table import first_row, hash_table, id_hashes, is_stored
 from cache.manifest import SCHEMA, Manifest, ManifestHead, ShardRecord, records_of, table_of
-from cache.samples import Samples, SampleSegment, SamplesHead
-from cache.segments import HeadFile, Segment, left_of, restore, whole_segments, write_segment
+from cache.samples import Samples, SampleSegment, SamplesHead, segment_files
+from cache.segments import (
+    HeadFile,
+    Segment,
+    left_of,
+    packed,
+    restore,
+    whole_segments,
+    write_segment,
+)
 from cache.store import Store, spec_bytes
 from cache.verify import Problem, Progress, Report, all_folders, check_shard
 from eupe import fingerprint as fp
@@ -144,6 +153,8 @@ def _mend_samples(
     """Return a dataset's samples as they are once mended; None if they are lost."""
     dataset = directory.parent.name
     try:
+        for path, sha256 in segment_files(base, dataset):
+            arrow_tables.map_file(path, sha256=sha256)
         return Samples.open(base, dataset)
     except StoreError as error:
         fault = str(error).removeprefix(f"{directory / layout.HEAD}: ")
@@ -152,7 +163,7 @@ def _mend_samples(
     if head is None:
         mending.lose(directory, f"{fault}; nothing tells what its HEAD said, restore it")
         return None
-    whole = whole_segments(directory, head.segments, SAMPLES_SCHEMA)
+    whole = whole_segments(directory, head.segments, is_stored)
     kept: list[SampleSegment] = []
     for segment in head.segments:
         if segment.name not in whole:
@@ -173,19 +184,36 @@ def _mend_samples(
         per_shard = head.rows_per_shard
         end = kept[-1].start + kept[-1].rows if kept else 0
         start = -(-end // per_shard) * per_shard
-        table = whole[name][1]
-        if table["row"][0].as_py() == start:
-            kept.append(SampleSegment(**whole[name][0].model_dump(), start=start))
+        found, table = whole[name]
+        if first_row(table) == start:
+            hashes, _ = packed(int(name.partition("-")[0]), _hashes(head, table))
+            kept.append(SampleSegment(**found.model_dump(), start=start, hashes=hashes))
     if not kept:
         mending.lose(directory, f"{fault}; no segment of its samples is left, index it anew")
         return None
-    mended = head.model_copy(update={"version": left.next_version, "segments": tuple(kept)})
+    said = {"version": left.next_version, "segments": tuple(kept), "sources": None}
+    mended = head.model_copy(update=said)
     what = f"{fault}; written anew, with {kept[-1].start + kept[-1].rows} rows"
     if gone:
         what += f" and without {', '.join(gone)}: `eupe cache build` indexes its images again"
-    scratch = layout.scratch_directory(directory)
-    mending.mend(directory / layout.HEAD, what, lambda: restore(directory, mended, scratch))
+    tables = [whole[segment.name][1] for segment in kept]
+    restored = partial(_restore_samples, directory, mended, tables)
+    mending.mend(directory / layout.HEAD, what, restored)
     return Samples(directory, mended)
+
+
+def _restore_samples(directory: Path, head: SamplesHead, tables: Sequence[pa.Table]) -> None:
+    """Write the tables of hashes anew, and then the HEAD that names everything."""
+    scratch = layout.scratch_directory(directory)
+    for segment, table in zip(head.segments, tables, strict=True):
+        content = arrow_tables.to_bytes(_hashes(head, table))
+        atomic.write(directory / segment.hashes.name, [content], scratch)
+    restore(directory, head, scratch)
+
+
+def _hashes(head: SamplesHead, table: pa.Table) -> pa.Table:
+    """Return the table that finds the ids of a segment."""
+    return hash_table(id_hashes(head.dataset.name, table["sample_id"]))
 
 
 def _told_by_stores(dataset: str, base: Path, stores: Sequence[Path]) -> SamplesHead | None:

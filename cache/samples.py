@@ -9,19 +9,32 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from cache.errors import FingerprintMismatch, MissingSamples, NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
-from cache.format.sample_table import SCHEMA, conform, frame, new_samples
+from cache.format.sample_table import (
+    GIVEN,
+    HASHES,
+    SOURCES,
+    conform,
+    frame,
+    hash_table,
+    id_hashes,
+    in_full,
+    is_stored,
+    stored,
+)
+from cache.sample_changes import compare, renewed
 from cache.segments import (
     Head,
     HeadFile,
@@ -60,9 +73,11 @@ class SampleSegment(Segment):
 
     Attributes:
         start: row of its first sample, the first of a shard.
+        hashes: the table that finds its ids.
     """
 
     start: int
+    hashes: Segment
 
 
 class SamplesHead(Head):
@@ -72,21 +87,33 @@ class SamplesHead(Head):
         dataset: name and key rule.
         rows_per_shard: fixed when the dataset got its first samples.
         segments: their rows rise.
+        sources: the table of what was indexed; None where nothing is to be recognised.
     """
 
     dataset: DatasetSpec
     rows_per_shard: int = Field(ge=1)
     segments: tuple[SampleSegment, ...] = ()
+    sources: Segment | None = None
+
+    def pinned(self) -> list[Segment]:
+        """Return every file that it names."""
+        rest = [segment.hashes for segment in self.segments]
+        rest += [] if self.sources is None else [self.sources]
+        return [*self.segments, *rest]
 
 
 class Samples:
-    """The sample table of one dataset, mapped from disk.
+    """The sample table of one dataset, mapped from disk segment by segment as it is asked for.
+
+    A segment is compared with its checksum when it is first touched.
 
     Attributes:
         directory: where its segments lie.
         dataset: name and key rule.
         rows_per_shard: rows in a full shard, fixed when the dataset got its first samples.
         num_rows: one past the last row (gaps included); the length of every patches array.
+        starts: first row of each segment, int64 [segments].
+        segment: number of a segment -> its table, as it is on disk.
     """
 
     def __init__(self, directory: Path, head: SamplesHead):
@@ -94,11 +121,13 @@ class Samples:
         self.directory = directory
         self.dataset = head.dataset
         self.rows_per_shard = head.rows_per_shard
-        self._segments = [map_segment(directory, segment, SCHEMA) for segment in head.segments]
-        self._starts = np.array([segment.start for segment in head.segments], np.int64)
+        self._head = head
+        self.starts = np.array([segment.start for segment in head.segments], np.int64)
         self._lengths = np.array([segment.rows for segment in head.segments], np.int64)
         self._offsets = np.concatenate(([0], np.cumsum(self._lengths)))
-        self.num_rows = int(self._starts[-1] + self._lengths[-1])
+        self.num_rows = int(self.starts[-1] + self._lengths[-1])
+        self.segment = cache(self._map_segment)
+        self._hashes = cache(self._map_hashes)
 
     @classmethod
     def open(cls, root: str | Path, dataset: str) -> "Samples":
@@ -106,7 +135,7 @@ class Samples:
 
         Raises:
             NotBuilt: the dataset has no samples in this root.
-            Corrupt: a segment is missing or is no Arrow file.
+            Corrupt: its HEAD is damaged.
         """
         directory = layout.samples_directory(layout.cache_root(root), dataset)
         return cls(directory, _head(directory, dataset))
@@ -118,15 +147,20 @@ class Samples:
         dataset: DatasetSpec,
         table: pl.DataFrame | pa.Table,
         rows_per_shard: int | None = None,
+        sources: pa.Table | None = None,
     ) -> "Samples":
         """Add the samples that are not there yet, in new segments; return the grown table.
+
+        Those that are there keep their rows. Where an equal image lies elsewhere now, or has
+        other labels, that is renewed: the segment is written anew, under another name.
 
         Args:
             root: cache root.
             dataset: name and key rule.
-            table: columns sample_id, uri, offset, bytes, digest, width, height, labels (a JSON
-                object as text, or a struct); other columns are refused. Order is kept.
+            table: columns sample_id, uri, offset, bytes, digest, labels (a JSON object as text, or
+                a struct); other columns are refused. Order is kept.
             rows_per_shard: needed for a dataset's first samples; later it must be the same or None.
+            sources: what was indexed, all of it (SOURCES); None leaves what is there.
 
         Raises:
             ValueError: the table has other columns, no rows at all, or a sample_id twice.
@@ -136,81 +170,47 @@ class Samples:
         """
         directory = layout.samples_directory(layout.cache_root(root), dataset.name)
         given = conform(table)
-        there = read_head(directory, SamplesHead) if given.is_empty() else None
-        if there is not None:  # nothing to add: neither a lock nor the right to write is wanted
+        there = read_head(directory, SamplesHead)
+        if there is not None and not given.num_rows:
             _check_same(directory, there.head, dataset, rows_per_shard)
-            return cls.open(root, dataset.name)
+            opened = cls(directory, there.head)
+            if sources is None or sources.equals(opened.sources()):
+                return opened  # neither a lock nor the right to write is wanted
         scratch = layout.scratch_directory(directory)
         with atomic.only_writer(directory, scratch):
             atomic.sweep(scratch)
             commit(
                 directory,
                 SamplesHead,
-                lambda there: cls._grown(directory, there, dataset, given, rows_per_shard),
+                lambda there: _grown(directory, there, dataset, given, rows_per_shard, sources),
                 scratch,
             )
         return cls.open(root, dataset.name)
-
-    @classmethod
-    def _grown(
-        cls,
-        directory: Path,
-        there: HeadFile[SamplesHead] | None,
-        dataset: DatasetSpec,
-        given: pl.DataFrame,
-        rows_per_shard: int | None,
-    ) -> SamplesHead | None:
-        """Write what is not there yet; return the HEAD that names it, or None if all is there."""
-        start = 0
-        if there is None:
-            if rows_per_shard is None:
-                raise ValueError(
-                    f"rows_per_shard = None: the first samples of {dataset.name!r} fix it"
-                )
-            if rows_per_shard < 1:
-                raise ValueError(f"rows_per_shard = {rows_per_shard}: wants at least 1")
-            if given.is_empty():
-                raise BadInput(f"no samples: dataset {dataset.name!r} needs at least one image")
-            head = SamplesHead(dataset=dataset, rows_per_shard=rows_per_shard)
-        else:
-            head = there.head
-            _check_same(directory, head, dataset, rows_per_shard)
-            known = cls(directory, head)
-            given = new_samples(given, known.table, str(directory))
-            start = -(-known.num_rows // head.rows_per_shard) * head.rows_per_shard
-        if given.is_empty():
-            return None
-        rows = pl.Series("row", np.arange(start, start + given.height, dtype=np.int64))
-        numbered = given.with_columns(rows).select(SCHEMA.names)
-        segments, version = list(head.segments), next_version(there)
-        scratch = layout.scratch_directory(directory)
-        most = max(SEGMENT_ROWS // head.rows_per_shard, 1) * head.rows_per_shard
-        for first in range(0, given.height, most):
-            part = numbered.slice(first, most).to_arrow().cast(SCHEMA)
-            written = write_segment(directory, version, part, scratch)
-            segments.append(SampleSegment(**written.model_dump(), start=start + first))
-        return head.model_copy(update={"version": version, "segments": tuple(segments)})
 
     def __len__(self) -> int:
         """Number of samples (gaps left out)."""
         return int(self._offsets[-1])
 
     @cached_property
-    def arrow(self) -> pa.Table:
-        """The whole table, columns mapped from disk (SCHEMA)."""
-        return pa.concat_tables(self._segments)
-
-    @cached_property
     def table(self) -> pl.DataFrame:
-        """The whole table in polars, `row` first; made on first use (it copies string headers)."""
-        return frame(self.arrow)
+        """The whole table in memory (GIVEN), `row` before it; for tables that are small."""
+        rows = [np.arange(s.start, s.start + s.rows) for s in self._head.segments]
+        return self.at(np.arange(len(self))).insert_column(
+            0, pl.Series("row", np.concatenate(rows))
+        )
+
+    def sources(self) -> pa.Table:
+        """Return what was indexed (SOURCES), mapped from disk."""
+        if self._head.sources is None:
+            return SOURCES.empty_table()
+        return map_segment(self.directory, self._head.sources, SOURCES)
 
     def shards(self) -> list[ShardRange]:
         """Every shard with its rows; a segment's last shard may be short."""
         per_shard = self.rows_per_shard
         return [
             ShardRange(row // per_shard, row, min(row + per_shard, start + length))
-            for start, length in zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
+            for start, length in zip(self.starts.tolist(), self._lengths.tolist(), strict=True)
             for row in range(start, start + length, per_shard)
         ]
 
@@ -218,8 +218,8 @@ class Samples:
         """One past the last row of every shard, int64 [shards]."""
         per_shard = self.rows_per_shard
         starts = np.arange(0, self.num_rows, per_shard)
-        segment = np.searchsorted(self._starts, starts, side="right") - 1
-        ends = self._starts[segment] + self._lengths[segment]
+        segment = np.searchsorted(self.starts, starts, side="right") - 1
+        ends = self.starts[segment] + self._lengths[segment]
         return np.asarray(np.minimum(starts + per_shard, ends), np.int64)
 
     def shard_range(self, shard: int) -> ShardRange:
@@ -229,20 +229,21 @@ class Samples:
             MissingSamples: no sample is in that shard.
         """
         start = shard * self.rows_per_shard
-        segment = int(np.searchsorted(self._starts, start, side="right")) - 1
-        end = int(self._starts[segment] + self._lengths[segment]) if segment >= 0 else 0
+        segment = int(np.searchsorted(self.starts, start, side="right")) - 1
+        end = int(self.starts[segment] + self._lengths[segment]) if segment >= 0 else 0
         if shard < 0 or start >= end:
             raise MissingSamples(f"{self.directory}: shard {shard} is beyond the last sample")
         return ShardRange(shard, start, min(start + self.rows_per_shard, end))
 
     def shard(self, shard: int) -> pl.DataFrame:
-        """Return the samples of one shard (columns of SCHEMA), in row order."""
-        return frame(self._slice(self.shard_range(shard)))
+        """Return the samples of one shard (columns of GIVEN), in row order."""
+        return frame(in_full(self._slice(self.shard_range(shard))))
 
     def shard_digest(self, shard: int) -> str:
         """Digest of a shard's sample ids and image digests: what its features were made of."""
         part = self._slice(self.shard_range(shard))
-        ids, digests = part["sample_id"].to_pylist(), part["digest"].to_pylist()
+        ids = part["sample_id"].to_pylist()
+        digests = [digest.hex() for digest in part["digest"].to_pylist()]
         text = json.dumps([ids, digests], separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -255,34 +256,34 @@ class Samples:
         return self.take(rows)["sample_id"].to_list()
 
     def take(self, rows: Sequence[int] | Rows) -> pl.DataFrame:
-        """Return the samples of rows (columns of SCHEMA), in the given order.
+        """Return the samples of rows (columns of GIVEN), in the given order.
 
         Raises:
             MissingSamples: a row holds no sample.
         """
         asked = np.asarray(rows, np.int64)
-        segment = np.searchsorted(self._starts, asked, side="right") - 1
-        inside = asked - self._starts[segment]
+        segment = np.searchsorted(self.starts, asked, side="right") - 1
+        inside = asked - self.starts[segment]
         wrong = (segment < 0) | (inside >= self._lengths[segment])
         if wrong.any():
             raise MissingSamples(f"{self.directory}: row {asked[wrong][0]} holds no sample")
-        return frame(self._taken(segment, inside, SCHEMA.names))
+        return frame(self._taken(segment, inside))
 
-    def at(self, places: Rows, columns: Sequence[str] = SCHEMA.names) -> pl.DataFrame:
+    def at(self, places: Rows) -> pl.DataFrame:
         """Return samples by their place in the table, 0 to `len` - 1: gaps are not counted."""
         segment = np.searchsorted(self._offsets, places, side="right") - 1
-        return frame(self._taken(segment, places - self._offsets[segment], columns))
+        return frame(self._taken(segment, places - self._offsets[segment]))
 
-    def _taken(self, segment: Rows, inside: Rows, columns: Sequence[str]) -> pa.Table:
+    def _taken(self, segment: Rows, inside: Rows) -> pa.Table:
         """Take rows segment by segment: of text in several pieces Arrow would join all first."""
-        if len(self._segments) == 1:
-            return self._segments[0].select(columns).take(arrow_tables.from_numpy(inside))
         order = np.argsort(segment, kind="stable")
         numbers, firsts = np.unique(segment[order], return_index=True)
-        parts = [self._segments[0].select(columns).slice(0, 0)]
-        for number, rows in zip(numbers, np.split(inside[order], firsts[1:]), strict=False):
-            part = self._segments[number].select(columns)
-            parts.append(part.take(arrow_tables.from_numpy(rows)))
+        parts = [GIVEN.empty_table()]
+        for number, rows in zip(
+            numbers.tolist(), np.split(inside[order], firsts[1:]), strict=False
+        ):
+            taken = self.segment(number).take(arrow_tables.from_numpy(rows))
+            parts.append(in_full(taken))
         return pa.concat_tables(parts).take(arrow_tables.from_numpy(np.argsort(order)))
 
     def rows_of(self, sample_ids: Sequence[str]) -> Rows:
@@ -291,46 +292,116 @@ class Samples:
         Raises:
             MissingSamples: naming the ids that are not in the dataset.
         """
-        asked = pl.Series("sample_id", sample_ids, dtype=pl.String)
-        hashes, positions = self._index
-        wanted = asked.hash().to_numpy()
-        place = np.searchsorted(hashes, wanted)
-        rows = np.full(len(asked), -1, np.int64)
-        pending = np.arange(len(asked))
-        while len(pending):  # a second round only where two ids share a 64-bit hash
-            alive = place[pending] < len(hashes)
-            alive[alive] = hashes[place[pending[alive]]] == wanted[pending[alive]]
-            pending = pending[alive]
-            at = positions[place[pending]]
-            found = self.at(at, ["sample_id"])["sample_id"]
-            same = (found == asked.gather(pending)).to_numpy()
-            rows[pending[same]] = at[same]
-            pending = pending[~same]
-            place[pending] += 1
-        if (rows < 0).any():
-            missing = asked.filter(pl.Series(rows < 0)).to_list()
+        asked = pa.array(sample_ids, pa.string())
+        rows = self.find(asked)
+        if missing := [name for name, row in zip(sample_ids, rows, strict=True) if row < 0]:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             named = ", ".join(repr(name) for name in missing[:5])
             raise MissingSamples(
                 f"{self.directory}: no sample {named}{more}; the dataset has {len(self)} samples"
             )
-        segment = np.searchsorted(self._offsets, rows, side="right") - 1
-        return np.asarray(self._starts[segment] + rows - self._offsets[segment], np.int64)
+        return rows
 
-    @cached_property
-    def _index(self) -> tuple[npt.NDArray[np.uint64], Rows]:
-        """Sorted hashes of all sample ids and the table position of each: 16 bytes a sample."""
-        hashes = pl.Series(self.arrow["sample_id"]).hash().to_numpy()
-        order = np.argsort(hashes, kind="stable")
-        return hashes[order], order
+    def find(self, sample_ids: pa.Array | pa.ChunkedArray) -> Rows:
+        """Return the row of each sample id, int64 [n]; -1 where the dataset has no such sample."""
+        rows = np.full(len(sample_ids), -1, np.int64)
+        hashes = id_hashes(self.dataset.name, sample_ids)
+        for number, segment in enumerate(self._head.segments):
+            there, places = self._hashes(number)
+            pending = np.flatnonzero((rows < 0) & (hashes >= there[0]) & (hashes <= there[-1]))
+            at = np.searchsorted(there, hashes[pending])
+            while len(pending):  # a second round only where two ids share a 64-bit hash
+                alive = at < len(there)
+                alive[alive] = there[at[alive]] == hashes[pending[alive]]
+                pending, at = pending[alive], at[alive]
+                if not len(pending):
+                    break
+                inside = arrow_tables.from_numpy(places[at].astype(np.int64))
+                found = self.segment(number)["sample_id"].take(inside)
+                wanted = sample_ids.take(arrow_tables.from_numpy(pending))
+                same = np.asarray(pc.equal(found, wanted))
+                rows[pending[same]] = segment.start + places[at[same]]
+                pending, at = pending[~same], at[~same] + 1
+        return rows
 
     def _slice(self, shard: ShardRange) -> pa.Table:
-        segment = int(np.searchsorted(self._starts, shard.start, side="right")) - 1
-        return self._segments[segment].slice(shard.start - int(self._starts[segment]), len(shard))
+        number = int(np.searchsorted(self.starts, shard.start, side="right")) - 1
+        return self.segment(number).slice(shard.start - self.starts[number], len(shard))
+
+    def _map_segment(self, number: int) -> pa.Table:
+        segment = self._head.segments[number]
+        try:
+            return map_segment(self.directory, segment, is_stored)
+        except NotBuilt:
+            # A builder has noted where its images are now: the same rows, in another file.
+            now = read_head(self.directory, SamplesHead)
+            for other in () if now is None else now.head.segments:
+                if (other.start, other.hashes) == (segment.start, segment.hashes):
+                    return map_segment(self.directory, other, is_stored)
+            raise
+
+    def _map_hashes(self, number: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        table = map_segment(self.directory, self._head.segments[number].hashes, HASHES)
+        return arrow_tables.to_numpy(table["hash"]), arrow_tables.to_numpy(table["place"])
+
+
+def _grown(
+    directory: Path,
+    there: HeadFile[SamplesHead] | None,
+    dataset: DatasetSpec,
+    given: pa.Table,
+    rows_per_shard: int | None,
+    sources: pa.Table | None,
+) -> SamplesHead | None:
+    """Write what is not there yet; return the HEAD that names it, or None if all is there."""
+    version = next_version(there)
+
+    def written(table: pa.Table) -> Segment:
+        return write_segment(directory, version, table, layout.scratch_directory(directory))
+
+    start, new = 0, given
+    if there is None:
+        head = _first_head(dataset, given, rows_per_shard)
+        sources_there = SOURCES.empty_table()
+    else:
+        head = there.head
+        _check_same(directory, head, dataset, rows_per_shard)
+        opened = Samples(directory, head)
+        new, moved, rows = compare(opened, given)
+        segments = list(head.segments)
+        for number, whole in renewed(opened, moved, rows).items():
+            before = segments[number]
+            file = written(stored(whole, before.start)).model_dump()
+            segments[number] = before.model_copy(update=file)
+        head = head.model_copy(update={"segments": tuple(segments)})
+        start = -(-opened.num_rows // head.rows_per_shard) * head.rows_per_shard
+        sources_there = opened.sources()
+    most = max(SEGMENT_ROWS // head.rows_per_shard, 1) * head.rows_per_shard
+    for first in range(0, new.num_rows, most):
+        part = new.slice(first, most)
+        hashes = written(hash_table(id_hashes(dataset.name, part["sample_id"])))
+        file = written(stored(part, start + first)).model_dump()
+        segment = SampleSegment(**file, start=start + first, hashes=hashes)
+        head = head.model_copy(update={"segments": (*head.segments, segment)})
+    if sources is not None and not sources.equals(sources_there):
+        head = head.model_copy(update={"sources": written(sources)})
+    if there is not None and head == there.head:
+        return None
+    return head.model_copy(update={"version": version})
+
+
+def _first_head(dataset: DatasetSpec, given: pa.Table, rows_per_shard: int | None) -> SamplesHead:
+    if rows_per_shard is None:
+        raise ValueError(f"rows_per_shard = None: the first samples of {dataset.name!r} fix it")
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard = {rows_per_shard}: wants at least 1")
+    if not given.num_rows:
+        raise BadInput(f"no samples: dataset {dataset.name!r} needs at least one image")
+    return SamplesHead(dataset=dataset, rows_per_shard=rows_per_shard)
 
 
 def segment_files(root: str | Path, dataset: str) -> list[tuple[Path, str]]:
-    """Return path and sha256 of every segment of a dataset, from its HEAD alone.
+    """Return path and sha256 of every file that a dataset's HEAD names.
 
     Raises:
         NotBuilt: the dataset has no samples in this root.

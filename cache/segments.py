@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -75,6 +75,10 @@ class Head(BaseModel):
     version: int = 0
     segments: tuple[Segment, ...] = ()
 
+    def pinned(self) -> list[Segment]:
+        """Return every file that it names: segments, and what goes with them."""
+        return list(self.segments)
+
     def to_bytes(self) -> bytes:
         """Return the HEAD file, its checksum in it: equal heads, equal bytes."""
         said = self.model_dump(mode="json") | {CHECKSUM: UNKNOWN}
@@ -93,6 +97,8 @@ class Head(BaseModel):
 
 
 H = TypeVar("H", bound=Head)
+Columns: TypeAlias = pa.Schema | Callable[[pa.Schema], bool]
+"""Columns of a segment, or what tells whether a schema is theirs."""
 
 
 class HeadFile(NamedTuple, Generic[H]):
@@ -244,14 +250,14 @@ def restore(directory: Path, head: Head, scratch: Path) -> None:
 
 
 def whole_segments(
-    directory: Path, named: Iterable[Segment], schema: pa.Schema
+    directory: Path, named: Iterable[Segment], schema: Columns
 ) -> dict[str, tuple[Segment, pa.Table]]:
     """Return the segments that lie in a folder and are whole, named by a HEAD or not, by name.
 
     Args:
         directory: the folder.
         named: those of which a HEAD knows the checksum; of others their name tells it.
-        schema: their columns.
+        schema: their columns, or what tells whether they are.
     """
     known = {segment.name: segment.sha256 for segment in named}
     whole = {}
@@ -264,7 +270,7 @@ def whole_segments(
             sha256 = hashlib.sha256(content).hexdigest()
             table = arrow_tables.parse_table(content, str(path))
             digest = path.stem.partition("-")[2]
-            if sha256.startswith(digest) and table.schema == schema:
+            if sha256.startswith(digest) and _fits(table, schema):
                 segment = Segment(name=path.name, rows=table.num_rows, sha256=sha256)
                 whole[path.name] = segment, table
     return whole
@@ -272,7 +278,7 @@ def whole_segments(
 
 def superseded(names: Iterable[str], head: Head) -> Iterator[str]:
     """Yield the names of HEADs and segments that the newest HEAD makes superfluous."""
-    named = {segment.name for segment in head.segments}
+    named = {segment.name for segment in head.pinned()}
     for name in names:
         match = _NUMBERED.fullmatch(name)
         if match is None or name in named:
@@ -339,7 +345,7 @@ def _clear(directory: Path, head: Head) -> None:
     A segment of that version or before that this HEAD does not name was merged, or is of a
     committer that was slower or killed: HEADs to come name it neither.
     """
-    named = {segment.name for segment in head.segments}
+    named = {segment.name for segment in head.pinned()}
     there = _numbered(directory)
     for version in there.heads:
         if version <= head.version - KEPT_HEADS:
@@ -410,20 +416,26 @@ def write_segment(directory: Path, version: int, table: pa.Table, scratch: Path)
         table: its rows.
         scratch: for the file while it is written.
     """
+    segment, content = packed(version, table)
+    atomic.write(directory / segment.name, [content], scratch)
+    return segment
+
+
+def packed(version: int, table: pa.Table) -> tuple[Segment, memoryview]:
+    """Return a segment of the HEAD of a version as it will be named, and its file."""
     content = arrow_tables.to_bytes(table)
-    digest = hashlib.sha256(content).hexdigest()
-    name = f"{version:08d}-{digest[:DIGEST_DIGITS]}.arrow"
-    written = atomic.write(directory / name, [content], scratch)
-    return Segment(name=name, rows=table.num_rows, sha256=written.sha256)
+    sha256 = hashlib.sha256(content).hexdigest()
+    name = f"{version:08d}-{sha256[:DIGEST_DIGITS]}.arrow"
+    return Segment(name=name, rows=table.num_rows, sha256=sha256), content
 
 
-def map_segment(directory: Path, segment: Segment, schema: pa.Schema) -> pa.Table:
+def map_segment(directory: Path, segment: Segment, schema: Columns) -> pa.Table:
     """Map a segment; columns are views of the file.
 
     Args:
         directory: the folder.
         segment: as HEAD names it.
-        schema: its columns.
+        schema: its columns, or what tells whether they are.
 
     Raises:
         NotBuilt: there is no such file.
@@ -432,14 +444,18 @@ def map_segment(directory: Path, segment: Segment, schema: pa.Schema) -> pa.Tabl
     path = directory / segment.name
     buffer = arrow_tables.map_file(path, sha256=segment.sha256)
     table = arrow_tables.parse_table(buffer, str(path))
-    if table.num_rows != segment.rows or table.schema != schema:
+    if table.num_rows != segment.rows or not _fits(table, schema):
         raise Corrupt(f"{path}: not the segment its HEAD describes")
     return table
 
 
+def _fits(table: pa.Table, schema: Columns) -> bool:
+    return bool(schema(table.schema) if callable(schema) else table.schema == schema)
+
+
 def files(directory: Path, head: Head) -> list[tuple[Path, str]]:
     """Return path and sha256 of every segment."""
-    return [(directory / segment.name, segment.sha256) for segment in head.segments]
+    return [(directory / segment.name, segment.sha256) for segment in head.pinned()]
 
 
 def check_pinned(path: Path, content: bytes | pa.Buffer, sha256: str) -> None:

@@ -75,7 +75,10 @@ def verify_root(
     for directory in tables:
         report = Report()
         try:
-            report.num_rows = len(Samples.open(base, directory.parent.name))
+            dataset = directory.parent.name
+            report.num_rows = len(Samples.open(base, dataset))
+            found = [_compare(*pinned, report) for pinned in segment_files(base, dataset)]
+            report.problems += [problem for problem in found if problem is not None]
         except StoreError as error:
             report.problems.append(Problem(directory, str(error)))
         yield str(directory.relative_to(base)), report

@@ -6,6 +6,7 @@ before. Addresses are never changed: another string is another draw.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,12 @@ def hashed(numbers: npt.NDArray[np.int64], address: str) -> npt.NDArray[np.uint6
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
     return mixed
+
+
+def named(names: Iterable[str], address: str) -> npt.NDArray[np.uint64]:
+    """Return 64 random bits for each name at an address, uint64 [n]: `bits` of both, joined."""
+    digests = (hashlib.sha256(f"{address}{name}".encode()).digest() for name in names)
+    return np.frombuffer(b"".join(digest[:8] for digest in digests), "<u8")
 
 
 def uniforms(address: str, count: int) -> list[float]:

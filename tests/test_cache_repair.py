@@ -15,6 +15,7 @@ from cache.files import place
 from cache.format import layout
 from cache.reader import Reader
 from cache.repair import repair_root
+from cache.samples import segment_files
 from cache.store import Store, open_store
 from cache.verify import verify_root
 
@@ -206,9 +207,8 @@ def test_moments_are_lost_for_good_and_features_are_not(toy):
 
 
 def test_the_last_samples_are_indexed_again_and_others_are_lost(toy):
-    directory = layout.samples_directory(toy.root, DATASET.name)
     before = files_under(toy.root)
-    first, last = segments(directory)
+    first, last, *_ = [path for path, _ in segment_files(toy.root, DATASET.name)]
     flip(last)
     (what,), lost = repaired(toy.root)
     assert lost == []
@@ -223,6 +223,20 @@ def test_the_last_samples_are_indexed_again_and_others_are_lost(toy):
     lost = repaired(toy.root)[1]
     assert str(first) in lost[0]
     assert "cannot be judged: its dataset's samples are lost" in lost[1]
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_a_table_of_hashes_is_made_anew_from_the_ids(toy, damage):
+    before = files_under(toy.root)
+    paths = [path for path, _ in segment_files(toy.root, DATASET.name)]
+    damage(paths[3])  # of the second segment
+    (what,), lost = repaired(toy.root)
+    assert str(paths[3]) in what
+    assert lost == []
+    assert problems(toy.root) == []
+    after = files_under(toy.root)
+    names = {name for name in before if "HEAD" not in name}
+    assert {name: after[name] for name in names} == {name: before[name] for name in names}
 
 
 def test_a_store_whose_spec_nothing_tells_is_said(toy):

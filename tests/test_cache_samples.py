@@ -1,13 +1,22 @@
 """The sample table: rows are for ever, growth starts at a shard boundary, ids are unique."""
 
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.toy_stores import DATASET, ids, sample_table
 
-from cache.errors import FingerprintMismatch, MissingSamples, NotBuilt, StoreError
-from cache.samples import Samples, ShardRange
+from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
+from cache.format.sample_table import GIVEN, id_hashes, in_full, stored
+from cache.samples import Samples, ShardRange, segment_files
+
+BYTES_A_SAMPLE = 80
 
 
 def test_growth_starts_at_a_shard_boundary_and_moves_no_row(tmp_path):
@@ -67,7 +76,7 @@ def test_bad_tables_are_refused_and_lose_nothing(tmp_path):
         Samples.append(tmp_path, DATASET, sample_table(ids(1, "z") * 2), 4)
     with pytest.raises(ValueError, match="columns"):
         Samples.append(tmp_path, DATASET, sample_table(ids(1, "z")).drop("digest"), 4)
-    with pytest.raises(StoreError, match="'a/000' is there with another image digest"):
+    with pytest.raises(StoreError, match=r"'a/000' is there with another image: a/000\.png "):
         Samples.append(tmp_path, DATASET, sample_table(ids(1), image="other "), 4)
     with pytest.raises(FingerprintMismatch, match="rows_per_shard: 5 != 4"):
         Samples.append(tmp_path, DATASET, sample_table(ids(3)), 5)
@@ -86,3 +95,143 @@ def test_what_is_not_there_is_named(tmp_path):
         samples.sample_ids([0, 5])
     with pytest.raises(MissingSamples, match="shard 2"):
         samples.shard(2)
+
+
+def test_a_sample_takes_at_most_80_bytes(tmp_path):
+    """Ids of 25 characters in tars of 1000 images and 1000 classes, as ImageNet-1k has them."""
+    count = 50_000
+    numbers = range(count)
+    table = {
+        "sample_id": [f"n{n % 1000:08d}/n01440764_{n:05d}" for n in numbers],
+        "uri": [f"train-{n // 1000:04d}.tar" for n in numbers],
+        "offset": [512 * n for n in numbers],
+        "bytes": [110_000 + n for n in numbers],
+        "digest": [n.to_bytes(32, "little") for n in numbers],
+        "labels": [json.dumps({"label": f"n{n % 1000:08d}"}) for n in numbers],
+    }
+    assert {len(name) for name in table["sample_id"]} == {25}
+    samples = Samples.append(tmp_path, DATASET, pl.DataFrame(table), 500)
+    segment, hashes = [path for path, _ in segment_files(tmp_path, "toy")]
+    assert segment.stat().st_size <= BYTES_A_SAMPLE * count
+    assert hashes.stat().st_size <= 12.1 * count
+    assert samples.take(range(count)).equals(pl.DataFrame(table))
+
+
+def test_nothing_of_a_segment_is_read_before_it_is_touched(tmp_path):
+    for part in "abc":
+        Samples.append(tmp_path, DATASET, sample_table(ids(4, part)), 4)
+    paths = [path for path, _ in segment_files(tmp_path, "toy")]
+    content = bytearray(paths[2].read_bytes())
+    content[len(content) // 2] ^= 1
+    paths[2].write_bytes(content)
+    samples = Samples.open(tmp_path, "toy")
+    assert samples.shard(0)["sample_id"].to_list() == ids(4)
+    assert samples.rows_of(ids(4)).tolist() == [0, 1, 2, 3]
+    with pytest.raises(Corrupt, match="recorded sha256"):
+        samples.shard(2)
+
+
+URIS = [
+    "a/1.png",
+    "a/1",
+    "a/2.png",
+    "x.tar",
+    "{id}.png",
+    "{id}",
+    "./{id}.x",
+    "a/1.png/b",
+    "",
+    "a/1.",
+]
+
+
+@given(names=st.lists(st.sampled_from(["a/1", "a/2", "x", "", "{id}"]), max_size=6), data=st.data())
+def test_what_is_stored_is_what_was_given(names, data):
+    column = st.integers(0, 2**40)
+    table = pa.table(
+        {
+            "sample_id": names,
+            "uri": [data.draw(st.sampled_from(URIS)) for _ in names],
+            "offset": [data.draw(column) for _ in names],
+            "bytes": [data.draw(column) for _ in names],
+            "digest": [hashlib.sha256(name.encode()).digest() for name in names],
+            "labels": [data.draw(st.sampled_from(["", "{}", "ä"])) for _ in names],
+        },
+        GIVEN,
+    )
+    back = in_full(stored(table, 0))
+    normal = [str(Path(uri)) for uri in back["uri"].to_pylist()]
+    assert normal == [str(Path(uri)) for uri in table["uri"].to_pylist()]
+    assert back.drop_columns("uri").equals(table.drop_columns("uri"))
+
+
+def test_a_folder_of_images_is_one_entry_an_extension():
+    table = sample_table(ids(1000)).with_columns(
+        uri=pl.col("sample_id")
+        + pl.when(pl.int_range(1000) % 2 == 0).then(pl.lit(".JPEG")).otherwise(pl.lit(".png"))
+    )
+    kept = stored(table.select(GIVEN.names).to_arrow().cast(GIVEN), 0)
+    entries = kept["uri"].combine_chunks().dictionary
+    assert entries.to_pylist() == ["{id}.JPEG", "{id}.png"]
+    assert in_full(kept)["uri"].to_pylist() == table["uri"].to_list()
+
+
+def test_an_equal_image_elsewhere_is_renewed_and_keeps_its_row(tmp_path):
+    table = sample_table(ids(9))
+    before = Samples.append(tmp_path, DATASET, table, 4)
+    unopened = Samples.open(tmp_path, "toy")
+    digests = [before.shard_digest(shard) for shard in range(3)]
+    moved = table[3:6].with_columns(uri=pl.lit("x.tar"), offset=512 * pl.int_range(3))
+    after = Samples.append(tmp_path, DATASET, pl.concat([moved, sample_table(ids(1, "b"))]))
+    assert after.rows_of(ids(9)).tolist() == before.rows_of(ids(9)).tolist()
+    assert after.take([3, 4, 5]).select("uri", "offset").rows() == [
+        ("x.tar", 0),
+        ("x.tar", 512),
+        ("x.tar", 1024),
+    ]
+    assert after.take([2])["uri"].to_list() == ["a/002.png"]
+    assert [after.shard_digest(shard) for shard in range(3)] == digests
+    assert after.shard(3)["sample_id"].to_list() == ids(1, "b")
+    # Whoever has the segment open reads on in it; who has not touched it yet finds the new one.
+    assert before.take([3])["uri"].to_list() == ["a/003.png"]
+    assert unopened.take([3])["uri"].to_list() == ["x.tar"]
+    head = (tmp_path / "toy/samples/HEAD").read_bytes()
+    Samples.append(tmp_path, DATASET, moved)
+    assert (tmp_path / "toy/samples/HEAD").read_bytes() == head
+
+
+def test_labels_given_later_join_those_that_are_there(tmp_path):
+    Samples.append(tmp_path, DATASET, sample_table(ids(3)), 4)
+    table = sample_table(ids(3)).with_columns(labels=pl.lit('{"caption": "ä", "class": "y"}'))
+    samples = Samples.append(tmp_path, DATASET, table[:2])
+    assert [json.loads(text) for text in samples.take([0, 1, 2])["labels"]] == [
+        {"caption": "ä", "class": "y"},
+        {"caption": "ä", "class": "y"},
+        {"class": "x"},
+    ]
+    head = (tmp_path / "toy/samples/HEAD").read_bytes()
+    less = sample_table(ids(2)).with_columns(labels=pl.lit('{"class": "y"}'))
+    Samples.append(tmp_path, DATASET, less)
+    assert (tmp_path / "toy/samples/HEAD").read_bytes() == head
+
+
+def test_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):
+    """64 bits are shared by two of five billion ids; here all ids share them."""
+
+    def same(dataset: str, names: pa.Array) -> np.ndarray:
+        return np.full(len(names), 7, np.uint64)
+
+    monkeypatch.setattr("cache.samples.id_hashes", same)
+    Samples.append(tmp_path, DATASET, sample_table(ids(5)), 4)
+    samples = Samples.append(tmp_path, DATASET, sample_table(ids(3, "b")))
+    names = ids(3, "b") + ids(5)[::-1]
+    assert samples.rows_of(names).tolist() == [8, 9, 10, 4, 3, 2, 1, 0]
+    with pytest.raises(MissingSamples, match="'nobody'"):
+        samples.rows_of(["nobody"])
+
+
+def test_the_hash_of_an_id_never_changes():
+    assert id_hashes("toy", pa.array(["a/000", "ä"])).tolist() == [
+        12562591231609608472,
+        11812485863080911113,
+    ]

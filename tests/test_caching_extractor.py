@@ -81,5 +81,7 @@ def test_the_next_shard_is_decoded_while_this_one_computes(tmp_path, images, mon
     monkeypatch.setattr(Teacher, "features", late)
     working = extractor.Extractor(work.teachers)
     with ThreadPoolExecutor(len(shards)) as calls:
-        extracted = calls.map(lambda shard: working.extract({0: stores}, shard), shards)
+        extracted = calls.map(
+            lambda shard: working.extract(str(tmp_path / "images"), {0: stores}, shard), shards
+        )
         assert [record.shard for (record,) in extracted] == [0, 1]

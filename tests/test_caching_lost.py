@@ -91,7 +91,7 @@ def test_training_leaves_lost_images_out_within_the_share(tmp_path, images):
 
     def batches() -> Batches:
         return Batches(
-            {"emoji": Feed(source, ImageReader(max_lost=1), POLICY)},
+            {"emoji": Feed(source, ImageReader(tmp_path / "images", max_lost=1), POLICY)},
             Sweep("emoji", np.arange(24), 8),
             lambda step: Resolutions(32, {"lite0": 64}),
             lambda resolution, rows: rows,

@@ -26,7 +26,6 @@ from support.small_caches import (
 
 from cache.errors import FingerprintMismatch, NotBuilt, StoreError
 from cache.reader import Reader
-from cache.samples import Samples
 from cache.store import find_stores, open_store
 from eupe.spec import CentreView
 from pipelines.caching import indexing, precompute
@@ -151,37 +150,6 @@ def test_growing_adds_files_and_changes_none(tmp_path, images):
     (at_once,) = build(whole)
     for view in (0, 1):
         assert tokens(small, view) == tokens(at_once, view)
-
-
-def test_indexing_that_was_killed_goes_on_after_the_parts_that_are_there(
-    tmp_path, images, monkeypatch
-):
-    """24 images, one of them none, in parts of one shard of 4; the newest part waits."""
-    first = next(iter(images))
-    source = write_folder(tmp_path / "images", {**images, first: b"no image"})
-    monkeypatch.setattr(indexing, "PART_ROWS", 5)
-    inspect, looked_at = indexing.index._inspect, []
-
-    def killed(candidate):
-        looked_at.append(candidate.sample_id)
-        if len(looked_at) > 20:
-            raise KeyboardInterrupt
-        return inspect(candidate)
-
-    settings = {"rows_per_shard": 4, "max_failure_share": 0.1}
-    undisturbed = job(tmp_path / "undisturbed", source, **settings)
-    indexing.index_samples(undisturbed)
-    monkeypatch.setattr(indexing.index, "WINDOW", 4)
-    monkeypatch.setattr(indexing.index, "_inspect", killed)
-    work = job(tmp_path / "killed", source, **settings)
-    with pytest.raises(KeyboardInterrupt):
-        indexing.index_samples(work)
-    monkeypatch.setattr(indexing.index, "_inspect", inspect)
-    assert len(Samples.open(work.root, "emoji")) == 12
-    indexed = indexing.index_samples(work)
-    assert (indexed.num_samples, indexed.num_new) == (23, 11)
-    assert indexed.failures["sample_id"].to_list() == [str(Path(first).with_suffix(""))]
-    assert data_files(tmp_path / "killed") == data_files(tmp_path / "undisturbed")
 
 
 def test_an_image_that_is_cut_is_an_invalid_row(tmp_path, images):

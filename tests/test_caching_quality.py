@@ -53,7 +53,7 @@ class HandedOut:
 
     def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         assert method == "measure"
-        for number, (_, _, outputs, _, _) in enumerate(tasks):
+        for number, (_, _, _, outputs, _, _) in enumerate(tasks):
             moments = Moments.of(self._tokens)
             yield number, dict.fromkeys(outputs, Measured(moments, moments, self._tokens))
 

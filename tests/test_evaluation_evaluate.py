@@ -23,6 +23,7 @@ from pipelines.evaluation.compare import Constants
 from pipelines.evaluation.frozen import FrozenStudent
 from pipelines.evaluation.knn import numbered
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe import recipes
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs, open_stores
@@ -127,8 +128,9 @@ def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
 
 
 def test_knn_of_raw_pixels_is_that_of_the_pictures_shrunk_by_pillow(run, found):
-    reader, vectors, labels = ImageReader(), {}, {}
+    vectors, labels = {}, {}
     for dataset in (*run.train.values(), run.held_out):
+        reader = ImageReader(base(dataset.source))
         samples = next(
             open_stores(job)[0].samples for job in cache_jobs(run) if job.dataset == dataset
         )
@@ -162,7 +164,7 @@ def test_cosines_are_those_of_the_student_and_the_live_teacher_image_by_image(ru
     (config,) = run.teachers.values()
     teacher = load_teacher(config.name, config.encoder, config.weights)
     feed = inputs.centre_feeds(run, stage, opened.normalisers)["held-out"]
-    reader, figures = ImageReader(), []
+    reader, figures = ImageReader(base(run.held_out.source)), []
     for sample in feed.source.samples.table.iter_rows(named=True):
         image = decode(reader.read(sample))
         view = draw(run.held_out_views, sample["sample_id"], 0, *image.size)

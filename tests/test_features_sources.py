@@ -1,7 +1,5 @@
 """Feature sources: cached and live give the same tokens, and refuse what they do not have."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -61,7 +59,7 @@ def live(stores, normalisers):
     return LiveSource(
         {"lite0": load_teacher("lite0", config.encoder, config.weights)},
         stores[0].samples,
-        ImageReader(),
+        ImageReader(stores[0].root.parent / "images"),
         POLICY,
         normalisers,
         COMPUTE_BATCH,
@@ -143,7 +141,7 @@ def test_padding_reaches_no_other_row(count):
 
 def test_an_image_that_is_gone_is_not_valid_live(live, stores, tmp_path):
     sample = stores[0].samples.table.row(3, named=True)
-    file = Path(sample["uri"])
+    file = stores[0].root.parent / "images" / sample["uri"]
     moved = file.rename(tmp_path / file.name)
     try:
         found = live.targets([sample["sample_id"]], np.zeros(1, np.int64), {"lite0": 64})

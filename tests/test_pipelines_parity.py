@@ -24,6 +24,7 @@ from cache.writer import write_shard
 from eupe.spec import AugmentedView, CodecName, EncoderSpec
 from pipelines.features.sources import Fetched, Resolutions
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe.config import (
     DatasetConfig,
     ExtractionConfig,
@@ -204,7 +205,7 @@ def test_one_wrong_view_number_is_refused(float32, tmp_path):
     (store,) = open_stores(training_job(float32, stage))
     normalisers = inputs.normalisers_of(stage, [[store]])
     feed = inputs.CachedSource({("lite0", SIDE): Reader(store, range(2))}, normalisers)
-    right = Feed(feed, ImageReader(), float32.views)
+    right = Feed(feed, ImageReader(base(float32.train["emoji"].source)), float32.views)
     wrong = dataclasses.replace(right, source=OffByOne(feed))
     given = inputs.of_feeds(float32, stage, {"emoji": wrong}, normalisers, {})
     with pytest.raises(StoreError, match=r"view \d of sample '.*' renders as .* when cached"):

@@ -11,7 +11,6 @@ from support.toy_stores import files_under
 
 from cache.files import bucket, place
 from cache.files.bucket import BucketPath
-from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import SourceConfig
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs
@@ -49,13 +48,12 @@ def test_images_in_a_bucket_are_those_on_disk(root, tmp_path, emoji, kind):
     inside = Path(source.path).relative_to(local)
     remote = source.model_copy(update={"path": str(root / inside)})
     ours, theirs = small_caches.index(remote), small_caches.index(source)
-    assert ours.records.drop("uri").equals(theirs.records.drop("uri"))
-    reader = ImageReader()
-    samples = ours.records.to_dicts()
-    assert all(reader.mirrors(sample) for sample in samples)
+    assert ours.records.equals(theirs.records)
+    reader, samples = small_caches.reader(remote), ours.records.to_dicts()
+    assert reader.mirrored
     reader.will_need(samples)
     assert [reader.read(sample, verify=True) for sample in samples] == [
-        ImageReader().read(sample) for sample in theirs.records.iter_rows(named=True)
+        small_caches.reader(source).read(sample) for sample in theirs.records.iter_rows(named=True)
     ]
 
 
@@ -73,12 +71,11 @@ def test_a_pattern_names_files_in_a_bucket(root, tmp_path, emoji):
 def test_an_image_that_is_gone_is_named(root, tmp_path, emoji):
     small_caches.write_folder(tmp_path, small_caches.pictures(emoji, 2))
     upload(tmp_path, root)
-    sample = small_caches.index(SourceConfig(kind="folder", path=str(root))).records.row(
-        0, named=True
-    )
-    BucketPath(sample["uri"]).unlink()
+    source = SourceConfig(kind="folder", path=str(root))
+    sample = small_caches.index(source).records.row(0, named=True)
+    (BucketPath(root) / sample["uri"]).unlink()
     with pytest.raises(ValueError, match=r"the image cannot be read again: .*no such object"):
-        ImageReader().read(sample)
+        small_caches.reader(source).read(sample)
 
 
 @pytest.mark.slow

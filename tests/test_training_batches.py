@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import small_caches
 from support.small_caches import POLICY, build, job, pictures, teacher, write_folder, write_parquet
 
 from cache import reader
@@ -20,8 +21,7 @@ from eupe import views
 from eupe.normalise import Normaliser
 from pipelines.features.cached import CachedSource
 from pipelines.features.sources import Normalisers
-from pipelines.images.reader import ImageReader
-from pipelines.recipe.config import WorkersConfig
+from pipelines.recipe.config import SourceConfig, WorkersConfig
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.training.batches import Batch, Batches, Feed, Loader
@@ -122,6 +122,7 @@ def feeds(tmp_path_factory, emoji) -> dict[str, Feed]:
     }
     return {
         name: feed(
+            source,
             build(
                 job(
                     where / name,
@@ -130,17 +131,17 @@ def feeds(tmp_path_factory, emoji) -> dict[str, Feed]:
                     teachers=(teacher(weights="random:0"),),
                     max_failure_share=0.5,
                 )
-            )
+            ),
         )
         for name, source in sources.items()
     }
 
 
-def feed(stores) -> Feed:
+def feed(images: SourceConfig, stores) -> Feed:
     identity = Normaliser(torch.zeros(1280), torch.ones(1280))
     readers = {("lite0", store.spec.resolution): Reader(store, range(2)) for store in stores}
     source = CachedSource(readers, {"lite0": Normalisers(identity, identity)})
-    return Feed(source, ImageReader(), POLICY)
+    return Feed(source, small_caches.reader(images), POLICY)
 
 
 def scales(step: int) -> Resolutions:
@@ -214,7 +215,7 @@ def test_micro_batches_are_the_batch_in_stretches(feeds):
 
 
 def test_pixels_are_the_view_at_the_students_scale(feeds):
-    reader, samples = ImageReader(), feeds["emoji"].source.samples
+    reader, samples = feeds["emoji"].images, feeds["emoji"].source.samples
     for batch in batches(feeds, range(2)):
         for place, name in enumerate(batch.sample_ids):
             sample = samples.take(samples.rows_of([name])).row(0, named=True)

@@ -19,6 +19,7 @@ from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import load_teacher
 from pipelines.features.live import LiveSource
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe.config import (
     PROXY,
     ExtractionConfig,
@@ -138,15 +139,16 @@ class Small:
     def given(self, run: Recipe, stage: StageConfig) -> inputs.Inputs:
         """Return a stage's inputs, its views drawn and seen by its teachers as it goes."""
         normalisers = inputs.normalisers_of(stage, [self.stores])
+        images = ImageReader(base(run.train["train"].source))
         source = LiveSource(
             {name: self.teachers[name] for name in stage.teachers},
             self.stores[0].samples,
-            ImageReader(),
+            images,
             run.views,
             normalisers,
             compute_batch=4,
         )
-        feeds = {"train": Feed(source, ImageReader(), run.views)}
+        feeds = {"train": Feed(source, images, run.views)}
         return inputs.of_feeds(run, stage, feeds, normalisers, {})
 
     def losses(self, directory: Path, model: type[BaseModel], changes: Changes) -> np.ndarray:

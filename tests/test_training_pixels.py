@@ -12,7 +12,6 @@ from eupe import views
 from eupe.encoders import Encoder
 from eupe.pixels import RGB
 from pipelines.features.codec_torch import encode
-from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import cache_jobs, open_stores, pixel_jobs
 from pipelines.training import inputs
@@ -33,7 +32,7 @@ def test_pixels_are_those_of_the_view_resized(run):
     stage = run.stage("stage1")
     job = next(job for job in pixel_jobs(run, stage) if job.views == run.views)
     (store,) = open_stores(job)
-    reader, images = Reader(store, range(run.num_views)), ImageReader()
+    reader, images = Reader(store, range(run.num_views)), small_caches.reader(job.dataset.source)
     sample = store.samples.table.row(3, named=True)
     view = views.make_view(images.read(sample), run.views, sample["sample_id"], 1)
     kept = reader.select([3], 1).patches()

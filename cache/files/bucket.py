@@ -94,7 +94,7 @@ class BucketPath(PosixPath):
         """
         with _asking(self, "read"):
             found = obstore.head(_store(self), self.key)
-        return found["size"], found["e_tag"] or found["last_modified"].isoformat()
+        return found["size"], _tag(found)
 
     def is_file(self) -> bool:
         """True if there is such an object."""
@@ -146,6 +146,33 @@ class BucketPath(PosixPath):
                 for part in found
                 for each in part
             )
+
+    def described_below(self) -> list[tuple["BucketPath", int, str]]:
+        """Return every object below with size and entity tag, a request a thousand objects.
+
+        Raises:
+            StoreError: the bucket does not answer.
+        """
+        base = type(self)(*self.parts[:2])
+        with _asking(self, "listed"):
+            found = obstore.list(_store(self), prefix=self.key or None, chunk_size=1000)
+            return [
+                (base / each["path"], each["size"], _tag(each)) for part in found for each in part
+            ]
+
+    def scan(self) -> tuple[list[str], list[tuple[str, int, str]]]:
+        """Return names of the prefixes just below; and of objects, with size and entity tag.
+
+        Raises:
+            StoreError: the bucket does not answer.
+        """
+        found = self._children()
+        prefixes = sorted(
+            str(path).rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]
+        )
+        return prefixes, sorted(
+            (each["path"].rpartition("/")[2], each["size"], _tag(each)) for each in found["objects"]
+        )
 
     def glob(self, pattern: str) -> Generator["BucketPath", None, None]:
         """Yield objects and prefixes that match, part by part; one request a prefix on the way.
@@ -291,6 +318,11 @@ def swap(path: BucketPath, content: bytes, expected: bytes | None) -> None:
                 if bytes(obstore.get(store, path.key).bytes()) == content:
                     return
     raise Busy(f"{path}: another process has replaced it meanwhile; run the same again")
+
+
+def _tag(found: Any) -> str:
+    """Return what an object of other contents does not have."""
+    return str(found["e_tag"] or found["last_modified"].isoformat())
 
 
 def _is_pattern(part: str) -> bool:

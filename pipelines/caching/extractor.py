@@ -30,6 +30,7 @@ from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
+from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader, LostImage
 from pipelines.recipe.config import TeacherConfig
 
@@ -152,12 +153,13 @@ class Extractor:
         self._configs = {teacher.name: teacher for teacher in teachers}
         self._teachers: dict[str, Teacher] = {}
         self._device = device
-        self._images = ImageReader()
+        self._row_groups = RowGroups()
         self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._computing = threading.Lock()  # one call computes while another writes
 
     def measure(
         self,
+        base: str,
         policy: CentreView | AugmentedView,
         samples: pl.DataFrame,
         outputs: Sequence[Output],
@@ -167,6 +169,7 @@ class Extractor:
         """Measure the moments of view 0 of some samples, in float64.
 
         Args:
+            base: what the samples' paths are relative to, `images.walks.base`.
             policy: of the views.
             samples: rows of the sample table.
             outputs: what to measure.
@@ -177,7 +180,7 @@ class Extractor:
             BadInput: weights that cannot be loaded, or images that are out of reach.
         """
         parts: dict[Output, list[tuple[np.ndarray, np.ndarray]]] = {each: [] for each in outputs}
-        passes = self._passes(policy, samples, {0: outputs}, compute_batch)
+        passes = self._passes(base, policy, samples, {0: outputs}, compute_batch)
         with self._computing:
             for batch in passes:
                 decoded = np.array([drawn.reason is None for drawn in batch.drawn])
@@ -190,13 +193,14 @@ class Extractor:
         return {output: _measured(tokens, num_tokens) for output, tokens in parts.items()}
 
     def extract(
-        self, wanted: Mapping[int, Sequence[Store]], shard: ShardRange
+        self, base: str, wanted: Mapping[int, Sequence[Store]], shard: ShardRange
     ) -> list[ShardRecord]:
         """Compute and write one shard of some views for several stores.
 
         Each image is read and decoded once for all of them, each view drawn once.
 
         Args:
+            base: what the samples' paths are relative to, `images.walks.base`.
             wanted: view number -> stores that want it; all of one dataset, view policy and compute
                 batch.
             shard: which rows.
@@ -217,7 +221,7 @@ class Extractor:
             view: [_Part(store, view, shard) for store in of_view]
             for view, of_view in wanted.items()
         }
-        passes = self._passes(stores[0].spec.views, samples, outputs, compute_batch)
+        passes = self._passes(base, stores[0].spec.views, samples, outputs, compute_batch)
         with self._computing:
             for store in stores:
                 _check_teacher(self._teacher(store.spec.teacher.name).spec, store)
@@ -237,6 +241,7 @@ class Extractor:
 
     def _passes(
         self,
+        base: str,
         policy: CentreView | AugmentedView,
         samples: pl.DataFrame,
         wanted: Mapping[int, Sequence[Output]],
@@ -251,7 +256,7 @@ class Extractor:
             view: sorted({resolution for _, resolution in outputs})
             for view, outputs in wanted.items()
         }
-        draw = partial(self._draw, policy, resolutions)
+        draw = partial(self._draw, ImageReader(base, self._row_groups), policy, resolutions)
 
         def decode(start: int) -> list[Future[dict[int, DrawnView]]]:
             rows = samples.slice(start, compute_batch).iter_rows(named=True)
@@ -277,15 +282,16 @@ class Extractor:
 
         return walk(decode(0))
 
+    @staticmethod
     def _draw(
-        self,
+        images: ImageReader,
         policy: CentreView | AugmentedView,
         resolutions: Mapping[int, Sequence[int]],
         sample: Mapping[str, object],
     ) -> dict[int, DrawnView]:
         """Decode a sample once and draw its views, each at its own resolutions."""
         try:
-            image = views.decode(self._images.read(sample, verify=True), policy.background)
+            image = views.decode(images.read(sample, verify=True), policy.background)
         except views.ImageError as error:
             lost = isinstance(error, LostImage)
             return dict.fromkeys(resolutions, DrawnView({}, None, None, str(error), lost))

@@ -1,28 +1,32 @@
-"""Indexing: the images of a source become samples of a dataset, a large part at a time."""
+"""Indexing: the images of a source become samples of a dataset, ordered by hash."""
 
 import json
-import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 
 from cache.errors import NotBuilt
 from cache.files import atomic
 from cache.format import layout
-from cache.samples import Samples
+from cache.format.sample_table import GIVEN, SOURCES
+from cache.sample_changes import compare
+from cache.samples import SEGMENT_ROWS, Samples
 from eupe.errors import BadInput
 from eupe.spec import DatasetSpec
+from pipelines.caching.listing import Listing
 from pipelines.images import index
 from pipelines.recipe.stores import CacheJob, rows_per_shard
 
 REASONS_SHOWN = 10
-PART_ROWS = 100_000
-"""Samples at least that are indexed before they are added to the dataset: what a kill can cost."""
-GROWTH = 8
-"""A part is at least this share of what is there: adding to a table reads it."""
+FAILURE_SCHEMA: dict[str, type[pl.DataType]] = {
+    "sample_id": pl.String,
+    "uri": pl.String,
+    "offset": pl.Int64,
+    "reason": pl.String,
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Indexed:
         dataset: its name.
         num_samples: samples it has now.
         num_new: of them, added by this call.
-        failures: images left out, with their reasons (`images.FAILURE_SCHEMA`).
+        failures: images left out, with their reasons (FAILURE_SCHEMA).
     """
 
     dataset: str
@@ -43,54 +47,72 @@ class Indexed:
 
 
 def index_samples(job: CacheJob) -> Indexed:
-    """Add the images that the dataset's sample table does not have yet, part by part.
+    """Add the images that the dataset's sample table does not have yet, ordered by hash.
 
-    Killed, it goes on after the parts that are there. Files that are no image are left out and
-    listed in `<root>/<dataset>/failures.jsonl`.
+    Pieces of the source that were looked at before are not opened. Images that are there keep
+    their rows, wherever they lie now. Killed, it goes on after the parts that are listed. Files
+    that are no image are left out and listed in `<root>/<dataset>/failures.jsonl`.
 
     Raises:
-        BadInput: nothing there, or more unreadable images than max_failure_share.
-        StoreError: the dataset is there with another key rule or rows_per_shard.
+        BadInput: nothing there, two images of one id, or more unreadable images than
+            max_failure_share.
+        StoreError: the dataset is there with another key rule or rows_per_shard, or an image under
+            the id of another one.
     """
     dataset, samples = DatasetSpec(name=job.dataset.name), _samples(job)
-    known = frozenset() if samples is None else frozenset(samples.arrow["sample_id"].to_pylist())
+    num_before = 0 if samples is None else len(samples)
+    source, found = job.dataset.source, index.pieces(job.dataset.source)
+    known = SOURCES.empty_table() if samples is None else samples.sources()
+    keys = known.select(["uri", "bytes", "stamp"]).to_pydict().values()
+    row_of = {key: row for row, key in enumerate(zip(*keys, strict=True))}
+    looked_at = [row_of.get((piece.uri, piece.bytes, piece.stamp), -1) for piece in found]
+    wanted = [piece for piece, row in zip(found, looked_at, strict=True) if row < 0]
+    listing = Listing(_listing_directory(job), dataset.name, wanted)
+    num_others = len(found) - len(listing.missing)
+    for part in index.look(source, listing.missing, job.extraction.decode_threads, num_others):
+        listing.add(part)
+    unchanged = known.take(pa.array([row for row in looked_at if row >= 0], pa.int64()))
+    sources = pa.concat_tables([unchanged, listing.sources()]).sort_by("uri").combine_chunks()
+    failures = pl.DataFrame(index.failures(sources), FAILURE_SCHEMA, orient="row")
+    _list_failures(job, failures)
+    num_new = sum(_compared(samples, each)[0].num_rows for each in listing.in_order())
+    reasons = failures.select(pl.format("{}: {}", "sample_id", "reason")).to_series()
+    total = num_before + num_new + len(failures)
+    check_share(job, len(failures), total, reasons.to_list())
     per_shard = job.extraction.rows_per_shard or (samples and samples.rows_per_shard)
     per_shard = per_shard or rows_per_shard(job)
-    parts = index.index(
-        job.dataset.source, known, job.extraction.decode_threads, partial(part_rows, per_shard)
-    )
-    num_seen, failures = 0, pl.DataFrame(schema=index.FAILURE_SCHEMA)
-    records: pl.DataFrame | None = None  # of the part before
-    try:
-        with closing(parts):
-            for part in parts:
-                if records is not None:
-                    samples = Samples.append(job.root, dataset, records, per_shard)
-                records, failures = part.records, failures.vstack(part.failures)
-                num_seen += len(part)
-        _list_failures(job, failures)
-        reasons = failures.select(pl.format("{}: {}", "sample_id", "reason")).to_series()
-        check_share(job, len(failures), num_seen, reasons.to_list())
-    except ValueError:
-        if samples is not None and len(samples) > len(known):
-            print(
-                f"{len(samples) - len(known)} images before the fault are samples of "
-                f"{dataset.name!r} now, for good; if they shall not be, take another dataset name",
-                file=sys.stderr,
-            )
-        raise
-    assert records is not None  # a last part always comes
-    samples = Samples.append(job.root, dataset, records, per_shard)
-    return Indexed(dataset.name, len(samples), len(samples) - len(known), failures)
+    for table in _segments(samples, listing, max(SEGMENT_ROWS // per_shard, 1) * per_shard):
+        grown = Samples.append(job.root, dataset, table, per_shard)
+    grown = Samples.append(job.root, dataset, GIVEN.empty_table(), per_shard, sources)
+    listing.remove()
+    return Indexed(dataset.name, len(grown), len(grown) - num_before, failures)
 
 
-def part_rows(per_shard: int, num_there: int) -> int:
-    """Return how many samples the next part has.
+def _segments(samples: Samples | None, listing: Listing, rows: int) -> Iterator[pa.Table]:
+    """Yield what is new or lies elsewhere, so many new samples at a time: whole segments."""
+    waiting = GIVEN.empty_table()
+    for table in listing.in_order():
+        new, moved = _compared(samples, table)
+        waiting = pa.concat_tables([waiting, new])
+        if moved.num_rows:
+            yield moved
+        while waiting.num_rows >= rows:
+            yield waiting.slice(0, rows)
+            waiting = waiting.slice(rows)
+    if waiting.num_rows:
+        yield waiting
 
-    It follows from how many there are, so that what was killed goes on with the same parts; and
-    fills whole shards, so that no gap lies between two.
-    """
-    return max(max(PART_ROWS, num_there // GROWTH) // per_shard, 1) * per_shard
+
+def _compared(samples: Samples | None, table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Return what is new of some samples, and what lies elsewhere or has more labels."""
+    if samples is None:
+        return table, table.slice(0, 0)
+    return compare(samples, table)[:2]
+
+
+def _listing_directory(job: CacheJob) -> Path:
+    directory = layout.samples_directory(layout.cache_root(job.root), job.dataset.name)
+    return layout.scratch_directory(directory) / "listing"
 
 
 def _samples(job: CacheJob) -> Samples | None:

@@ -13,6 +13,7 @@ from eupe.errors import BadInput
 from eupe.moments import Moments, merge
 from eupe.spec import StoreSpec
 from pipelines.caching.extractor import Measured, Output
+from pipelines.images.walks import base
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob
@@ -62,7 +63,8 @@ def measure(
     measured: dict[int, dict[Output, Measured]] = {}
     lossy = any(kind(spec.codec.name).lossy for spec in specs)
     per_chunk = -(-SAMPLE_TOKENS // len(chunks)) if lossy else 0
-    tasks = [(job.views, chunk, outputs, compute_batch, per_chunk) for chunk in chunks]
+    where = str(base(job.dataset.source))
+    tasks = [(where, job.views, chunk, outputs, compute_batch, per_chunk) for chunk in chunks]
     with track(count, f"Measuring moments of {job}") as progress:
         for number, result in pool.run("measure", tasks):
             measured[number] = result

@@ -28,6 +28,7 @@ from pipelines.caching import quality
 from pipelines.caching.extractor import Extractor, provenance
 from pipelines.caching.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
 from pipelines.caching.measure import measure
+from pipelines.images.walks import base
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob, store_specs
@@ -137,7 +138,8 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
             _borrowed(pool, job) as workers,
             track(all_images, f"Extracting {job}", before=all_images - num_images) as progress,
         ):
-            for number, records in workers.run("extract", tasks):
+            where = str(base(job.dataset.source))
+            for number, records in workers.run("extract", [(where, *task) for task in tasks]):
                 wanted, shard = tasks[number]
                 theirs = [store for of_view in wanted.values() for store in of_view]
                 for store, record in zip(theirs, records, strict=True):

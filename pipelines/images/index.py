@@ -1,170 +1,197 @@
-"""The index of an image source: its samples, each image's digest and size read once.
+"""The index of an image source: its samples, each image's digest and header read once.
 
 A source is a folder, WebDataset tars or Parquet files; the three forms of the same images give the
 same sample ids. A sample is addressed by (`uri`, `offset`, `bytes`): for files and tars the span
-of bytes in the file `uri`; for Parquet see `pipelines.images.parquet`.
+of bytes in the file `uri`; for Parquet see `pipelines.images.parquet`. All of it is relative to the
+source (`walks.base`), which may lie elsewhere tomorrow.
+
+A source is walked piece by piece. A piece is recognised by its size and stamp: whoever has looked
+at it needs not open it again.
 """
 
 import hashlib
 import io
 import json
-import sys
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
-import polars as pl
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from cache.files import place
+from cache.format.sample_table import GIVEN, SOURCES
 from eupe.errors import BadInput
 from eupe.views import DECODER_ERRORS, FORMATS, ImageError
 from pipelines.images import parquet, walks
-from pipelines.images.walks import Candidate, Walk
+from pipelines.images.walks import Candidate, Piece, Walk
 from pipelines.machines.progress import track
 from pipelines.recipe.config import SourceConfig
 
 WALKS: dict[str, Walk] = {
-    "folder": walks.folder,
-    "webdataset": walks.webdataset,
-    "parquet": parquet.walk,
+    "folder": Walk(walks.folder_pieces, lambda piece: piece.num_images, walks.folder_candidates),
+    "webdataset": Walk(
+        partial(walks.file_pieces, suffix=".tar"), lambda piece: None, walks.webdataset_candidates
+    ),
+    "parquet": Walk(
+        partial(walks.file_pieces, suffix=".parquet"), parquet.num_rows, parquet.candidates
+    ),
 }
+PART_IMAGES = 100_000
+"""Images that are looked at before what was found is handed on: what a kill can cost."""
 WINDOW = 256  # candidates in memory at once while indexing
-_EXIF_ORIENTATION = 0x0112
-_EXIF_TURNED = (5, 6, 7, 8)
-RECORD_SCHEMA: dict[str, type[pl.DataType]] = {
-    "sample_id": pl.String,
-    "uri": pl.String,
-    "offset": pl.Int64,
-    "bytes": pl.Int64,
-    "digest": pl.String,
-    "width": pl.Int32,
-    "height": pl.Int32,
-    "labels": pl.String,
-}
-FAILURE_SCHEMA: dict[str, type[pl.DataType]] = {
-    "sample_id": pl.String,
-    "uri": pl.String,
-    "offset": pl.Int64,
-    "reason": pl.String,
-}
+Failure = tuple[str, str, int, str]
+"""An image that was left out: sample_id, uri, offset and the reason."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Samples of a source that follow each other in its order.
+    """What was found in some pieces of a source.
 
     Attributes:
-        records: samples whose header reads as an image (RECORD_SCHEMA), in the source's order;
-            `digest` is the sha256 of the bytes, width and height are of the upright picture.
-        failures: what was left out, each with its reason (FAILURE_SCHEMA).
-        known: samples left out because the caller has them already.
+        records: samples whose header reads as an image (GIVEN), in the source's order.
+        sources: the pieces (SOURCES), with what was left out of each.
     """
 
-    records: pl.DataFrame
-    failures: pl.DataFrame
-    known: int
-
-    def __len__(self) -> int:
-        """Images looked at."""
-        return len(self.records) + len(self.failures) + self.known
+    records: pa.Table
+    sources: pa.Table
 
 
-def index(
-    config: SourceConfig,
-    known: Collection[str] = frozenset(),
-    threads: int = 4,
-    part_rows: Callable[[int], int] = lambda there: sys.maxsize,
+def pieces(config: SourceConfig) -> list[Piece]:
+    """List the pieces of a source, opening none.
+
+    A stamp here is of the contents and of how they are read: asked for other labels, say, the
+    same file is another piece.
+
+    Raises:
+        BadInput: nothing is there.
+    """
+    rule = config.model_dump_json(exclude={"path"})
+    found = WALKS[config.kind].pieces(config)
+    return [
+        piece._replace(stamp=hashlib.sha256(f"{rule}\n{piece.stamp}".encode()).hexdigest()[:32])
+        for piece in found
+    ]
+
+
+def look(
+    config: SourceConfig, wanted: Sequence[Piece], threads: int = 4, num_others: int = 0
 ) -> Generator[Part, None, None]:
-    """List the samples of a source, reading every image's bytes once for digest and header.
+    """List the samples of some pieces, reading every image's bytes once for digest and header.
 
     Args:
         config: where the images lie, and which of them are wanted (`where`).
-        known: sample ids to leave out, unread.
+        wanted: of `pieces`.
         threads: of reading and hashing.
-        part_rows: samples there are -> records of the next part; the last one, which always comes,
-            has fewer.
+        num_others: pieces of the source that were looked at before.
+
+    Yields:
+        whole pieces, at least PART_IMAGES images together but for the last.
 
     Raises:
-        BadInput: nothing is there, nothing in it is an image or is wanted, a file is not of its
-            kind, a column is missing, or two images share a sample_id.
+        BadInput: nothing in it is an image or is wanted, a file is not of its kind, or a column is
+            missing.
     """
-    total, candidates = WALKS[config.kind](config, known)
-    records: list[tuple[object, ...]] = []
-    failures: list[tuple[object, ...]] = []
-    seen: dict[str, str] = {}
-    num_known, num_there = 0, len(known)
-    wanted = (c for c in candidates if config.where.items() <= c.labels.items())
+    walk = WALKS[config.kind]
+    counts = [] if config.where else [walk.num_images(piece) for piece in wanted]
+    total = None if config.where or None in counts else sum(filter(None, counts))
+    records: list[pa.Table] = []
+    sources: list[tuple[str, int, str, str]] = []
+    num_seen = num_waiting = 0
     with (
         track(total, f"Indexing {config.path}") as progress,
         ThreadPoolExecutor(threads) as pool,
     ):
-        while window := list(islice(wanted, WINDOW)):
-            for candidate in window:
-                where = f"{candidate.uri} at {candidate.offset}"
-                if candidate.sample_id in seen:
-                    raise BadInput(
-                        f"{config.path}: sample_id {candidate.sample_id!r} is both "
-                        f"{seen[candidate.sample_id]} and {where}; the path without its extension "
-                        "must be unique"
-                    )
-                seen[candidate.sample_id] = where
-            fresh = [c for c in window if c.sample_id not in known]
-            num_known += len(window) - len(fresh)
-            for candidate, found in zip(fresh, pool.map(_inspect, fresh), strict=True):
-                address = candidate.sample_id, candidate.uri, candidate.offset
-                if isinstance(found, str):
-                    failures.append((*address, found))
-                else:
-                    labels = json.dumps(candidate.labels, ensure_ascii=False, sort_keys=True)
-                    records.append((*address, candidate.num_bytes, *found, labels))
-            progress.advance(len(window))
-            while len(records) >= (count := part_rows(num_there)):
-                yield _part(records[:count], failures, num_known)
-                records, failures, num_known = records[count:], [], 0
-                num_there += count
-    if not seen:
+        for piece in wanted:
+            failures: list[Failure] = []
+            rows = _inspected(walk.candidates(config, piece), pool, failures)
+            while found := list(islice(rows, PART_IMAGES)):
+                columns = zip(*found, strict=True)
+                records.append(pa.table([*map(list, columns)], schema=GIVEN))
+                progress.advance(len(found))
+                num_waiting += len(found)
+            progress.advance(len(failures))
+            left_out = json.dumps(failures, ensure_ascii=False) if failures else ""
+            sources.append((piece.uri, piece.bytes, piece.stamp, left_out))
+            num_waiting += len(failures)
+            if num_waiting >= PART_IMAGES:
+                yield _part(records, sources)
+                num_seen, num_waiting, records, sources = num_seen + num_waiting, 0, [], []
+    if not num_seen + num_waiting + num_others:
         kept = f" with {dict(config.where)}" if config.where else ""
         raise BadInput(f"{config.path}: no image{kept} in this {config.kind} source")
-    yield _part(records, failures, num_known)
+    if sources:
+        yield _part(records, sources)
 
 
-def _part(
-    records: list[tuple[object, ...]], failures: list[tuple[object, ...]], known: int
-) -> Part:
+def whole(config: SourceConfig) -> Part:
+    """List the samples of a source at once.
+
+    Raises:
+        BadInput: as `look`.
+    """
+    parts = list(look(config, pieces(config)))
+    columns = ([part.records for part in parts], [part.sources for part in parts])
+    return Part(*(pa.concat_tables(tables) for tables in columns))
+
+
+def failures(sources: pa.Table) -> list[Failure]:
+    """Return what was left out of pieces (SOURCES), by sample id."""
+    texts = filter(None, sources["failures"].to_pylist())
+    return sorted((*failure,) for text in texts for failure in json.loads(text))
+
+
+def _part(records: Sequence[pa.Table], sources: Sequence[tuple[str, int, str, str]]) -> Part:
+    columns = [list(column) for column in zip(*sources, strict=True)]
     return Part(
-        pl.DataFrame(records, RECORD_SCHEMA, orient="row"),
-        pl.DataFrame(failures, FAILURE_SCHEMA, orient="row"),
-        known,
+        pa.concat_tables([GIVEN.empty_table(), *records]), pa.table(columns, schema=SOURCES)
     )
 
 
-def _inspect(candidate: Candidate) -> tuple[str, int, int] | str:
-    """Return (digest, width, height) of a candidate, or why it is no usable image."""
+def _inspected(
+    candidates: Iterator[Candidate], pool: ThreadPoolExecutor, failures: list[Failure]
+) -> Iterator[tuple[str, str, int, int, bytes, str]]:
+    """Look at candidates: yield the rows of those that are images, list the others."""
+    while window := list(islice(candidates, WINDOW)):
+        for candidate, found in zip(window, pool.map(_inspect, window), strict=True):
+            address = candidate.sample_id, candidate.uri, candidate.offset
+            if isinstance(found, str):
+                failures.append((*address, found))
+            else:
+                labels = json.dumps(candidate.labels, ensure_ascii=False, sort_keys=True)
+                yield (*address, candidate.num_bytes, found, labels)
+
+
+def _inspect(candidate: Candidate) -> bytes | str:
+    """Return the digest of a candidate, or why it is no usable image."""
     if candidate.fault:
         return candidate.fault
     try:
         data = candidate.data
         if data is None:
-            data = place.root(candidate.uri).read_bytes()
-        return (hashlib.sha256(data).hexdigest(), *_upright_size(data))
-    except (ImageError, OSError) as error:
+            assert candidate.file is not None  # it has either
+            data = candidate.file.read_bytes()
+        _check_header(data)
+    except ImageError as error:
         return str(error)
+    except OSError as error:
+        return f"the image cannot be read: {error.strerror}"
+    return hashlib.sha256(data).digest()
 
 
-def _upright_size(data: bytes) -> tuple[int, int]:
-    """Read width and height, as displayed, from an image's header."""
+def _check_header(data: bytes) -> None:
+    """Refuse bytes that do not begin as an image does.
+
+    Raises:
+        ImageError: saying why.
+    """
     if not data:
         raise ImageError("the image has no bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            # The base class's: PNG's own decodes all pixels in search of EXIF data after them.
-            exif = Image.Image.getexif(image)
-            turned = exif.get(_EXIF_ORIENTATION, 1) in _EXIF_TURNED
+        # Reads the header, decodes no pixel.
+        Image.open(io.BytesIO(data), formats=FORMATS).close()
     except UnidentifiedImageError as error:
         raise ImageError(f"{len(data)} bytes are in no image format known here") from error
     except DECODER_ERRORS as error:
         raise ImageError(f"the image's header cannot be read: {error}") from error
-    return (height, width) if turned else (width, height)

@@ -1,12 +1,13 @@
 """Parquet files of images: walked row by row, and row groups of images kept for reading again.
 
-The address of a row is `parquet:<column>:<file>` and its number in the file.
+The address of a row is `parquet:<column>:<file>`, the file relative to the base of the source, and
+its number in the file.
 """
 
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from cache.files import place
 from eupe.errors import BadInput
-from pipelines.images.walks import Candidate, files_of, sample_id
+from pipelines.images.walks import Candidate, Piece, sample_id, wanted
 from pipelines.recipe.config import SourceConfig
 
 SCHEME = "parquet"
@@ -36,25 +37,30 @@ def file_name(uri: str) -> str:
     return uri.split(":", 2)[2]
 
 
-def walk(config: SourceConfig, known: Collection[str]) -> tuple[int | None, Iterator[Candidate]]:
-    """List the rows of Parquet files: see `walks.Walk`."""
-    files = files_of(config, ".parquet")
+def column_name(uri: str) -> str:
+    """Return the column of images in a row's uri."""
+    return unquote(uri.split(":", 2)[1])
+
+
+def num_rows(piece: Piece) -> int:
+    """Return how many rows a Parquet file has.
+
+    Raises:
+        BadInput: it is no whole Parquet file.
+    """
     try:
-        total = sum(place.using(file, pq.read_metadata).num_rows for file in files)
+        rows: int = place.using(piece.path, pq.read_metadata).num_rows
     except pa.ArrowException as error:
-        raise BadInput(f"{config.path}: no whole Parquet file ({error})") from error
-
-    def candidates() -> Iterator[Candidate]:
-        for file in files:
-            yield from _candidates(config, file, known)
-
-    return None if config.where else total, candidates()
+        raise BadInput(f"{piece.path}: no whole Parquet file ({error})") from error
+    return rows
 
 
-def _candidates(config: SourceConfig, path: Path, known: Collection[str]) -> Iterator[Candidate]:
+def candidates(config: SourceConfig, piece: Piece) -> Iterator[Candidate]:
+    """Walk over the rows of one Parquet file: see `walks.Walk`."""
+    path = piece.path
     labels = sorted({*config.label_columns, *config.where})
     key = config.key_column or f"{config.image_column}.path"
-    uri = _uri(config.image_column, path)
+    uri = f"{SCHEME}:{quote(config.image_column, safe='')}:{piece.uri}"
     with place.using(path, pq.ParquetFile) as file:
         have = {part for name in _leaves(file.schema_arrow) for part in (name, name.split(".")[0])}
         for column in (config.image_column, key, *labels):
@@ -70,18 +76,20 @@ def _candidates(config: SourceConfig, path: Path, known: Collection[str]) -> Ite
             ids = [
                 _sample_id(config, path, n, value) for n, value in enumerate(keys.to_pylist(), row)
             ]
-            wanted = [{name: str(value) for name, value in each.items()} for each in names]
+            labelled = [{name: str(value) for name, value in each.items()} for each in names]
             images: pa.Array | None = None
-            for position, (identity, own) in enumerate(zip(ids, wanted, strict=True)):
-                data, fault = b"", None
-                if identity not in known and config.where.items() <= own.items():
-                    if images is None:
-                        column = file.read_row_group(group, columns=[config.image_column]).column(0)
-                        images = _image_bytes(column)
-                    data = images[position].as_py()
-                    fault = "the row holds no image bytes" if data is None else None
-                yield Candidate(identity, uri, row, len(data or b""), own, data or b"", fault)
-                row += 1
+            for position, (identity, own) in enumerate(zip(ids, labelled, strict=True)):
+                if not wanted(config, own):
+                    continue
+                if images is None:
+                    column = file.read_row_group(group, columns=[config.image_column]).column(0)
+                    images = _image_bytes(column)
+                data = images[position].as_py()
+                fault = "the row holds no image bytes" if data is None else None
+                yield Candidate(
+                    identity, uri, row + position, len(data or b""), own, data or b"", fault=fault
+                )
+            row += len(ids)
 
 
 class RowGroups:
@@ -95,15 +103,16 @@ class RowGroups:
 
     def __init__(self, max_bytes: int = ROW_GROUP_BYTES) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
-        self._groups: OrderedDict[tuple[str, int], Future[pa.Array]] = OrderedDict()
-        self._starts: dict[str, list[int]] = {}
+        self._groups: OrderedDict[tuple[Path, str, int], Future[pa.Array]] = OrderedDict()
+        self._starts: dict[Path, list[int]] = {}
         self._lock = threading.Lock()
 
-    def read(self, uri: str, row: int) -> bytes:
+    def read(self, path: Path, column: str, row: int) -> bytes:
         """Return the image of one row, b"" if the file has no such row or no bytes in it.
 
         Args:
-            uri: of the sample, `parquet:<column>:<file>`.
+            path: of the file.
+            column: of the images.
             row: its number in the file.
 
         Raises:
@@ -111,21 +120,20 @@ class RowGroups:
             NotBuilt: there is no such object.
             pyarrow.ArrowException: it is no Parquet file, or has no such column.
         """
-        column, path = _column(uri), place.root(file_name(uri))
-        starts = self._starts.get(uri)
+        starts = self._starts.get(path)
         if starts is None:
             metadata = place.using(path, pq.read_metadata)
             lengths = (metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
-            starts = self._starts[uri] = list(accumulate(lengths, initial=0))
+            starts = self._starts[path] = list(accumulate(lengths, initial=0))
         if row >= starts[-1]:
             return b""
         group = bisect_right(starts, row) - 1
-        images = self._group(uri, path, column, group)
+        images = self._group(path, column, group)
         return images[row - starts[group]].as_py() or b""
 
-    def _group(self, uri: str, path: Path, column: str, group: int) -> pa.Array:
+    def _group(self, path: Path, column: str, group: int) -> pa.Array:
         """Return the images of a row group; one of the threads that want it at once reads it."""
-        key = uri, group
+        key = path, column, group
         with self._lock:
             wanted = self._groups.get(key)
             mine = wanted is None
@@ -150,14 +158,6 @@ class RowGroups:
                     break
                 self._num_bytes -= self._groups.pop(old).result().nbytes
         return images
-
-
-def _uri(column: str, path: Path) -> str:
-    return f"{SCHEME}:{quote(column, safe='')}:{path}"
-
-
-def _column(uri: str) -> str:
-    return unquote(uri.split(":", 2)[1])
 
 
 def _sample_id(config: SourceConfig, path: Path, row: int, value: object) -> str:

@@ -18,7 +18,7 @@ from cache.files.bucket import BucketPath
 from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView
 from eupe.views import ImageError, make_view
-from pipelines.images.parquet import RowGroups, file_name, is_row
+from pipelines.images.parquet import RowGroups, column_name, file_name, is_row
 
 GONE = frozenset(
     [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO]
@@ -32,14 +32,21 @@ class LostImage(ImageError):
 
 
 class ImageReader:
-    """Reads samples, their bytes or views of them; safe to share between threads.
+    """Reads a dataset's samples, their bytes or views of them; safe to share between threads.
 
     Args:
+        base: folder that the samples' paths are relative to, `walks.base` of their source.
         row_groups: of Parquet files, that readers may share; None: of its own.
         max_lost: pictures that `canvases` may miss before it is an error; None: any number.
     """
 
-    def __init__(self, row_groups: RowGroups | None = None, max_lost: int | None = None):
+    def __init__(
+        self,
+        base: str | Path,
+        row_groups: RowGroups | None = None,
+        max_lost: int | None = None,
+    ):
+        self._base = place.root(base)
         self._row_groups = row_groups or RowGroups()
         self._max_lost, self._lost = max_lost, dict[str, str]()
 
@@ -57,16 +64,17 @@ class ImageReader:
         uri, offset, size = str(sample["uri"]), int(sample["offset"]), int(sample["bytes"])
         try:
             if is_row(uri):
-                data = self._row_groups.read(uri, offset)
+                file_of_row = self._base / file_name(uri)
+                data = self._row_groups.read(file_of_row, column_name(uri), offset)
             else:
-                with place.opened(*_file_of(sample)) as file:
+                with place.opened(*self._file_of(sample)) as file:
                     file.seek(offset)
                     data = file.read(size)
         except (OSError, pa.ArrowException, NotBuilt) as error:
             if isinstance(error, OSError) and error.errno not in GONE:
                 raise BadInput(f"sample {sample['sample_id']!r}: {uri}: {error}") from error
             raise LostImage(f"the image cannot be read again: {uri}: {_said(error)}") from error
-        changed = verify and hashlib.sha256(data).hexdigest() != sample["digest"]
+        changed = verify and hashlib.sha256(data).digest() != sample["digest"]
         if changed or len(data) != size:
             raise LostImage(
                 f"{uri} at {offset} no longer holds the image that was indexed; a changed image "
@@ -121,13 +129,23 @@ class ImageReader:
             )
         return drawn, digests
 
-    def mirrors(self, sample: Mapping[str, Any]) -> bool:
-        """Return True if a sample lies in a bucket and is read through the mirror."""
-        return isinstance(_file_of(sample)[0], BucketPath)
+    @property
+    def mirrored(self) -> bool:
+        """True if the samples lie in a bucket and are read through the mirror."""
+        return isinstance(self._base, BucketPath)
 
     def will_need(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Start mirroring the samples that lie in a bucket; returns at once."""
-        place.will_need(_file_of(sample) for sample in samples)
+        place.will_need(self._file_of(sample) for sample in samples)
+
+    def _file_of(self, sample: Mapping[str, Any]) -> tuple[Path, int | None, str | None]:
+        """Return the file a sample lies in, with size and sha256 where it is the whole file."""
+        uri, offset = str(sample["uri"]), int(sample["offset"])
+        if is_row(uri):
+            return self._base / file_name(uri), None, None
+        if offset:  # a tar's members have a header before them
+            return self._base / uri, None, None
+        return self._base / uri, int(sample["bytes"]), sample["digest"].hex()
 
 
 def _said(error: Exception) -> str:
@@ -135,13 +153,3 @@ def _said(error: Exception) -> str:
     if isinstance(error, OSError):
         return str(error.strerror)
     return "no such object" if isinstance(error, NotBuilt) else "no whole Parquet file"
-
-
-def _file_of(sample: Mapping[str, Any]) -> tuple[Path, int | None, str | None]:
-    """Return the file a sample lies in, with size and sha256 where it is the whole file."""
-    uri, offset = str(sample["uri"]), int(sample["offset"])
-    if is_row(uri):
-        return place.root(file_name(uri)), None, None
-    if offset:  # a tar's members have a header before them
-        return place.root(uri), None, None
-    return place.root(uri), int(sample["bytes"]), str(sample["digest"])

@@ -65,7 +65,7 @@ class Feed:
     @cached_property
     def mirrored(self) -> bool:
         """True if its features or its images lie in a bucket."""
-        return self.source.mirrored or self._mirrors_images
+        return self.source.mirrored or self.images.mirrored
 
     def will_need(
         self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
@@ -80,14 +80,8 @@ class Feed:
         self.source.will_need(rows, view_numbers, resolutions.teachers)
         if (stored := self.pixels.get(resolutions.student)) is not None:
             stored.select(rows, view_numbers).read_ahead()
-        elif self._mirrors_images:
+        elif self.images.mirrored:
             self.images.will_need(self.source.samples.take(rows).iter_rows(named=True))
-
-    @cached_property
-    def _mirrors_images(self) -> bool:
-        """True if the images lie in a bucket; the first of them tells."""
-        first = self.source.samples.arrow.slice(0, 1).to_pylist()[0]
-        return self.images.mirrors(first)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pipelines.features.cached import CachedSource
 from pipelines.features.sources import Normalisers
 from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe import resolutions
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.mix import Mix
@@ -282,7 +283,9 @@ def _feed(
         if set(source.shards()) <= set(found.shards())
     }
     max_lost = int(job.extraction.max_failure_share * len(source.samples))
-    return Feed(source, ImageReader(row_groups(), max_lost), job.views, whole)
+    return Feed(
+        source, ImageReader(base(job.dataset.source), row_groups(), max_lost), job.views, whole
+    )
 
 
 @cache

@@ -17,7 +17,7 @@ import numpy as np
 from cache.errors import StoreError
 from cache.format import arrow_tables, layout, zarr_shard
 from cache.reader import Reader
-from cache.samples import Samples
+from cache.samples import Samples, segment_files
 from cache.store import Store, open_store
 from cache.verify import verify_root
 from support.toy_stores import DATASET, ROWS_PER_SHARD, Toy, ids
@@ -33,12 +33,14 @@ Look = Callable[[], object]
 def looks(store: Store) -> dict[str, tuple[Path, Look]]:
     """Return kind -> the file of that kind, and what reads everything of it."""
     samples = layout.samples_directory(store.root, DATASET.name)
+    segments = segment_files(store.root, DATASET.name)
     manifest = layout.manifest_directory(store.directory)
 
     def all_samples() -> object:
         opened = Samples.open(store.root, DATASET.name)
         return [
-            bytes(arrow_tables.to_bytes(opened.arrow)),
+            opened.table.rows(),
+            opened.rows_of(opened.table["sample_id"].to_list()).tolist(),
             opened.dataset,
             opened.rows_per_shard,
             opened.shards(),
@@ -57,7 +59,8 @@ def looks(store: Store) -> dict[str, tuple[Path, Look]]:
         return Reader(store, [VIEW]).select(everything, VIEW).patches().tobytes()
 
     return {
-        "samples": (next(samples.glob("*.arrow")), all_samples),
+        "samples": (segments[0][0], all_samples),
+        "hashes": (segments[1][0], all_samples),
         "samples HEAD": (samples / layout.HEAD, all_samples),
         "manifest": (next(manifest.glob("*.arrow")), records),
         "manifest HEAD": (manifest / layout.HEAD, records),

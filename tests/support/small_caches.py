@@ -5,16 +5,20 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache.format.sample_table import frame
 from cache.store import Store
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Extractor
 from pipelines.images import index as image_index
+from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
 from pipelines.recipe.stores import CacheJob
 
@@ -110,10 +114,25 @@ def job(
     )
 
 
-def index(source: SourceConfig, known: frozenset[str] = frozenset()) -> image_index.Part:
+class Found(NamedTuple):
+    """What a source holds: samples, and what is none."""
+
+    records: pl.DataFrame
+    failures: pl.DataFrame
+
+
+def index(source: SourceConfig) -> Found:
     """Index a whole source at once."""
-    (whole,) = image_index.index(source, known)
-    return whole
+    whole = image_index.whole(source)
+    failures = image_index.failures(whole.sources)
+    return Found(
+        frame(whole.records), pl.DataFrame(failures, indexing.FAILURE_SCHEMA, orient="row")
+    )
+
+
+def reader(source: SourceConfig) -> ImageReader:
+    """Return what reads a source's images."""
+    return ImageReader(base(source))
 
 
 class HerePool:

@@ -6,6 +6,7 @@ from eupe.spec import AugmentedView, EncoderSpec
 from eupe.teachers import load_teacher
 from pipelines.features.live import LiveSource
 from pipelines.images.reader import ImageReader
+from pipelines.images.walks import base
 from pipelines.recipe.config import (
     PROXY,
     EvaluationConfig,
@@ -48,15 +49,16 @@ def live(run: Recipe, stage: StageConfig, compute_batch: int) -> inputs.Inputs:
     job = training_job(run, stage)
     stores = open_stores(job)
     normalisers = inputs.normalisers_of(stage, [stores])
+    images = ImageReader(base(job.dataset.source))
     source = LiveSource(
         {each.name: load_teacher(each.name, each.encoder, each.weights) for each in job.teachers},
         stores[0].samples,
-        ImageReader(),
+        images,
         run.views,
         normalisers,
         compute_batch,
     )
-    feeds = {job.dataset.name: Feed(source, ImageReader(), run.views)}
+    feeds = {job.dataset.name: Feed(source, images, run.views)}
     return inputs.of_feeds(run, stage, feeds, normalisers, {})
 
 

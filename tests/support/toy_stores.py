@@ -1,5 +1,6 @@
 """Small stores with known contents, for the tests of the cache."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +26,10 @@ def sample_table(ids: list[str], image: str = "image of ") -> pl.DataFrame:
     return pl.DataFrame(
         {
             "sample_id": ids,
-            "uri": [f"/images/{name}.png" for name in ids],
+            "uri": [f"{name}.png" for name in ids],
             "offset": [0] * len(ids),
             "bytes": [100 + len(name) for name in ids],
-            "digest": [f"{image}{name}" for name in ids],
-            "width": [64] * len(ids),
-            "height": [48] * len(ids),
+            "digest": [hashlib.sha256(f"{image}{name}".encode()).digest() for name in ids],
             "labels": ['{"class": "x"}'] * len(ids),
         }
     )

@@ -182,7 +182,7 @@ def noise_inputs(
 ) -> Inputs:
     """Return inputs drawn, mixed and batched as always, from images that are noise."""
     normalisers = small_stage.normalisers()
-    feed = _Here(_NoiseSource(normalisers), _NoiseImages(), run.views)  # type: ignore[arg-type]
+    feed = _Here(_NoiseSource(normalisers), _NoiseImages("."), run.views)  # type: ignore[arg-type]
     return inputs.of_feeds(
         run, stage, {next(iter(run.train)): feed}, normalisers, {"source": "noise"}, loader
     )

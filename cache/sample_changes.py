@@ -1,0 +1,87 @@
+"""What changes in a sample table: which samples are new, and which lie elsewhere than they did."""
+
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from cache.errors import StoreError
+from cache.format import arrow_tables
+from cache.format.sample_table import GIVEN, frame, in_full
+
+if TYPE_CHECKING:
+    from cache.samples import Samples
+
+_RENEWED = ("uri", "offset", "bytes", "labels")
+
+
+class Compared(NamedTuple):
+    """Samples that were given, beside those that are there.
+
+    Attributes:
+        new: not there yet (GIVEN), in the order given.
+        moved: there, and now elsewhere in the source or with more labels (GIVEN).
+        rows: of those, int64 [n].
+    """
+
+    new: pa.Table
+    moved: pa.Table
+    rows: npt.NDArray[np.int64]
+
+
+def compare(samples: "Samples", given: pa.Table) -> Compared:
+    """Tell new samples (GIVEN) from those that are there.
+
+    Raises:
+        StoreError: a sample_id is there with another image digest.
+    """
+    rows = samples.find(given["sample_id"])
+    known = np.flatnonzero(rows >= 0)
+    new = given.take(arrow_tables.from_numpy(np.flatnonzero(rows < 0)))
+    theirs = samples.take(rows[known])
+    ours = frame(given.take(arrow_tables.from_numpy(known)))
+    if changed := np.flatnonzero(ours["digest"] != theirs["digest"]).tolist():
+        here, there = ours.row(changed[0], named=True), theirs.row(changed[0], named=True)
+        raise StoreError(
+            f"{samples.directory}: sample {here['sample_id']!r} is there with another image: "
+            f"{here['uri']} at {here['offset']} has sha256 {here['digest'].hex()}, what was "
+            f"indexed ({there['uri']} at {there['offset']}) had {there['digest'].hex()}; a "
+            "changed image needs a new sample_id or a new dataset name"
+        )
+    pairs = zip(theirs["labels"], ours["labels"], strict=True)
+    ours = ours.with_columns(
+        labels=pl.Series("labels", [_joined(*pair) for pair in pairs], pl.String)
+    )
+    differ = np.zeros(len(known), bool)
+    for name in _RENEWED:
+        differ |= ours[name].ne_missing(theirs[name]).to_numpy()
+    moved = ours.filter(pl.Series("differ", differ)).to_arrow().cast(GIVEN)
+    return Compared(new, moved, rows[known[differ]])
+
+
+def renewed(
+    samples: "Samples", moved: pa.Table, rows: npt.NDArray[np.int64]
+) -> dict[int, pa.Table]:
+    """Return the segments (number -> GIVEN) in which rows are replaced by moved samples."""
+    segment = np.searchsorted(samples.starts, rows, side="right") - 1
+    tables = {}
+    for number in np.unique(segment).tolist():
+        mine = np.flatnonzero(segment == number)
+        whole = in_full(samples.segment(number))
+        order = np.arange(whole.num_rows)
+        order[rows[mine] - samples.starts[number]] = whole.num_rows + np.arange(len(mine))
+        both = pa.concat_tables([whole, moved.take(arrow_tables.from_numpy(mine))])
+        tables[number] = both.take(arrow_tables.from_numpy(order))
+    return tables
+
+
+def _joined(there: str, given: str) -> str:
+    """Return labels, JSON objects, with those given in the place of those that are there."""
+    if there == given:
+        return there
+    before = json.loads(there)
+    both = before | json.loads(given)
+    return there if both == before else json.dumps(both, ensure_ascii=False, sort_keys=True)
