@@ -43,6 +43,7 @@ def settings(folder: Path) -> dict[str, str]:
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_CLIENT_MAX_RETRIES": "2",  # of five, which are a minute each time
         "DO_NOT_TRACK": "1",
     }
 

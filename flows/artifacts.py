@@ -1,6 +1,7 @@
 """What a flow shows in Prefect: the progress of its long steps, and tables of results."""
 
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from uuid import UUID
@@ -13,25 +14,35 @@ from prefect.artifacts import (
 
 from pipelines.machines.progress import Reading, set_listener
 
+PAUSE = 10
+"""A server that is gone costs at most one part in so many of the work's time."""
+
 
 @contextmanager
 def progress(key: str) -> Iterator[None]:
     """Show every step that is tracked inside the block as a progress artifact.
 
+    Prefect's client asks a server that is gone again for a minute before it gives up, and the work
+    waits for it: after a failure nothing is told for PAUSE times as long as that took.
+
     Args:
         key: of the artifacts; lower-case letters, digits and dashes.
     """
     shown: dict[str, UUID] = {}
-    failed = False
+    silent_until: float | None = None
 
     def listen(reading: Reading) -> None:
-        nonlocal failed
+        nonlocal silent_until
+        started = time.monotonic()
+        if silent_until is not None and started < silent_until:
+            return
         try:
             show(reading)
         except Exception as error:  # what is shown must not stop what is done
-            if not failed:
+            if silent_until is None:
                 print(f"Prefect does not take the progress of {key}: {error!r}", file=sys.stderr)
-            failed = True
+            now = time.monotonic()
+            silent_until = now + PAUSE * (now - started)
 
     def show(reading: Reading) -> None:
         if not reading.total:
