@@ -1,6 +1,6 @@
 """What is left after faults: processes killed, disks full, files damaged, a hundred times over.
 
-    python -m benchmarks.faults [--rounds 100] [--seed 1] [--kinds NAME...] [--json FILE]
+    python -m benchmarks.faults [--rounds 100] [--seed 1] [--kinds NAME...] [--quick] [--json FILE]
 
 A round has one fault of one kind, drawn by the seed, happen to a small build or training. Then the
 same command is given again, and what lies there is compared with undisturbed work: every data file
@@ -243,7 +243,8 @@ def drawn(kinds: Sequence[Kind], rounds: int, draws: random.Random) -> list[Kind
 def campaign(arguments: argparse.Namespace, folder: Path, console: Console) -> list[Verdict]:
     """Run all rounds."""
     start_server()
-    kinds = [KINDS[name] for name in arguments.kinds or KINDS]
+    asked = [KINDS[name] for name in arguments.kinds or KINDS]
+    kinds = [kind for kind in asked if not (arguments.quick and kind.slow)]
     chosen = drawn(kinds, arguments.rounds, random.Random(f"faults/kinds/{arguments.seed}"))
     verdicts = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -305,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=[], metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="no kind that starts a cluster")
     parser.add_argument("--verbose", action="store_true", help="say what every round refused")
     arguments = parser.parse_args(argv)
     console, started = tables.console(), time.monotonic()
