@@ -5,7 +5,6 @@ Everything here is called in processes of its own (`fault_children`), and may en
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -207,7 +206,7 @@ class Seen:
         """Take the digest of what was read."""
         digest = hashlib.sha256()
         for part in parts:
-            said = part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part).encode()
+            said = part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode()
             digest.update(said)
         self.twice += what in self.values
         self.values[what] = digest.hexdigest()
@@ -278,12 +277,16 @@ def problems(root: Path) -> dict[str, str]:
 
 
 def data_files(root: Path) -> Mapping[str, str]:
-    """Return the digest of every data file of a cache root: not of the manifest and of scratch."""
+    """Return the digest of every data file of a cache root.
+
+    Left out are manifests and HEADs, which count commits, the list of failures, and scratch.
+    """
     cache = root / "cache"
     return {
         str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(cache.rglob("*"))
         if path.is_file()
         and not {"manifest", ".tmp"} & set(path.relative_to(cache).parts)
+        and not path.name.startswith("HEAD")
         and path.suffix != ".jsonl"
     }

@@ -141,6 +141,25 @@ def test_indexing_that_was_killed_goes_on_with_what_is_listed(
     assert data_files(tmp_path / "killed") == data_files(tmp_path / "undisturbed")
 
 
+def test_another_builder_that_indexes_at_once_is_in_nobodys_way(tmp_path, images, monkeypatch):
+    """It begins and is done while a part of the first one has not got its name yet."""
+    source = write_folder(tmp_path / "images", images)
+    alone, work = (job(tmp_path / name, source) for name in ("alone", "root"))
+    indexing.index_samples(alone)
+    replace, others = os.replace, []
+
+    def interrupted(path, target):
+        if not others and "listing" in str(target):
+            others.append(None)
+            others.append(indexing.index_samples(work))
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert indexing.index_samples(work).num_samples == others[1].num_samples == 24
+    assert data_files(tmp_path / "root") == data_files(tmp_path / "alone")
+    assert not list((tmp_path / "root").rglob("listing/*"))
+
+
 def test_samples_that_are_added_in_steps_are_those_of_one_step(tmp_path, images, monkeypatch):
     source = write_folder(tmp_path / "images", images)
     at_once = job(tmp_path / "at-once", source, rows_per_shard=3)

@@ -5,7 +5,8 @@
 Nothing is a sample before the whole source was looked at: then all are added, in the order of the
 hashes of their ids. A tar often holds a class or a day; by hash a shard holds a bit of everything.
 Killed, indexing goes on with the parts that are there. In memory are a part and what is merged,
-never all samples.
+never all samples. Two builders may index at once and share the folder: whoever is done first takes
+the parts away, and the other one keeps those that it has mapped.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache.errors import NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables
 from cache.format.sample_table import GIVEN, SOURCES, id_hashes
@@ -47,11 +49,14 @@ class Listing:
         keys = {_key(piece) for piece in wanted}
         self._parts: list[pa.Table] = []
         for path in sorted(directory.glob("*.arrow")):
-            part = arrow_tables.map_table(path, sha256=path.stem)
+            try:
+                part = arrow_tables.map_table(path, sha256=path.stem)
+            except NotBuilt:  # another builder is done with it
+                continue
             if {(uri, size, stamp) for uri, size, stamp, _ in _sources(part)} <= keys:
                 self._parts.append(part)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
         done = {(uri, size, stamp) for uri, size, stamp, _ in self._all_sources()}
         self.missing = [piece for piece in wanted if _key(piece) not in done]
 
@@ -69,7 +74,11 @@ class Listing:
         content = arrow_tables.to_bytes(table.replace_schema_metadata({_SOURCES: said}))
         path = self._directory / f"{hashlib.sha256(content).hexdigest()}.arrow"
         atomic.write(path, [content], self._directory.parent)
-        self._parts.append(arrow_tables.map_table(path, sha256=path.stem))
+        try:
+            kept = arrow_tables.map_table(path, sha256=path.stem)
+        except NotBuilt:  # another builder is done with all parts, this one among them
+            kept = arrow_tables.parse_table(pa.py_buffer(content), str(path))
+        self._parts.append(kept)
 
     def sources(self) -> pa.Table:
         """Return the pieces that were looked at (SOURCES)."""
@@ -99,11 +108,9 @@ class Listing:
             yield table
 
     def remove(self) -> None:
-        """Drop the parts: all of it is in the sample table."""
-        if self._directory.is_dir():
-            for path in self._directory.glob("*.arrow"):
-                path.unlink(missing_ok=True)
-            self._directory.rmdir()
+        """Drop the parts: all of it is in the sample table. Another builder may use the folder."""
+        for path in self._directory.glob("*.arrow"):
+            path.unlink(missing_ok=True)
 
     def _all_sources(self) -> list[tuple[str, int, str, str]]:
         return [row for part in self._parts for row in _sources(part)]
