@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.commands import caches, recipes, runs
-from pipelines.machines import loopback
+from pipelines.machines import interrupt, loopback
 from pipelines.machines.errors import one_sentence
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def eupe(
 def main() -> None:
     """Run the command line: 0 done, 2 bad input (one sentence), 1 anything else (traceback)."""
     loopback.reach_directly()
-    with one_sentence():
+    with interrupt.at_once(), one_sentence():
         app()
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from eupe.errors import BadInput
 from flows.local_stack import free_ports
-from pipelines.machines import cluster
+from pipelines.machines import cluster, interrupt
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -67,7 +68,8 @@ def run_job(
                 entrypoint_num_gpus=gpus or None,
             )
     try:
-        info = _follow(client, job, say)
+        with interrupt.calling(partial(client.stop_job, job)):
+            info = _follow(client, job, say)
     except Exception as error:
         raise RuntimeError(
             f"lost sight of job {job} at {address} ({error!r}); if that cluster is up, so is the "

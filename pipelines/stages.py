@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipelines.evaluation import during
-from pipelines.machines import loopback
+from pipelines.machines import interrupt, loopback
 from pipelines.machines.errors import one_sentence
 from pipelines.recipe import recipes
 from pipelines.recipe.stage import StageName
@@ -65,7 +65,7 @@ def run(name: StageName, default: str, arguments: Sequence[str] | None = None) -
             print(f"{key:>18}  {value}")
 
     loopback.reach_directly()
-    with one_sentence():
+    with interrupt.at_once(), one_sentence():
         command(arguments, prog_name=name)
 
 

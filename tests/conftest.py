@@ -83,13 +83,9 @@ def nothing_outlives_the_session() -> Iterator[None]:
     assert not names, "processes left behind: " + "; ".join(names)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Start one local Ray for a file's in-process tests: two CPUs, no dashboard.
-
-    No longer than that: its agent holds the port that a Ray with a job API, started by ray.init
-    beside it, wants for its own, and jobs given to that one never start.
-    """
+    """Start one local Ray for all in-process tests: two CPUs, no dashboard."""
     import ray
 
     ray.init(

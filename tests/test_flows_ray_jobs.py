@@ -50,6 +50,30 @@ def test_output_streams_and_the_exit_code_is_the_drivers_own():
     assert "exit code 127\n" in said  # what the shell says of a command that is not there
 
 
+BESIDE = """
+import sys
+from flows.ray_jobs import job_cluster, run_job
+with job_cluster() as address:
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_second_ray_on_the_machine_takes_jobs_too():
+    """Every Ray's job agent wants one port unless it is told otherwise."""
+    words = [sys.executable, "-c", BESIDE]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert any(line == "up\n" for line in other.stdout)
+        said = output(SCRIPT.format(code="print('hello')"))
+        assert "hello\nexit code 0\n" in said
+        other.communicate("")
+
+
 GPU_SCRIPT = """
 import sys
 from flows import ray_jobs

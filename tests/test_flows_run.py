@@ -13,10 +13,10 @@ PATIENCE_SECONDS = 500
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 
-# "Stage 2 only" of the demo, shrunk: 8 cats to learn from, 26 held-out pictures, two steps.
+# "Stage 2 only" of the demo, shrunk: 16 games to learn from, 26 held-out pictures, two steps.
 TINY = [
     "num_views=1",
-    "train.emoji-train.source.where={split: train, subcategory: cat-face}",
+    "train.emoji-train.source.where={split: train, subcategory: game}",
     "held_out.source.where={split: test, category: Activities}",
     "extraction.moments_samples=4",
     "extraction.compute_batch=4",
@@ -59,7 +59,7 @@ def test_a_run_goes_from_images_to_a_summary(first, home):
     assert "6 shards computed" in first.stderr  # 3 jobs x 2 teachers, each one shard
     summary = json.loads(first.stdout)
     assert json.loads((home / "runs/demo_stage2/summary.json").read_text()) == summary
-    assert (summary["images"], summary["training_steps"]) == (34, 2)
+    assert (summary["images"], summary["training_steps"]) == (42, 2)
     assert summary["knn_top1"]["queries"] == 26
     assert {"teacher caches", "stage2", "evaluation"} <= set(summary["seconds"])
     page = (home / "runs/demo_stage2/report.html").read_text()

@@ -22,10 +22,10 @@ PATIENCE_SECONDS = 400
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 
-# The demo, shrunk: 8 cats to learn from, 26 held-out pictures, one view, two steps.
+# The demo, shrunk: 16 games to learn from, 26 held-out pictures, one view, two steps.
 TINY = [
     "num_views=1",
-    "train.emoji-train.source.where={split: train, subcategory: cat-face}",
+    "train.emoji-train.source.where={split: train, subcategory: game}",
     "held_out.source.where={split: test, category: Activities}",
     "extraction.moments_samples=4",
     "extraction.compute_batch=4",

@@ -68,17 +68,6 @@ def test_no_token_is_invented_for_a_cluster_that_has_its_own(tmp_path):
     assert token(tmp_path, **CLUSTER) == "none"
 
 
-def test_a_job_api_is_refused_where_another_rays_agent_listens(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        monkeypatch.setattr(cluster, "AGENT_PORT", other.getsockname()[1])
-        monkeypatch.setattr(cluster, "ENDING_SECONDS", 1.0)
-        with (
-            pytest.raises(BadInput, match="RAY_API_SERVER_ADDRESS"),
-            cluster.connect(dashboard_port=1),
-        ):
-            raise AssertionError("a Ray was started")
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 def test_an_address_at_which_nobody_listens_is_refused_at_once(monkeypatch, host):
     with socket.socket() as free:

@@ -6,17 +6,14 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-
-from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
+from unittest import mock
 
 from eupe.errors import BadInput
 
 TOKEN_BYTES = 32
-AGENT_PORT = 52365
-"""Where every Ray's job agent listens; ray.init has no argument for it (`ray start` has)."""
-ENDING_SECONDS = 15.0
 ANSWER_SECONDS = 10.0
 
 
@@ -34,8 +31,7 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         the address of the job API of a Ray started here with one, else None.
 
     Raises:
-        BadInput: a job API is asked for, and another Ray's agent holds the port of its agent; or
-            nothing answers at RAY_ADDRESS, or it wants another token.
+        BadInput: nothing answers at RAY_ADDRESS, or it wants another token.
     """
     _authenticate()
     import ray  # after its settings: it reads them once, when imported
@@ -55,15 +51,14 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
                     "holds it in RAY_AUTH_TOKEN_PATH, or set RAY_AUTH_MODE=disabled if it has none"
                 ) from error
         else:
-            if dashboard_port is not None:
-                _check_agent_port()
-            ray.init(
-                address="local",
-                include_dashboard=dashboard_port is not None,
-                dashboard_host="127.0.0.1",
-                dashboard_port=dashboard_port,
-                logging_level=logging.WARNING,
-            )
+            with _own_agent_port():
+                ray.init(
+                    address="local",
+                    include_dashboard=dashboard_port is not None,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=dashboard_port,
+                    logging_level=logging.WARNING,
+                )
         yield None if dashboard_port is None else f"http://127.0.0.1:{dashboard_port}"
     finally:
         ray.shutdown()
@@ -83,28 +78,16 @@ def _check_answers(address: str) -> None:
         ) from error
 
 
-def _check_agent_port() -> None:
-    """Refuse to start a Ray whose job agent could not listen: its jobs would never start.
+def _own_agent_port() -> AbstractContextManager[object]:
+    """Let the Ray that is started inside the block choose the port of its job agent.
 
-    Another Ray that is just ending is waited for.
+    Every Ray's agent wants port 52365, and of a second Ray on a machine no job would ever start.
+    `ray start` and `ray.cluster_utils` have an option for it, ray.init (2.60) has none.
     """
-    free = Retrying(
-        retry=retry_if_result(lambda held: held),
-        stop=stop_after_delay(ENDING_SECONDS),
-        wait=wait_fixed(0.5),
-        retry_error_callback=lambda _: True,
-    )
-    if free(_agent_listens):
-        raise BadInput(
-            f"another Ray runs on this machine and its job agent holds port {AGENT_PORT}: give the "
-            "work to that Ray (set RAY_ADDRESS and RAY_API_SERVER_ADDRESS; after `make up`: "
-            "`. runs/local/env`), or wait until it has ended"
-        )
+    from ray._private import parameter
 
-
-def _agent_listens() -> bool:
-    with socket.socket() as asker:
-        return asker.connect_ex(("127.0.0.1", AGENT_PORT)) == 0
+    made = partial(parameter.RayParams, dashboard_agent_listen_port=None)
+    return mock.patch.object(parameter, "RayParams", made)
 
 
 def _authenticate() -> None:

@@ -17,13 +17,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from cache.errors import StoreError
 from cache.files import atomic
 from cache.files.refused import writing
+from pipelines.machines import interrupt
 
 VARIABLE = "EUPE_JOB_FOLDER"
 PROGRESS, ERROR = "progress.json", "error.json"
@@ -48,10 +49,12 @@ def made(directory: Path, name: str) -> Iterator[Path]:
     with writing(folder):
         atomic.make_directories(folder)
     _sweep(directory)
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
     try:
-        yield folder
+        with interrupt.calling(remove):
+            yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # a worker that dies slowly may still write
+        remove()  # a worker that dies slowly may still write
 
 
 def _sweep(directory: Path) -> None:
