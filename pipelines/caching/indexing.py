@@ -81,9 +81,12 @@ def index_samples(job: CacheJob) -> Indexed:
     check_share(job, len(failures), total, reasons.to_list())
     per_shard = job.extraction.rows_per_shard or (samples and samples.rows_per_shard)
     per_shard = per_shard or rows_per_shard(job)
+    last = GIVEN.empty_table()
     for table in _segments(samples, listing, max(SEGMENT_ROWS // per_shard, 1) * per_shard):
-        grown = Samples.append(job.root, dataset, table, per_shard)
-    grown = Samples.append(job.root, dataset, GIVEN.empty_table(), per_shard, sources)
+        if last.num_rows:
+            Samples.append(job.root, dataset, last, per_shard)
+        last = table
+    grown = Samples.append(job.root, dataset, last, per_shard, sources)
     listing.remove()
     return Indexed(dataset.name, len(grown), len(grown) - num_before, failures)
 
