@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from cache.errors import MissingSamples, NotBuilt, StoreError
 from cache.reader import Reader
+from cache.repair import repair_root
 from cache.samples import Samples, ShardRange
 from cache.store import Store, open_store
 from cache.verify import verify_root
@@ -276,17 +277,23 @@ def problems(root: Path) -> dict[str, str]:
     return {str(each.path): str(each) for _, report in reports for each in report.problems}
 
 
+def repair(root: Path) -> list[str]:
+    """Mend a root; return what is lost for good."""
+    found = [mended for _, mended in repair_root(root / "cache", write=True)]
+    return [str(problem) for mended in found for problem in mended.lost]
+
+
 def data_files(root: Path) -> Mapping[str, str]:
     """Return the digest of every data file of a cache root.
 
-    Left out are manifests and HEADs, which count commits, the list of failures, and scratch.
+    Left out are manifests and sample tables, whose files' names count commits (`look` reads what
+    is in them), the list of failures, and scratch.
     """
     cache = root / "cache"
     return {
         str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(cache.rglob("*"))
         if path.is_file()
-        and not {"manifest", ".tmp"} & set(path.relative_to(cache).parts)
-        and not path.name.startswith("HEAD")
+        and not {"manifest", "samples", ".tmp"} & set(path.relative_to(cache).parts)
         and path.suffix != ".jsonl"
     }

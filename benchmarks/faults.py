@@ -5,13 +5,14 @@
 A round has one fault of one kind, drawn by the seed, happen to a small build or training. Then the
 same command is given again, and what lies there is compared with undisturbed work: every data file
 byte for byte, every sample and row as it is read, every loss. Of a file that was damaged a refusal
-that names it is as good. Each kind occurs as often as the next; slow ones (clusters of their own)
-less often.
+that names it is as good, and `eupe cache repair` then mends it or says what is lost. Each kind
+occurs as often as the next; slow ones (clusters of their own) once.
 
     lost_rows                   wanted, and absent after the command was given again
     duplicate_rows              samples, records or rows that are there twice
     silent_differences          values read, losses or files that differ, and nobody says so
     refusals                    rounds in which a damaged file was refused, by name
+    mended                      of them, those after which `repair` and a build made all as it was
     failures                    commands that ended otherwise than they should have
     max_shards_redone_per_actor shards computed again although they had been committed or begun
 
@@ -46,6 +47,7 @@ COLUMNS = {
     "kind": "",
     "rounds": "",
     "refusals": "",
+    "mended": "",
     "lost_rows": "",
     "duplicate_rows": "",
     "silent_differences": "",
@@ -64,6 +66,7 @@ class Verdict:
     duplicate_rows: int = 0
     silent_differences: int = 0
     refusals: int = 0
+    mended: int = 0
     failures: int = 0
     shards_redone: int = 0
     seconds: float = 0.0
@@ -87,6 +90,11 @@ class Verdict:
         """Take note of a command that ended otherwise than it should have."""
         self.failures += 1
         self.said.append(words)
+
+    def lose(self, rows: Sequence[str]) -> None:
+        """Take note of what is absent."""
+        self.lost_rows += len(rows)
+        self.said += [f"lost: {what}" for what in rows[:3]]
 
     def differ(self, count: int, words: str) -> None:
         """Take note of differences that nobody names."""
@@ -164,8 +172,7 @@ def judge_build(verdict: Verdict, work: Undisturbed, round: Round, struck: Struc
     """Build again; compare rows, samples, records and files with those of the undisturbed build."""
     look(verdict, work, round, struck)
     there = shard_files(round.root) if struck.there is None else struck.there
-    indexed = (fault_subject.ALL,) if struck.damaged else fault_subject.GROWING
-    done = in_child(fault_subject.build, work.reference.images, round.root, indexed)
+    done = build(round, struck)
     verdict.shards_redone = -(-redone(there, shard_files(round.root)) // struck.actors)
     if done.how == "refused" and struck.damaged:
         verdict.refuse(done.words, struck)
@@ -173,19 +180,8 @@ def judge_build(verdict: Verdict, work: Undisturbed, round: Round, struck: Struc
         verdict.fail(f"given again, the build {done.how}: {done.words}")
     seen = look(verdict, work, round, struck)
     if done.how == "done":
-        lost = [
-            what
-            for what in work.seen.values
-            if what not in seen.values and not any(map(what.startswith, seen.refused))
-        ]
-        verdict.lost_rows += len(lost)
-        verdict.said += [f"lost: {what}" for what in lost[:3]]
-    files = fault_subject.data_files(round.root)
-    different = [
-        path
-        for path in sorted(files.keys() | work.files.keys())
-        if files.get(path) != work.files.get(path) and done.how == "done"
-    ]
+        verdict.lose(lost_rows(seen, work))
+    different = other_files(round, work) if done.how == "done" else []
     if different:
         found = in_child(fault_subject.problems, round.root)
         named = " ".join([*(found.result or {}), found.words, *seen.refused.values()])
@@ -193,6 +189,50 @@ def judge_build(verdict: Verdict, work: Undisturbed, round: Round, struck: Struc
         verdict.differ(len(unnamed), f"files differ, and verify is silent: {unnamed[:3]}")
         if len(unnamed) < len(different):
             verdict.refuse(named, struck)
+    if struck.damaged and (different or done.how == "refused"):
+        mend(verdict, work, round, struck)
+
+
+def mend(verdict: Verdict, work: Undisturbed, round: Round, struck: Struck) -> None:
+    """Repair and build: all is as it was, or it was said what is lost for good."""
+    repaired = in_child(fault_subject.repair, round.root)
+    if repaired.how != "done":
+        verdict.fail(f"repair {repaired.how}: {repaired.words}")
+        return
+    if struck.is_named(" ".join(repaired.result)):
+        verdict.said.append(f"lost for good: {repaired.result[0]}")
+        return
+    done = build(round, struck)
+    seen = look(verdict, work, round, struck)
+    if done.how != "done":
+        verdict.fail(f"after repair, the build {done.how}: {done.words}")
+    elif seen.refused or lost_rows(seen, work) or other_files(round, work):
+        wrong = [*seen.refused.values(), *lost_rows(seen, work), *other_files(round, work)]
+        verdict.fail(f"repair has not mended it, and says nothing: {wrong[:3]}")
+    else:
+        verdict.mended = 1
+
+
+def build(round: Round, struck: Struck) -> Ended:
+    """Give the command again: that of all pictures, where they are all there."""
+    indexed = (fault_subject.ALL,) if struck.damaged else fault_subject.GROWING
+    return in_child(fault_subject.build, round.reference.images, round.root, indexed)
+
+
+def lost_rows(seen: Seen, work: Undisturbed) -> list[str]:
+    """Return what undisturbed work has, and nobody refuses, and is not there."""
+    return [
+        what
+        for what in work.seen.values
+        if what not in seen.values and not any(map(what.startswith, seen.refused))
+    ]
+
+
+def other_files(round: Round, work: Undisturbed) -> list[str]:
+    """Return the data files that are not those of undisturbed work."""
+    files = fault_subject.data_files(round.root)
+    both = sorted(files.keys() | work.files.keys())
+    return [path for path in both if files.get(path) != work.files.get(path)]
 
 
 def look(verdict: Verdict, work: Undisturbed, round: Round, struck: Struck) -> Seen:
@@ -272,6 +312,7 @@ def summary(verdicts: Sequence[Verdict], seconds: float) -> dict[str, Any]:
         counts = Counter(
             rounds=1,
             refusals=verdict.refusals,
+            mended=verdict.mended,
             lost_rows=verdict.lost_rows,
             duplicate_rows=verdict.duplicate_rows,
             silent_differences=verdict.silent_differences,
@@ -288,6 +329,7 @@ def summary(verdicts: Sequence[Verdict], seconds: float) -> dict[str, Any]:
             "duplicate_rows",
             "silent_differences",
             "refusals",
+            "mended",
             "failures",
         )
     }
