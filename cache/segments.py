@@ -212,9 +212,9 @@ def left_of(directory: Path, kind: type[H]) -> Left[H]:
     """Look what is left of a folder's HEADs."""
     try:
         sound = read_head(directory, kind)
-        if sound is not None:
+        if sound is not None and _is_of(directory, sound.head):
             return Left(sound.head, None, sound.head.version + 1)
-        fault = "lost"
+        fault = "lost" if sound is None else "names no segment that is here, so is another's"
     except Corrupt as error:
         fault = str(error)
     readable = []
@@ -222,11 +222,18 @@ def left_of(directory: Path, kind: type[H]) -> Left[H]:
         with suppress(Corrupt, OSError):
             found = _read(path, kind)
             readable += [] if found is None else [found.head]
+    readable = [head for head in readable if _is_of(directory, head)] or readable
     names = [path.name for path in directory.glob("*")]
     versions = [int(m[1] or m[2]) for m in map(_NUMBERED.fullmatch, names) if m is not None]
     newest = max(readable, key=lambda head: head.version, default=None)
     versions += [] if newest is None else [newest.version]
     return Left(newest, fault, max(versions, default=-1) + 1)
+
+
+def _is_of(directory: Path, head: Head) -> bool:
+    """True if a HEAD speaks of this folder: of what it names, something is here."""
+    named = [directory / segment.name for segment in head.segments]
+    return not named or any(path.is_file() for path in named)
 
 
 def restore(directory: Path, head: Head, scratch: Path) -> None:

@@ -284,3 +284,25 @@ def test_a_root_in_a_bucket_is_mended_too(s3, tmp_path):
     assert {name: after[name] for name in before if "manifest" not in name.parts} == {
         name: size for name, size in before.items() if "manifest" not in name.parts
     }
+
+
+def test_a_head_of_another_store_is_known_by_what_it_names(tmp_path):
+    """It is whole, and pins another spec.json: this store's own was taken for damaged."""
+    toys = [Toy(tmp_path / codec, codec=codec) for codec in ("float16", "rot4")]
+    heads = []
+    for toy in toys:
+        toy.add_samples(ids(7))
+        store = toy.build(VIEWS)
+        heads.append(layout.manifest_directory(store.directory) / layout.HEAD)
+    toy = toys[0]
+    wanted = everything(toy.root)
+    heads[0].write_bytes(heads[1].read_bytes())
+    with pytest.raises(StoreError):
+        toy.build(VIEWS)
+    mended, lost = repaired(toy.root)
+    assert lost == []
+    assert len(mended) == 1
+    assert f"{heads[0]}: names no segment that is here" in mended[0]
+    assert toy.store().todo(VIEWS) == []
+    data = [path for path in wanted if "manifest" not in Path(path).parts]
+    assert all(everything(toy.root)[path] == wanted[path] for path in data)
