@@ -15,23 +15,25 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import JsonValue, ValidationError
 
 from cache.codec.known import stored_codec
 from cache.errors import MissingSamples, StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
-from cache.format.sample_table import first_row, hash_table, id_hashes, is_stored
+from cache.format.sample_table import DROPPED, first_row, hash_table, id_hashes, is_stored
 from cache.manifest import SCHEMA, Manifest, ManifestHead, ShardRecord, records_of, table_of
-from cache.samples import Samples, SampleSegment, SamplesHead, segment_files
+from cache.samples import DROPPED_REASON, Rows, Samples, SampleSegment, SamplesHead, segment_files
 from cache.segments import (
     HeadFile,
     Segment,
@@ -191,20 +193,41 @@ def _mend_samples(
     if not kept:
         mending.lose(directory, f"{fault}; no segment of its samples is left, index it anew")
         return None
-    said = {"version": left.next_version, "segments": tuple(kept), "sources": None}
+    rows = _dropped(directory, head, [s for s in stores if s.is_relative_to(directory.parent)])
+    said = {"version": left.next_version, "segments": tuple(kept), "sources": None, "dropped": None}
     mended = head.model_copy(update=said)
     what = f"{fault}; written anew, with {kept[-1].start + kept[-1].rows} rows"
     if gone:
         what += f" and without {', '.join(gone)}: `eupe cache build` indexes its images again"
     tables = [whole[segment.name][1] for segment in kept]
-    restored = partial(_restore_samples, directory, mended, tables)
+    restored = partial(_restore_samples, directory, mended, tables, rows)
     mending.mend(directory / layout.HEAD, what, restored)
-    return Samples(directory, mended)
+    samples = Samples(directory, mended)
+    samples.dropped = rows
+    return samples
 
 
-def _restore_samples(directory: Path, head: SamplesHead, tables: Sequence[pa.Table]) -> None:
-    """Write the tables of hashes anew, and then the HEAD that names everything."""
+def _dropped(directory: Path, head: SamplesHead, stores: Sequence[Path]) -> Rows:
+    """Return the rows that were ever taken out, as lists of them and tables of rows tell."""
+    lists = whole_segments(directory, head.pinned(), DROPPED).values()
+    found = [arrow_tables.to_numpy(table["dropped"]) for _, table in lists]
+    for path in chain.from_iterable(store.glob("view-*/rows-*.arrow") for store in stores):
+        with suppress(StoreError, OSError, LookupError, ValueError):
+            reasons = arrow_tables.map_table(path)["reason"]
+            inside = np.flatnonzero(pc.equal(reasons, DROPPED_REASON).fill_null(False).to_numpy())
+            found.append(int(path.stem.partition("-")[2]) * head.rows_per_shard + inside)
+    return np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+
+
+def _restore_samples(
+    directory: Path, head: SamplesHead, tables: Sequence[pa.Table], dropped: Rows
+) -> None:
+    """Write the tables of hashes and of dropped rows anew, and then the HEAD that names all."""
     scratch = layout.scratch_directory(directory)
+    if len(dropped):
+        listed = pa.table([arrow_tables.from_numpy(dropped)], schema=DROPPED)
+        segment = write_segment(directory, head.version, listed, scratch)
+        head = head.model_copy(update={"dropped": segment})
     for segment, table in zip(head.segments, tables, strict=True):
         content = arrow_tables.to_bytes(_hashes(head, table))
         atomic.write(directory / segment.hashes.name, [content], scratch)

@@ -33,13 +33,13 @@ class Compared(NamedTuple):
 
 
 def compare(samples: "Samples", given: pa.Table) -> Compared:
-    """Tell new samples (GIVEN) from those that are there.
+    """Tell new samples (GIVEN) from those that are there; those taken out are neither.
 
     Raises:
         StoreError: a sample_id is there with another image digest.
     """
     rows = samples.find(given["sample_id"])
-    known = np.flatnonzero(rows >= 0)
+    known = np.flatnonzero((rows >= 0) & ~np.isin(rows, samples.dropped))
     new = given.take(arrow_tables.from_numpy(np.flatnonzero(rows < 0)))
     theirs = samples.take(rows[known])
     ours = frame(given.take(arrow_tables.from_numpy(known)))

@@ -23,6 +23,7 @@ from cache.errors import FingerprintMismatch, MissingSamples, NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
 from cache.format.sample_table import (
+    DROPPED,
     GIVEN,
     HASHES,
     SOURCES,
@@ -52,6 +53,8 @@ from eupe.spec import DatasetSpec
 
 Rows = npt.NDArray[np.int64]
 
+DROPPED_REASON = "dropped"
+"""Why a row of a sample that was taken out has no features."""
 SEGMENT_ROWS = 2_000_000
 """Samples of one segment at most: a column of its text has 2 GiB of room."""
 
@@ -88,17 +91,19 @@ class SamplesHead(Head):
         rows_per_shard: fixed when the dataset got its first samples.
         segments: their rows rise.
         sources: the table of what was indexed; None where nothing is to be recognised.
+        dropped: the table of rows that were taken out; None: none were.
     """
 
     dataset: DatasetSpec
     rows_per_shard: int = Field(ge=1)
     segments: tuple[SampleSegment, ...] = ()
     sources: Segment | None = None
+    dropped: Segment | None = None
 
     def pinned(self) -> list[Segment]:
         """Return every file that it names."""
         rest = [segment.hashes for segment in self.segments]
-        rest += [] if self.sources is None else [self.sources]
+        rest += [each for each in (self.sources, self.dropped) if each is not None]
         return [*self.segments, *rest]
 
 
@@ -187,6 +192,14 @@ class Samples:
             )
         return cls.open(root, dataset.name)
 
+    @cached_property
+    def dropped(self) -> Rows:
+        """Rows that were taken out (`dropping.listed`), int64, rising."""
+        if self._head.dropped is None:
+            return np.empty(0, np.int64)
+        table = map_segment(self.directory, self._head.dropped, DROPPED)
+        return np.asarray(arrow_tables.to_numpy(table["dropped"]), np.int64)
+
     def __len__(self) -> int:
         """Number of samples (gaps left out)."""
         return int(self._offsets[-1])
@@ -236,12 +249,15 @@ class Samples:
         return ShardRange(shard, start, min(start + self.rows_per_shard, end))
 
     def shard(self, shard: int) -> pl.DataFrame:
-        """Return the samples of one shard (columns of GIVEN), in row order."""
-        return frame(in_full(self._slice(self.shard_range(shard))))
+        """Return the samples of one shard (columns of GIVEN), in row order; see `take`."""
+        span = self.shard_range(shard)
+        return self.take(np.arange(span.start, span.stop))
 
     def shard_digest(self, shard: int) -> str:
         """Digest of a shard's sample ids and image digests: what its features were made of."""
-        part = self._slice(self.shard_range(shard))
+        span = self.shard_range(shard)
+        number = int(np.searchsorted(self.starts, span.start, side="right")) - 1
+        part = self.segment(number).slice(span.start - self.starts[number], len(span))
         ids = part["sample_id"].to_pylist()
         digests = [digest.hex() for digest in part["digest"].to_pylist()]
         text = json.dumps([ids, digests], separators=(",", ":"), ensure_ascii=False)
@@ -258,6 +274,8 @@ class Samples:
     def take(self, rows: Sequence[int] | Rows) -> pl.DataFrame:
         """Return the samples of rows (columns of GIVEN), in the given order.
 
+        The `uri` of samples that were taken out is null.
+
         Raises:
             MissingSamples: a row holds no sample.
         """
@@ -267,12 +285,13 @@ class Samples:
         wrong = (segment < 0) | (inside >= self._lengths[segment])
         if wrong.any():
             raise MissingSamples(f"{self.directory}: row {asked[wrong][0]} holds no sample")
-        return frame(self._taken(segment, inside))
+        return _shown(self._taken(segment, inside), asked, self.dropped)
 
     def at(self, places: Rows) -> pl.DataFrame:
         """Return samples by their place in the table, 0 to `len` - 1: gaps are not counted."""
         segment = np.searchsorted(self._offsets, places, side="right") - 1
-        return frame(self._taken(segment, places - self._offsets[segment]))
+        inside = places - self._offsets[segment]
+        return _shown(self._taken(segment, inside), self.starts[segment] + inside, self.dropped)
 
     def _taken(self, segment: Rows, inside: Rows) -> pa.Table:
         """Take rows segment by segment: of text in several pieces Arrow would join all first."""
@@ -323,10 +342,6 @@ class Samples:
                 rows[pending[same]] = segment.start + places[at[same]]
                 pending, at = pending[~same], at[~same] + 1
         return rows
-
-    def _slice(self, shard: ShardRange) -> pa.Table:
-        number = int(np.searchsorted(self.starts, shard.start, side="right")) - 1
-        return self.segment(number).slice(shard.start - self.starts[number], len(shard))
 
     def _map_segment(self, number: int) -> pa.Table:
         segment = self._head.segments[number]
@@ -398,6 +413,15 @@ def _first_head(dataset: DatasetSpec, given: pa.Table, rows_per_shard: int | Non
     if not given.num_rows:
         raise BadInput(f"no samples: dataset {dataset.name!r} needs at least one image")
     return SamplesHead(dataset=dataset, rows_per_shard=rows_per_shard)
+
+
+def _shown(table: pa.Table, rows: Rows, dropped: Rows) -> pl.DataFrame:
+    """Return samples of rows as a frame; of those that were taken out, `uri` is null."""
+    shown = frame(table)
+    if not len(dropped):
+        return shown
+    there = pl.Series(~np.isin(rows, dropped))
+    return shown.with_columns(pl.when(there).then(pl.col("uri")).alias("uri"))
 
 
 def segment_files(root: str | Path, dataset: str) -> list[tuple[Path, str]]:

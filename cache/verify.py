@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from cache.errors import AGAIN, StoreError
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.manifest import Manifest, ShardRecord
-from cache.samples import Samples, num_rows_now, segment_files
+from cache.samples import DROPPED_REASON, Rows, Samples, num_rows_now, segment_files
 from cache.store import Store, open_store, store_directories, store_info
 
 READ_BYTES = 1 << 22
@@ -75,9 +76,10 @@ def verify_root(
     for directory in tables:
         report = Report()
         try:
-            dataset = directory.parent.name
-            report.num_rows = len(Samples.open(base, dataset))
-            found = [_compare(*pinned, report) for pinned in segment_files(base, dataset)]
+            samples = Samples.open(base, directory.parent.name)
+            report.num_rows, report.num_invalid = len(samples), len(samples.dropped)
+            pinned = segment_files(base, directory.parent.name)
+            found = [_compare(*each, report) for each in pinned]
             report.problems += [problem for problem in found if problem is not None]
         except StoreError as error:
             report.problems.append(Problem(directory, str(error)))
@@ -239,6 +241,9 @@ def _check_contents(
         return
     if table["sample_id"].to_pylist() != samples.shard(record.shard)["sample_id"].to_list():
         yield Problem(rows, "sample ids are not those of the dataset's rows")
+    inside = samples.dropped[samples.dropped // samples.rows_per_shard == record.shard]
+    if not_dropped(table, inside - record.start).any():
+        yield Problem(rows, "holds samples that were taken out; `eupe cache drop` them again")
     valid = rows_table.valid(table)
     if int(valid.sum()) != record.num_valid:
         yield Problem(rows, f"{int(valid.sum())} valid rows, its record says {record.num_valid}")
@@ -252,6 +257,17 @@ def _check_contents(
     if differing := np.flatnonzero(kept != rows_table.checksums(table)[asked]).tolist():
         what = f"row {asked[differing[0]]} of the shard has another crc32c than its table says"
         yield Problem(patches, f"{what}; {AGAIN}")
+
+
+def not_dropped(table: pa.Table, inside: Rows) -> npt.NDArray[np.bool_]:
+    """Return for rows whose samples were taken out whether a shard's table still has them, [n].
+
+    Args:
+        table: of the shard's rows.
+        inside: of those, int64 [n], counted from the shard's first.
+    """
+    reasons = table["reason"].take(arrow_tables.from_numpy(inside)).to_pylist()
+    return np.array([reason != DROPPED_REASON for reason in reasons], bool)
 
 
 def _stored_checksums(

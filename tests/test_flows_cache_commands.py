@@ -132,3 +132,20 @@ def test_gc_lists_what_killed_work_has_left_and_deletes_it_when_told(toy):
     damaged = eupe("gc", str(toy.root), "--older-than", "0", "--yes")
     assert damaged.returncode == 1
     assert "nothing of it is deleted" in damaged.stderr
+
+
+def test_drop_takes_samples_out_and_names_those_it_does_not_know(toy):
+    unknown = eupe("drop", DATASET.name, "a/000", "a/999", "--root", str(toy.root))
+    assert unknown.returncode == 2
+    assert "no sample 'a/999'" in unknown.stderr
+    done = eupe("drop", DATASET.name, "a/000", "a/001", "--root", str(toy.root))
+    assert done.returncode == 0, done.stderr
+    assert "4 rows of 2 shards have lost their features; 2 samples of toy are dropped now" in (
+        done.stdout
+    )
+    directory = toy.store().directory
+    found = json.loads(eupe("inspect", str(directory), "--json").stdout)
+    assert found["invalid"] == {"dropped": 4, "patches are not finite": 2}
+    again = eupe("drop", DATASET.name, "a/000", "--root", str(toy.root), "--json")
+    assert json.loads(again.stdout) == {"dropped": 2, "shards": 0, "rows": 0}
+    assert eupe("verify", str(toy.root)).returncode == 0

@@ -55,6 +55,10 @@ _INDEXES = (pa.int8(), pa.int16(), pa.int32())
 _UNSIGNED = (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
 
 
+DROPPED = pa.schema([("dropped", pa.int64())])
+"""Columns of the table of rows that were taken out, rising."""
+
+
 def conform(table: pl.DataFrame | pa.Table) -> pa.Table:
     """Check columns and ids of new samples and bring them to GIVEN's types.
 

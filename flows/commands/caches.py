@@ -146,6 +146,44 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("drop")
+def drop(
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
+    sample_ids: Annotated[list[str], typer.Argument(help="Ids of the samples.")],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Cache root. Left out: that of the [b]demo[/b] recipe.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take samples out of a dataset, with all that its stores hold of them, pixels too.
+
+    Their rows become invalid, with the reason "dropped"; all other rows keep their bytes. No later
+    build or index brings them back. Their ids stay in the sample table, and what they were in the
+    mean of moments stays there. Shards are written anew: a run that is pinned to an older version
+    is refused when it comes to one of them, and a new run is to be started. Mirrors of a bucket
+    keep old copies until they are evicted: delete their folders. Let no build run meanwhile.
+    """
+    from cache import dropping
+    from pipelines.machines.progress import track
+
+    @contextmanager
+    def shown(total: int) -> Iterator[Callable[[int, int], None]]:
+        with track(total, f"Dropping samples of {dataset}", "shards") as progress:
+            yield lambda done, all_of_them: progress.advance()
+
+    done = dropping.drop(root_of(root), dataset, sample_ids, shown)
+    if as_json:
+        print_json({"dropped": done.num_samples, "shards": done.num_shards, "rows": done.num_rows})
+        return
+    print(
+        f"{done.num_rows} rows of {done.num_shards} shards have lost their features; "
+        f"{done.num_samples} samples of {dataset} are dropped now"
+    )
+
+
 @app.command("gc")
 def collect_garbage(
     root: Root = None,

@@ -19,7 +19,7 @@ import polars as pl
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
-from cache.samples import ShardRange
+from cache.samples import DROPPED_REASON, Rows, ShardRange
 from cache.store import Store, create_store, open_store
 from cache.verify import Report, verify
 from eupe.preprocessing import normalisation
@@ -145,7 +145,8 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
                 for store, record in zip(theirs, records, strict=True):
                     store.commit([record])
                     num_shards += 1
-                    invalid[id(store)] += record.num_invalid
+                    num_dropped = _num_dropped(store, np.array([record.shard]))[0]
+                    invalid[id(store)] += record.num_invalid - int(num_dropped)
                 progress.advance(len(wanted) * len(shard))
                 _check_invalid(job, theirs, [invalid[id(store)] for store in theirs])
     counts = [_num_invalid(job, store) for store in stores]
@@ -324,11 +325,19 @@ def _tasks(
 
 
 def _num_invalid(job: CacheJob, store: Store) -> int:
-    """Count the rows of the job's views that the manifest has as invalid."""
+    """Count the rows of the job's views that the manifest has as invalid, dropped ones left out."""
     table = store.manifest().table()
     ours = table["view"].to_numpy() < job.num_views
     rows = (table["stop"].to_numpy() - table["start"].to_numpy())[ours]
-    return int(rows.sum() - table["num_valid"].to_numpy()[ours].sum())
+    num_dropped = _num_dropped(store, table["shard"].to_numpy()[ours]).sum()
+    return int(rows.sum() - table["num_valid"].to_numpy()[ours].sum() - num_dropped)
+
+
+def _num_dropped(store: Store, shards: Rows) -> Rows:
+    """Count the samples of shards that were taken out, int64 [n]: they are no failure."""
+    dropped = store.samples.dropped // store.samples.rows_per_shard
+    found = np.searchsorted(dropped, shards, "right") - np.searchsorted(dropped, shards, "left")
+    return np.asarray(found, np.int64)
 
 
 def _check_invalid(job: CacheJob, stores: Sequence[Store], counts: Sequence[int]) -> None:
@@ -346,7 +355,8 @@ def _reasons(store: Store) -> list[str]:
         if record.num_invalid:
             path = layout.rows_file(store.directory, record.view, record.shard)
             rows = pl.DataFrame(arrow_tables.map_table(path, record.rows_bytes, record.rows_sha256))
-            invalid = rows.filter(~pl.col("valid")).iter_rows(named=True)
+            failed = ~pl.col("valid") & (pl.col("reason") != DROPPED_REASON)
+            invalid = rows.filter(failed).iter_rows(named=True)
             reasons += [f"{row['sample_id']}: {row['reason']}" for row in invalid]
         if len(reasons) >= REASONS_SHOWN:
             break

@@ -15,6 +15,7 @@ import pyarrow as pa
 from cache.errors import NotBuilt
 from cache.files import place
 from cache.files.bucket import BucketPath
+from cache.samples import DROPPED_REASON
 from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView
 from eupe.views import ImageError, make_view
@@ -58,9 +59,12 @@ class ImageReader:
             verify: compare the sha256 with the sample's digest.
 
         Raises:
+            ImageError: the sample was taken out of the dataset.
             LostImage: the file is gone or no longer holds this image there.
             BadInput: this process cannot open it now.
         """
+        if sample["uri"] is None:
+            raise ImageError(DROPPED_REASON)
         uri, offset, size = str(sample["uri"]), int(sample["offset"]), int(sample["bytes"])
         try:
             if is_row(uri):
@@ -136,7 +140,7 @@ class ImageReader:
 
     def will_need(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Start mirroring the samples that lie in a bucket; returns at once."""
-        place.will_need(self._file_of(sample) for sample in samples)
+        place.will_need(self._file_of(sample) for sample in samples if sample["uri"] is not None)
 
     def _file_of(self, sample: Mapping[str, Any]) -> tuple[Path, int | None, str | None]:
         """Return the file a sample lies in, with size and sha256 where it is the whole file."""

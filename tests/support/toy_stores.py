@@ -9,7 +9,7 @@ import polars as pl
 
 from cache.codec.known import default_codec
 from cache.format import rows_table
-from cache.samples import Samples, ShardRange
+from cache.samples import DROPPED_REASON, Samples, ShardRange
 from cache.store import Store, create_store
 from cache.writer import write_shard
 from eupe.spec import AugmentedView, DatasetSpec, EncoderSpec, StoreSpec, TeacherSpec
@@ -88,11 +88,12 @@ class Toy:
         made = [features(name, view) for name in ids]
         encoded = store.codec.encode(np.stack([patches for patches, _ in made]))
         reasons = [self.bad.get(n, r) for n, r in zip(ids, encoded.reasons, strict=True)]
+        dropped = np.isin(np.arange(shard.start, shard.stop), store.samples.dropped).tolist()
         rows = rows_table.make(
             ids,
-            reasons,
-            [f"canvas of {name} {view}" for name in ids],
-            ['{"flip": false}'] * len(ids),
+            [DROPPED_REASON if d else r for d, r in zip(dropped, reasons, strict=True)],
+            [None if d else f"canvas of {n} {view}" for d, n in zip(dropped, ids, strict=True)],
+            [None if d else '{"flip": false}' for d in dropped],
             np.stack([summary for _, summary in made]),
         )
         return write_shard(
