@@ -1,4 +1,4 @@
-"""Faults of clusters: Ray's driver, actors, one of two raylets, its head; Prefect's server.
+"""Faults among several: two builders; Ray's driver, actors, a raylet, its head; Prefect's server.
 
 One Ray of two nodes serves all rounds, until one of its own processes is killed. It listens to its
 token alone, has no job API, and writes below the campaign's folder: another Ray of this machine is
@@ -22,7 +22,8 @@ import psutil
 
 from benchmarks import fault_subject
 from benchmarks.fault_children import Child, Ended, wait_until
-from benchmarks.fault_kinds import SIGNALS, Round, Struck, kind, shard_files
+from benchmarks.fault_files import shard_files
+from benchmarks.fault_kinds import SIGNALS, Round, Struck, kind
 from flows.local_stack import free_ports
 
 PATIENCE_SECONDS = 240.0
@@ -46,6 +47,19 @@ def settings(folder: Path) -> dict[str, str]:
         "PREFECT_CLIENT_MAX_RETRIES": "2",  # of five, which are a minute each time
         "DO_NOT_TRACK": "1",
     }
+
+
+@kind("two builders at once")
+def _two_builders(round: Round) -> Struck:
+    """Start two builders on one root; one of them dies on its way, or both come to their end."""
+    at = round.random.choice([None, round.random.randint(1, round.reference.build_operations)])
+    arguments = (fault_subject.build, round.reference.images, round.root)
+    children = [Child(*arguments), Child(*arguments, dies_at=at)]
+    one, two = (child.end() for child in children)
+    wanted = {"done", "died"} if at else {"done"}
+    if one.how == "done" and two.how in wanted:
+        return Struck()
+    return Struck(broken="; ".join(f"{each.how}: {each.words}" for each in (one, two)))
 
 
 class Nodes:

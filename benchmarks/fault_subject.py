@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -48,7 +48,7 @@ PART_IMAGES = 10
 DATASET = "train"
 NUM_VIEWS = 2
 ROWS_PER_SHARD = 4
-STAGE = "stage2"
+STAGE: Final = "stage2"
 STEPS = 8
 RESOLUTION = 32
 
