@@ -12,7 +12,7 @@ from support.bucket_server import NAME
 from support.toy_stores import DATASET, Toy, features, files_under, ids
 
 from cache import dropping
-from cache.errors import Corrupt, MissingSamples
+from cache.errors import Corrupt, MissingSamples, StoreError
 from cache.files import place
 from cache.format import layout
 from cache.reader import Reader
@@ -119,6 +119,17 @@ def test_a_builder_that_began_before_is_found(tmp_path):
     assert "holds samples that were taken out; `eupe cache drop` them again" in str(problem)
     assert dropping.drop(tmp_path, DATASET.name, GONE).num_shards == 1
     assert verify(toy.store()).problems == []
+
+
+def test_a_run_pinned_to_before_is_told_so_and_reads_other_shards(tmp_path):
+    (toy, _) = toys(tmp_path)
+    pinned = Reader(toy.store(), range(VIEWS))
+    before = pinned.version
+    dropping.drop(tmp_path, DATASET.name, GONE[1:2])
+    pinned = Reader(toy.store(), range(VIEWS), before)
+    assert pinned.select([0, 1, 2, 3]).valid.all()
+    with pytest.raises(StoreError, match=f"built anew.*pinned to version {before}"):
+        pinned.select([9]).patches()
 
 
 def test_an_id_that_is_not_there_is_named_and_nothing_is_changed(tmp_path):
