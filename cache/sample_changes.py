@@ -1,14 +1,13 @@
 """What changes in a sample table: which samples are new, and which lie elsewhere than they did."""
 
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from cache.errors import StoreError
 from cache.format import arrow_tables
 from cache.format.sample_table import GIVEN, frame, in_full
 
@@ -25,32 +24,28 @@ class Compared(NamedTuple):
         new: not there yet (GIVEN), in the order given.
         moved: there, and now elsewhere in the source or with more labels (GIVEN).
         rows: of those, int64 [n].
+        changed: another image is there under the same id: (sample_id, uri, offset, what is said).
     """
 
     new: pa.Table
     moved: pa.Table
     rows: npt.NDArray[np.int64]
+    changed: list[tuple[str, str, int, str]]
 
 
 def compare(samples: "Samples", given: pa.Table) -> Compared:
-    """Tell new samples (GIVEN) from those that are there; those taken out are neither.
-
-    Raises:
-        StoreError: a sample_id is there with another image digest.
-    """
+    """Tell new samples (GIVEN) from those that are there; those taken out are neither."""
     rows = samples.find(given["sample_id"])
     known = np.flatnonzero((rows >= 0) & ~np.isin(rows, samples.dropped))
     new = given.take(arrow_tables.from_numpy(np.flatnonzero(rows < 0)))
     theirs = samples.take(rows[known])
     ours = frame(given.take(arrow_tables.from_numpy(known)))
-    if changed := np.flatnonzero(ours["digest"] != theirs["digest"]).tolist():
-        here, there = ours.row(changed[0], named=True), theirs.row(changed[0], named=True)
-        raise StoreError(
-            f"{samples.directory}: sample {here['sample_id']!r} is there with another image: "
-            f"{here['uri']} at {here['offset']} has sha256 {here['digest'].hex()}, what was "
-            f"indexed ({there['uri']} at {there['offset']}) had {there['digest'].hex()}; a "
-            "changed image needs a new sample_id or a new dataset name"
-        )
+    equal = (ours["digest"] == theirs["digest"]).to_numpy()
+    changed = [
+        _said(ours.row(place, named=True), theirs.row(place, named=True))
+        for place in np.flatnonzero(~equal).tolist()
+    ]
+    known, ours, theirs = known[equal], ours.filter(equal), theirs.filter(equal)
     pairs = zip(theirs["labels"], ours["labels"], strict=True)
     ours = ours.with_columns(
         labels=pl.Series("labels", [_joined(*pair) for pair in pairs], pl.String)
@@ -59,7 +54,17 @@ def compare(samples: "Samples", given: pa.Table) -> Compared:
     for name in _RENEWED:
         differ |= ours[name].ne_missing(theirs[name]).to_numpy()
     moved = ours.filter(pl.Series("differ", differ)).to_arrow().cast(GIVEN)
-    return Compared(new, moved, rows[known[differ]])
+    return Compared(new, moved, rows[known[differ]], changed)
+
+
+def _said(here: dict[str, Any], there: dict[str, Any]) -> tuple[str, str, int, str]:
+    """Say of an image that another one was indexed under its id."""
+    said = (
+        f"is there with another image: {here['uri']} at {here['offset']} has sha256 "
+        f"{here['digest'].hex()}, what was indexed ({there['uri']} at {there['offset']}) had "
+        f"{there['digest'].hex()}; a changed image needs a new sample_id or a new dataset name"
+    )
+    return here["sample_id"], here["uri"], here["offset"], said
 
 
 def renewed(

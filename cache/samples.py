@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from cache.errors import FingerprintMismatch, MissingSamples, NotBuilt
+from cache.errors import FingerprintMismatch, MissingSamples, NotBuilt, StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout
 from cache.format.sample_table import (
@@ -382,7 +382,10 @@ def _grown(
         head = there.head
         _check_same(directory, head, dataset, rows_per_shard)
         opened = Samples(directory, head)
-        new, moved, rows = compare(opened, given)
+        new, moved, rows, changed = compare(opened, given)
+        if changed:
+            name, *_, said = changed[0]
+            raise StoreError(f"{directory}: sample {name!r} {said}")
         segments = list(head.segments)
         for number, whole in renewed(opened, moved, rows).items():
             before = segments[number]

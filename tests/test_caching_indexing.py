@@ -1,5 +1,6 @@
 """Indexing: samples in the order of their hashes, sources recognised, killed or not."""
 
+import hashlib
 import io
 import json
 import os
@@ -18,7 +19,6 @@ from support.small_caches import (
     write_tar,
 )
 
-from cache.errors import StoreError
 from cache.order import EpochOrder
 from cache.samples import Samples
 from pipelines.caching import indexing, listing
@@ -210,18 +210,28 @@ def test_two_images_of_one_id_are_refused_and_nothing_is_added(tmp_path):
     assert indexing.index_samples(work).num_new == 2
 
 
-def test_another_image_under_a_known_id_is_refused_with_both(tmp_path):
+def test_another_image_under_a_known_id_is_left_out_with_both(tmp_path):
+    """Within max_failure_share the others are indexed; it stays so while its folder is the same."""
     source = write_folder(tmp_path / "images", {"a.png": png(1), "b.png": png(2)})
-    work = job(tmp_path / "root", source)
-    indexing.index_samples(work)
+    indexing.index_samples(job(tmp_path / "root", source))
     before = data_files(tmp_path / "root")
     write_folder(tmp_path / "images", {"a.png": png(3), "c.png": png(4)})
     with pytest.raises(
-        StoreError, match=r"'a' is there .* a\.png at 0 has \w+ .*\(a\.png at 0\) had"
+        ValueError, match=r"a: is there .* a\.png at 0 has sha256 \w+, .*\(a\.png at 0\) had \w+;"
     ):
-        indexing.index_samples(work)
+        indexing.index_samples(job(tmp_path / "root", source))
     assert data_files(tmp_path / "root") == before
-    assert Counter(Samples.open(work.root, "emoji").table["sample_id"]) == Counter("ab")
+    lenient = job(tmp_path / "root", source, max_failure_share=0.5)
+    for new in (1, 0):
+        found = indexing.index_samples(lenient)
+        assert found.num_new == new
+        assert found.failures["sample_id"].to_list() == ["a"]
+    samples = Samples.open(lenient.root, "emoji")
+    assert Counter(samples.table["sample_id"]) == Counter("abc")
+    (digest,) = samples.take(samples.rows_of(["a"]))["digest"]
+    assert digest == hashlib.sha256(png(1)).digest()
+    write_folder(tmp_path / "images", {"a.png": png(1)})  # it is back
+    assert indexing.index_samples(job(tmp_path / "root", source)).failures.is_empty()
 
 
 def test_a_file_of_the_same_size_changed_in_place_is_noticed(tmp_path, images):
@@ -232,5 +242,22 @@ def test_a_file_of_the_same_size_changed_in_place_is_noticed(tmp_path, images):
     at = content.index(images[first]) + len(images[first]) - 1
     (tmp_path / "images.tar").write_bytes(content[:at] + b"x" + content[at + 1 :])
     os.utime(tmp_path / "images.tar", ns=(0, 12345))
-    with pytest.raises(StoreError, match=f"'{named(first)}' is there with another image"):
+    with pytest.raises(ValueError, match=f"1 of 25 .*{named(first)}: is there with another image"):
         indexing.index_samples(work)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_images_with_other_times_are_no_reason_to_write_where_one_may_only_read(tmp_path, images):
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+    indexing.index_samples(work)
+    for path in (tmp_path / "images").rglob("*.png"):
+        os.utime(path, ns=(0, 12345))
+    for folder in (tmp_path, *tmp_path.parents[: len(tmp_path.parents) - 2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    before = data_files(tmp_path / "root")
+    os.seteuid(4001)
+    try:
+        assert indexing.index_samples(work).num_new == 0
+    finally:
+        os.seteuid(0)
+    assert data_files(tmp_path / "root") == before

@@ -55,6 +55,7 @@ def test_an_image_lost_or_changed_after_indexing_is_an_invalid_row(
     work = job(tmp_path / "root", write_folder(tmp_path / "images", images), max_failure_share=0.1)
     indexing.index_samples(work)
     change(tmp_path / "images" / first)
+    assert indexing.index_samples(work).num_new == 0
     pool = HerePool(work)
     (store,) = precompute.resolve_stores(work, pool)
     done = precompute.extract_missing(work, [store], pool)

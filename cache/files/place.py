@@ -132,6 +132,18 @@ def scratch(directory: Path, name: str) -> Path:
     return directory / name
 
 
+def may_write(directory: Path) -> bool:
+    """Return True if this process may add files to a folder; of a bucket it is told when it does.
+
+    Args:
+        directory: the folder, or one that would be made.
+    """
+    if isinstance(directory, BucketPath):
+        return True
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    return os.access(there, os.W_OK, effective_ids=True)
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size

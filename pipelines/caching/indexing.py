@@ -3,16 +3,16 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from cache.errors import NotBuilt
-from cache.files import atomic
+from cache.files import atomic, place
 from cache.format import layout
 from cache.format.sample_table import GIVEN, SOURCES
-from cache.sample_changes import compare
+from cache.sample_changes import Compared, compare
 from cache.samples import SEGMENT_ROWS, Samples
 from eupe.errors import BadInput
 from eupe.spec import DatasetSpec
@@ -51,13 +51,12 @@ def index_samples(job: CacheJob) -> Indexed:
 
     Pieces of the source that were looked at before are not opened. Images that are there keep
     their rows, wherever they lie now. Killed, it goes on after the parts that are listed. Files
-    that are no image are left out and listed in `<root>/<dataset>/failures.jsonl`.
+    that are no image, and images under the id of another one, are left out and listed in
+    `<root>/<dataset>/failures.jsonl`.
 
     Raises:
-        BadInput: nothing there, two images of one id, or more unreadable images than
-            max_failure_share.
-        StoreError: the dataset is there with another key rule or rows_per_shard, or an image under
-            the id of another one.
+        BadInput: nothing there, two images of one id, or more left out than max_failure_share.
+        StoreError: the dataset is there with another key rule or rows_per_shard.
     """
     dataset, samples = DatasetSpec(name=job.dataset.name), _samples(job)
     num_before = 0 if samples is None else len(samples)
@@ -67,15 +66,23 @@ def index_samples(job: CacheJob) -> Indexed:
     row_of = {key: row for row, key in enumerate(zip(*keys, strict=True))}
     looked_at = [row_of.get((piece.uri, piece.bytes, piece.stamp), -1) for piece in found]
     wanted = [piece for piece, row in zip(found, looked_at, strict=True) if row < 0]
-    listing = Listing(_listing_directory(job), dataset.name, wanted)
+    directory = layout.samples_directory(layout.cache_root(job.root), dataset.name)
+    may_write = place.may_write(directory)
+    scratch = layout.scratch_directory(directory)
+    listing = Listing(scratch / "listing", dataset.name, wanted, may_write)
     num_others = len(found) - len(listing.missing)
     for part in index.look(source, listing.missing, job.extraction.decode_threads, num_others):
         listing.add(part)
     unchanged = known.take(pa.array([row for row in looked_at if row >= 0], pa.int64()))
     sources = pa.concat_tables([unchanged, listing.sources()]).sort_by("uri").combine_chunks()
+    num_new, changed = 0, list[index.Failure]()
+    for table in listing.in_order():
+        compared = _compared(samples, table)
+        num_new, changed = num_new + compared.new.num_rows, changed + compared.changed
+    sources = index.with_failures(sources, changed)
     failures = pl.DataFrame(index.failures(sources), FAILURE_SCHEMA, orient="row")
-    _list_failures(job, failures)
-    num_new = sum(_compared(samples, each)[0].num_rows for each in listing.in_order())
+    if may_write:
+        _list_failures(job, failures)
     reasons = failures.select(pl.format("{}: {}", "sample_id", "reason")).to_series()
     total = num_before + num_new + len(failures)
     check_share(job, len(failures), total, reasons.to_list())
@@ -86,6 +93,8 @@ def index_samples(job: CacheJob) -> Indexed:
         if last.num_rows:
             Samples.append(job.root, dataset, last, per_shard)
         last = table
+    if samples is not None and not last.num_rows and not may_write:
+        return Indexed(dataset.name, num_before, 0, failures)  # and what was looked at is forgotten
     grown = Samples.append(job.root, dataset, last, per_shard, sources)
     listing.remove()
     return Indexed(dataset.name, len(grown), len(grown) - num_before, failures)
@@ -95,7 +104,7 @@ def _segments(samples: Samples | None, listing: Listing, rows: int) -> Iterator[
     """Yield what is new or lies elsewhere, so many new samples at a time: whole segments."""
     waiting = GIVEN.empty_table()
     for table in listing.in_order():
-        new, moved = _compared(samples, table)
+        new, moved, *_ = _compared(samples, table)
         waiting = pa.concat_tables([waiting, new])
         if moved.num_rows:
             yield moved
@@ -106,16 +115,11 @@ def _segments(samples: Samples | None, listing: Listing, rows: int) -> Iterator[
         yield waiting
 
 
-def _compared(samples: Samples | None, table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Return what is new of some samples, and what lies elsewhere or has more labels."""
+def _compared(samples: Samples | None, table: pa.Table) -> Compared:
+    """Tell new samples from those that are there; all are, where there is no table yet."""
     if samples is None:
-        return table, table.slice(0, 0)
-    return compare(samples, table)[:2]
-
-
-def _listing_directory(job: CacheJob) -> Path:
-    directory = layout.samples_directory(layout.cache_root(job.root), job.dataset.name)
-    return layout.scratch_directory(directory) / "listing"
+        return Compared(table, table.slice(0, 0), np.empty(0, np.int64), [])
+    return compare(samples, table)
 
 
 def _samples(job: CacheJob) -> Samples | None:

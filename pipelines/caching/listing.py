@@ -39,16 +39,17 @@ class Listing:
         directory: of the parts.
         dataset: whose samples they shall be.
         wanted: pieces of the source to be looked at; what is there of others is dropped.
+        keep: False: in memory alone, where the cache root may only be read.
 
     Attributes:
         missing: of the pieces, those that no part has.
     """
 
-    def __init__(self, directory: Path, dataset: str, wanted: Sequence[Piece]):
-        self._directory, self._dataset = directory, dataset
+    def __init__(self, directory: Path, dataset: str, wanted: Sequence[Piece], keep: bool = True):
+        self._directory, self._dataset, self._keep = directory, dataset, keep
         keys = {_key(piece) for piece in wanted}
         self._parts: list[pa.Table] = []
-        for path in sorted(directory.glob("*.arrow")):
+        for path in sorted(directory.glob("*.arrow")) if keep else ():
             try:
                 part = arrow_tables.map_table(path, sha256=path.stem)
             except NotBuilt:  # another builder is done with it
@@ -71,7 +72,11 @@ class Listing:
         table = table.take(arrow_tables.from_numpy(np.argsort(hashes, kind="stable")))
         rows = list(zip(*part.sources.to_pydict().values(), strict=True))
         said = json.dumps(rows, ensure_ascii=False).encode()
-        content = arrow_tables.to_bytes(table.replace_schema_metadata({_SOURCES: said}))
+        table = table.replace_schema_metadata({_SOURCES: said})
+        if not self._keep:
+            self._parts.append(table)
+            return
+        content = arrow_tables.to_bytes(table)
         path = self._directory / f"{hashlib.sha256(content).hexdigest()}.arrow"
         atomic.write(path, [content], self._directory.parent)
         try:
@@ -109,7 +114,7 @@ class Listing:
 
     def remove(self) -> None:
         """Drop the parts: all of it is in the sample table. Another builder may use the folder."""
-        for path in self._directory.glob("*.arrow"):
+        for path in self._directory.glob("*.arrow") if self._keep else ():
             path.unlink(missing_ok=True)
 
     def _all_sources(self) -> list[tuple[str, int, str, str]]:

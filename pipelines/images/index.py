@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
@@ -140,6 +141,21 @@ def failures(sources: pa.Table) -> list[Failure]:
     """Return what was left out of pieces (SOURCES), by sample id."""
     texts = filter(None, sources["failures"].to_pylist())
     return sorted((*failure,) for text in texts for failure in json.loads(text))
+
+
+def with_failures(sources: pa.Table, more: Sequence[Failure]) -> pa.Table:
+    """Return pieces (SOURCES) with more that was left out of them."""
+    if not more:
+        return sources
+    rows = {row["uri"]: row for row in sources.to_pylist()}
+    for failure in more:
+        uri = failure[1]
+        file = parquet.file_name(uri) if parquet.is_row(uri) else uri
+        folder = f"{PurePosixPath(file).parent}/"
+        row = rows[file if file in rows else folder]
+        there = json.loads(row["failures"]) if row["failures"] else []
+        row["failures"] = json.dumps([*there, failure], ensure_ascii=False)
+    return pa.Table.from_pylist(list(rows.values()), SOURCES)
 
 
 def _part(records: Sequence[pa.Table], sources: Sequence[tuple[str, int, str, str]]) -> Part:
