@@ -145,6 +145,7 @@ URIS = [
 ]
 
 
+@settings(deadline=None)
 @given(names=st.lists(st.sampled_from(["a/1", "a/2", "x", "", "{id}"]), max_size=6), data=st.data())
 def test_what_is_stored_is_what_was_given(names, data):
     column = st.integers(0, 2**40)
