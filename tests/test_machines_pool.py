@@ -1,7 +1,9 @@
-"""What an actor raises: bad input arrives as its sentence, a bug with the traceback it had."""
+"""What an actor raises arrives as it is; what it has begun is little more than what is taken in."""
 
+import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,9 @@ def pool(ray_cluster: None) -> Iterator[Pool]:
 
         def fall(self) -> None:
             raise KeyError("nothing")
+
+        def begin(self, file: Path) -> None:
+            file.touch()
 
     with Pool(Faulty, {}, actors=1, cpus=1) as started:
         yield started
@@ -57,3 +62,12 @@ def test_a_bug_keeps_the_traceback_it_had_in_the_actor(pool, method, kind):
     shown = "".join(traceback.format_exception(bug.value))
     assert f"in {method}" in shown
     assert f"\n{kind}: " in shown
+
+
+@pytest.mark.ray
+def test_an_actor_gets_its_next_call_when_the_last_result_is_taken_in(pool, tmp_path):
+    """What is taken in may be lost until it is committed: with the call in flight, two shards."""
+    files = [tmp_path / str(number) for number in range(6)]
+    for taken_in, _ in enumerate(pool.run("begin", [(file,) for file in files])):
+        time.sleep(0.3)  # for a call that should not be there to begin
+        assert sum(file.exists() for file in files) <= taken_in + 2

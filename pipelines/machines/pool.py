@@ -77,9 +77,10 @@ class Pool:
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             number, handle = running.pop(done)
-            result = self._result(done)
+            # Taken in before the actor gets another call: what is lost with this process are the
+            # calls in flight, and not one more that it was about to commit.
+            yield number, self._result(done)
             feed(handle)
-            yield number, result
 
     def _start(self, count: int) -> None:
         """Have at least so many actors, or as many as fit."""
