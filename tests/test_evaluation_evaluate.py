@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from support import small_run
 
 from cache.reader import Reader
@@ -16,7 +15,6 @@ from eupe.errors import BadInput
 from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
 from eupe.views import decode, draw, make_view, render, resize
-from eupe.weights import CHECKPOINT_FILE
 from pipelines import stages
 from pipelines.evaluation import during, evaluate, report
 from pipelines.evaluation.compare import Constants
@@ -270,7 +268,10 @@ def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, 
     saved = checkpoint.require(moved.stage_directory(stage.name))
     weights = saved.encoder()
     name = next(iter(weights))
-    save_file({**weights, name: weights[name] + 1}, saved.directory / CHECKPOINT_FILE)
+    other_weights = {**weights, name: weights[name] + 1}
+    contents = Contents(saved.step, {}, saved.pins, other_weights, saved.heads(), {})
+    shutil.rmtree(saved.directory)
+    checkpoint.save(moved.stage_directory(stage.name), contents, keep=1)
     assert report.current(moved) is None
 
 
