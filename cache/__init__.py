@@ -6,6 +6,7 @@
     store              one open store: spec, codec, moments, what is still to do
     manifest, samples  which shards exist, which samples a dataset has
     sample_changes     which samples are new, and which lie elsewhere now
+    runs               a manifest's records: looked up, streamed and merged part by part
     segments           Arrow segments under a HEAD: how both of them grow
     shard_rows         the rows of one shard, mapped or read by position
     codec/             how patches are kept       format/   what the bytes of a file mean

@@ -18,8 +18,8 @@ from cache.codec.encoded import Escapes
 from cache.errors import Corrupt
 from cache.files import atomic
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
+from cache.format.record_table import ShardRecord
 from cache.format.sample_table import DROPPED
-from cache.manifest import ShardRecord
 from cache.samples import DROPPED_REASON, Rows, Samples, SamplesHead
 from cache.segments import HeadFile, commit, next_version, write_segment
 from cache.store import Store, open_store, store_directories, store_info

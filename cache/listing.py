@@ -101,13 +101,10 @@ def moments_of(store: Store) -> dict[str, dict[str, float | int]]:
 
 def views_of(store: Store) -> list[dict[str, int]]:
     """Return shards, rows and valid rows of each view."""
-    views: dict[int, dict[str, int]] = {}
-    for record in store.manifest().records():
-        view = views.setdefault(record.view, {"shards": 0, "rows": 0, "valid": 0})
-        view["shards"] += 1
-        view["rows"] += record.stop - record.start
-        view["valid"] += record.num_valid
-    return [{"view": number, **counts} for number, counts in sorted(views.items())]
+    return [
+        {"view": view, "shards": own.num_shards, "rows": own.num_rows, "valid": own.num_valid}
+        for view, own in store.manifest().totals().items()
+    ]
 
 
 def invalid_of(store: Store, info: StoreInfo) -> dict[str, int]:

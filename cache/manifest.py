@@ -1,12 +1,13 @@
 """The manifest of a store: which shards exist. A shard that is not in it does not exist (law 5).
 
-Records are kept for ever in Arrow segments; HEAD, replaced last, names the segments of the newest
-version. Every record carries the version that committed it, so any earlier version can still be
-read after segments have been merged: a run pins the version it trains on.
+Records are kept for ever, in sorted runs (cache/runs.py) that HEAD names. Every record carries the
+version that committed it, so any earlier version can still be read after runs have been merged: a
+run pins the version it trains on.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,78 +17,16 @@ from pydantic import JsonValue
 from cache.errors import Corrupt, NotBuilt, StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout
-from cache.segments import (
-    Head,
-    HeadFile,
-    Segment,
-    commit,
-    files,
-    map_segment,
-    next_version,
-    read_head,
-    write_segment,
+from cache.format.record_table import (
+    END_KEY,
+    FIRST_KEY,
+    ShardRecord,
+    records_of,
+    table_of,
 )
+from cache.runs import Part, Runs
+from cache.segments import Head, HeadFile, commit, files, next_version, read_head
 from eupe.errors import BadInput
-
-MERGE_AT = 8
-"""So many segments of about one size become one: n commits make O(log n) files."""
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What a committed shard is.
-
-    Attributes:
-        view: view number.
-        shard: shard number.
-        start: first row.
-        stop: one past the last row.
-        num_valid: rows whose features are there.
-        num_escapes: tokens stored at higher precision.
-        samples_digest: of the sample ids and image digests the features were made of.
-        patches_bytes: size of the Zarr shard file.
-        patches_sha256: its checksum.
-        rows_bytes: size of the table of rows.
-        rows_sha256: its checksum.
-        provenance: library versions, device, compute batch; canonical JSON. Never identity.
-    """
-
-    view: int
-    shard: int
-    start: int
-    stop: int
-    num_valid: int
-    num_escapes: int
-    samples_digest: str
-    patches_bytes: int
-    patches_sha256: str
-    rows_bytes: int
-    rows_sha256: str
-    provenance: str
-
-    @property
-    def num_invalid(self) -> int:
-        """Rows recorded as invalid, with their reason in the table of rows."""
-        return self.stop - self.start - self.num_valid
-
-
-SCHEMA = pa.schema(
-    [("version", pa.int64())]
-    + [(f.name, pa.int64() if f.type in (int, "int") else pa.string()) for f in fields(ShardRecord)]
-)
-"""Columns of a segment."""
-
-
-def table_of(records: Sequence[ShardRecord], versions: Sequence[int]) -> pa.Table:
-    """Return records as rows of a segment, each with the version that committed it."""
-    rows = [asdict(record) for record in records]
-    columns = {name: [row[name] for row in rows] for name in SCHEMA.names[1:]}
-    return pa.table({"version": list(versions), **columns}, schema=SCHEMA)
-
-
-def records_of(table: pa.Table) -> list[ShardRecord]:
-    """Return rows of a segment as objects."""
-    return [ShardRecord(**row) for row in table.drop_columns(["version"]).to_pylist()]
 
 
 class ManifestHead(Head):
@@ -98,11 +37,42 @@ class ManifestHead(Head):
         spec_sha256: of the store's spec.json.
         moments_sha256: of its moments.arrow.
         provenance: what the first build recorded for later builds to obey.
+        segments: the parts of all runs, the oldest run first.
     """
 
     spec_sha256: str
     moments_sha256: str
     provenance: dict[str, JsonValue]
+    segments: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the shards of a view, or of several, come to.
+
+    Attributes:
+        num_shards: committed shards.
+        num_rows: their rows.
+        num_valid: those that are valid.
+        num_bytes: size of their files.
+        end: one past the last row.
+    """
+
+    num_shards: int = 0
+    num_rows: int = 0
+    num_valid: int = 0
+    num_bytes: int = 0
+    end: int = 0
+
+    def __add__(self, other: "Totals") -> "Totals":
+        """Return what both come to."""
+        return Totals(
+            num_shards=self.num_shards + other.num_shards,
+            num_rows=self.num_rows + other.num_rows,
+            num_valid=self.num_valid + other.num_valid,
+            num_bytes=self.num_bytes + other.num_bytes,
+            end=max(self.end, other.end),
+        )
 
 
 class Manifest:
@@ -116,6 +86,7 @@ class Manifest:
         """Use `Manifest.open` or `Manifest.create`."""
         self.directory = directory
         self._there = there
+        self._runs = Runs(directory, there.head.segments)
 
     @classmethod
     def open(cls, store: Path) -> "Manifest":
@@ -152,36 +123,86 @@ class Manifest:
         """Path and sha256 of every segment."""
         return files(self.directory, self.head)
 
-    def table(self, version: int | None = None) -> pa.Table:
-        """Return the records at a version (None: the newest), one a (view, shard), sorted so.
-
-        A shard that was committed again is there once, with its latest record.
+    def checked(self, version: int | None) -> int:
+        """Return a version that there is; None is the newest.
 
         Raises:
             ValueError: that version does not exist.
-            Corrupt: a segment is missing or not what HEAD says.
         """
         if version is not None and not 0 <= version <= self.version:
             raise BadInput(f"version = {version}: {self.directory} has 0 to {self.version}")
-        parts = self._parts()
-        table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
-        committed = arrow_tables.to_numpy(table["version"])
-        keep = np.arange(len(committed))
-        if version is not None:
-            keep = keep[committed <= version]
-        view, shard = (arrow_tables.to_numpy(table[name])[keep] for name in ("view", "shard"))
-        order = np.lexsort((committed[keep], shard, view))
-        view, shard = view[order], shard[order]
-        last = np.ones(len(order), bool)
-        last[:-1] = (view[1:] != view[:-1]) | (shard[1:] != shard[:-1])
-        chosen = keep[order[last]]
-        if len(chosen) == len(committed) and (np.diff(chosen) == 1).all():
-            return table  # already in order: stay mapped
-        return table.take(arrow_tables.from_numpy(chosen))
+        return self.version if version is None else version
 
-    def records(self, version: int | None = None) -> list[ShardRecord]:
-        """Return the records at a version as objects, sorted by view and shard (see `table`)."""
-        return records_of(self.table(version))
+    def find(self, view: int, shard: int, version: int | None = None) -> ShardRecord | None:
+        """Return a shard's record at a version (None: the newest); None if it does not exist.
+
+        Raises:
+            Corrupt: a part is missing or not what HEAD says.
+        """
+        at = self.checked(version)
+        while True:
+            runs = self._runs
+            try:
+                return runs.find(view, shard, at)
+            except (NotBuilt, Corrupt):
+                if not self._read_again():
+                    raise
+
+    def tables(self, version: int | None = None, views: range | None = None) -> Iterator[pa.Table]:
+        """Yield the records at a version (None: the newest), sorted by view and shard.
+
+        A shard that was committed again is there once, with its latest record. A table holds about
+        a part; it is let go before the next one is read.
+
+        Args:
+            version: of the manifest.
+            views: only the records of these views.
+
+        Raises:
+            ValueError: that version does not exist.
+            Corrupt: a part is missing or not what HEAD says.
+        """
+        at = self.checked(version)
+        low, high = FIRST_KEY, END_KEY
+        if views is not None:
+            low, high = (views.start, -1), (views.stop, -1)
+        while True:
+            try:
+                for end, table in self._runs.latest(at, low, high):
+                    yield table
+                    low = end
+                return
+            except (NotBuilt, Corrupt):
+                if not self._read_again():
+                    raise
+
+    def records(self, version: int | None = None) -> Iterator[ShardRecord]:
+        """Yield the records at a version as objects, sorted by view and shard (see `tables`)."""
+        for table in self.tables(version):
+            yield from records_of(table)
+
+    def totals(self, version: int | None = None) -> dict[int, Totals]:
+        """Add up the shards of each view at a version: view -> totals, rising."""
+        found: dict[int, Totals] = {}
+        for table in self.tables(version):
+            view, start, stop, num_valid, patches, rows = (
+                arrow_tables.to_numpy(table[name])
+                for name in ("view", "start", "stop", "num_valid", "patches_bytes", "rows_bytes")
+            )
+            for number in np.unique(view).tolist():
+                own = view == number
+                found[number] = found.get(number, Totals()) + Totals(
+                    num_shards=int(own.sum()),
+                    num_rows=int((stop - start)[own].sum()),
+                    num_valid=int(num_valid[own].sum()),
+                    num_bytes=int((patches + rows)[own].sum()),
+                    end=int(stop[own].max()),
+                )
+        return found
+
+    def total(self, version: int | None = None) -> Totals:
+        """Add up all shards at a version."""
+        return sum(self.totals(version).values(), Totals())
 
     def commit(self, records: Sequence[ShardRecord]) -> int:
         """Make shards exist: append their records, HEAD last; return the new version.
@@ -196,6 +217,11 @@ class Manifest:
         """
         if not records:
             return self.version
+        ordered = sorted(records, key=attrgetter("view", "shard"))
+        return self.append(table_of(ordered, [0] * len(ordered)))
+
+    def append(self, table: pa.Table) -> int:
+        """Commit records in a table, sorted, whatever `version` it has; see `commit`."""
         scratch = layout.scratch_directory(self.directory.parent)
 
         def next_head(there: HeadFile[ManifestHead] | None) -> ManifestHead:
@@ -205,14 +231,15 @@ class Manifest:
                 self.directory.parent, there.head, self.head.spec_sha256, self.head.moments_sha256
             )
             version = next_version(there)
-            table = table_of(records, [version] * len(records))
-            segments = self._appended(there.head.segments, table, version, scratch)
+            versions = arrow_tables.from_numpy(np.full(table.num_rows, version, np.int32))
+            given = table.set_column(0, "version", versions)
+            segments = Runs(self.directory, there.head.segments).appended(given, version, scratch)
             return there.head.model_copy(update={"version": version, "segments": segments})
 
         with atomic.only_writer(self.directory.parent, scratch):
             there = commit(self.directory, ManifestHead, next_head, scratch)
         assert there is not None
-        self._there = there
+        self._use(there)
         return self.version
 
     def settle(self) -> None:
@@ -220,40 +247,18 @@ class Manifest:
         scratch = layout.scratch_directory(self.directory.parent)
         commit(self.directory, ManifestHead, lambda there: None, scratch)
 
-    def _appended(
-        self, segments: tuple[Segment, ...], table: pa.Table, version: int, scratch: Path
-    ) -> tuple[Segment, ...]:
-        """Write one segment, merging smaller ones of the tail into it."""
-        # Merge when the last MERGE_AT - 1 segments are no larger than this one would become, so
-        # each record is rewritten at most log_MERGE_AT(n) times.
-        while True:
-            tail = segments[-(MERGE_AT - 1) :]
-            if len(tail) < MERGE_AT - 1 or max(s.rows for s in tail) > table.num_rows:
-                break
-            table = pa.concat_tables([*(self._segment(segment) for segment in tail), table])
-            segments = segments[: -len(tail)]
-        return (*segments, write_segment(self.directory, version, table, scratch))
+    def _use(self, there: HeadFile[ManifestHead]) -> None:
+        self._there = there
+        self._runs = Runs(self.directory, there.head.segments)
 
-    def _read_again(self) -> None:
-        self._there = Manifest.open(self.directory.parent)._there
-
-    def _parts(self) -> list[pa.Table]:
-        """Read the segments; where a committer has merged some since HEAD was read, its newer ones.
+    def _read_again(self) -> bool:
+        """Read HEAD once more; True if a committer has replaced it, and merged parts maybe.
 
         A merge loses no record, so what was asked of the older HEAD stands in the newer.
         """
-        while True:
-            try:
-                return [self._segment(segment) for segment in self.head.segments]
-            except (NotBuilt, Corrupt):
-                before = self.head
-                self._read_again()
-                if self.head == before:
-                    raise
-
-    def _segment(self, segment: Segment) -> pa.Table:
-        # Comparing the checksums of a million shards takes 0.2 s.
-        return map_segment(self.directory, segment, SCHEMA)
+        before = self.head
+        self._use(Manifest.open(self.directory.parent)._there)
+        return self.head != before
 
 
 def check_same(store: Path, head: ManifestHead, spec_sha256: str, moments_sha256: str) -> None:

@@ -118,9 +118,10 @@ def _of_samples(directory: Path, files: list[Path]) -> Unnamed:
 
 def _of_store(directory: Path, files: list[Path]) -> Unnamed:
     manifest = Manifest.open(directory)
-    table = manifest.table()
-    columns = (arrow_tables.to_numpy(table[name]).tolist() for name in ("view", "shard"))
-    committed = set(zip(*columns, strict=True))
+    committed: set[tuple[int, int]] = set()
+    for table in manifest.tables():
+        columns = (arrow_tables.to_numpy(table[name]).tolist() for name in ("view", "shard"))
+        committed.update(zip(*columns, strict=True))
     views = {view for view, _ in committed}
     names = [path.name for path in files if path.parent == manifest.directory]
     for name in superseded(names, manifest.head):

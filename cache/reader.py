@@ -7,18 +7,21 @@ would fetch a few pages each. The shards that all readers of a process used last
 (`mapped.Recent`). Thread-safe.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError, WrongSize
 from cache.files.bucket import BucketPath
 from cache.files.mapped import Bytes, Recent, major_faults
 from cache.files.place import drop_damaged, using, will_need
 from cache.format import arrow_tables, layout
+from cache.format.record_table import ShardRecord
 from cache.samples import Rows, ShardRange
 from cache.selection import Group, Selection, Views, grouped
 from cache.shard_rows import (
@@ -35,6 +38,8 @@ from cache.store import Store
 
 Kind = Literal["patches", "rows"]
 T = TypeVar("T")
+KNOWN_SHARDS = 32_768
+"""Shards whose records a reader keeps, at some 700 bytes: as many as a process keeps mapped."""
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
 
@@ -79,23 +84,12 @@ class Reader:
                 f"views = {views}, threads = {threads}, access = {access!r}: wants at least one "
                 f"view and one thread, and access 'map' or 'read'"
             )
-        manifest = store.manifest()
-        self.version = manifest.version if version is None else version
-        self._table = manifest.table(self.version)
-        samples = store.samples
-        self._stops = samples.shard_stops()
-        self._records = np.full((len(self.views), len(self._stops)), -1, np.int64)
-        of_view, of_shard = (arrow_tables.to_numpy(self._table[name]) for name in ("view", "shard"))
-        self._position = {view: position for position, view in enumerate(self.views)}
-        known = of_shard < len(self._stops)  # others may have added samples, and built them
-        for view, position in self._position.items():
-            records = np.flatnonzero((of_view == view) & known)
-            if not len(records):
+        self._manifest = store.manifest()
+        self.version = self._manifest.checked(version)
+        self._known: dict[tuple[int, int], _Shard] = {}
+        for view in self.views:
+            if not any(bool((shards >= 0).any()) for shards in self._shards_of(view)):
                 raise NotBuilt(f"{store.directory}: view {view} has no shard yet; build it first")
-            self._records[position, of_shard[records]] = records
-        starts = np.arange(len(self._stops)) * samples.rows_per_shard
-        self._lengths = np.where(self._records >= 0, self._stops - starts, 0)
-        self._checked = np.zeros(self._table.num_rows, bool)
         self.row_shape = store.row_shape
         self.dtype = store.codec.storage_dtype
         self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
@@ -117,12 +111,31 @@ class Reader:
 
     def __len__(self) -> int:
         """Count the samples that are there in every view."""
-        return int(self._lengths.min(axis=0).sum())
+        shards = np.flatnonzero(self._shared())
+        starts = shards * self.store.samples.rows_per_shard
+        return int((self.store.samples.shard_stops(shards) - starts).sum())
 
     def shards(self) -> list[ShardRange]:
         """Return the shards that every view has, with their rows: what an epoch is ordered from."""
-        shared = np.asarray((self._lengths > 0).all(axis=0))
+        shared = self._shared()
         return [shard for shard in self.store.samples.shards() if shared[shard.shard]]
+
+    def _shared(self) -> npt.NDArray[np.bool_]:
+        """Say of each shard of the dataset whether every view has it."""
+        samples = self.store.samples
+        shared = np.ones(-(-samples.num_rows // samples.rows_per_shard), bool)
+        for view in self.views:
+            there = np.zeros_like(shared)
+            for shards in self._shards_of(view):
+                there[shards] = True
+            shared &= there
+        return shared
+
+    def _shards_of(self, view: int) -> Iterator[Rows]:
+        """Yield a view's shards, but those of samples that others have added since."""
+        for table in self._manifest.tables(self.version, range(view, view + 1)):
+            shards = arrow_tables.to_numpy(table["shard"])
+            yield shards[self.store.samples.shard_stops(shards) >= 0]
 
     def select(self, rows: Sequence[int] | Rows, views: Views = 0) -> Selection:
         """Find rows in their shards, once for all that will be asked about them.
@@ -137,7 +150,7 @@ class Reader:
         """
         groups = grouped(rows, views, self.store.samples.rows_per_shard)
         for group in groups:
-            self._require(group.view, group.shard, max(group.inside))
+            self._look_up(group.view, group.shard, max(group.inside))
         return Selection(self, groups, len(rows))
 
     def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
@@ -174,7 +187,7 @@ class Reader:
         Those too whose copy is sound: another thread or process may have exchanged it meanwhile.
         """
         for view, shard, _, _ in groups:
-            drop_damaged(*self._file(view, shard, "patches"))
+            drop_damaged(*self._look_up(view, shard).file(self.store.directory, "patches"))
             self._patches.drop(view, shard)
 
     def read_ahead(self, groups: Sequence[Group]) -> None:
@@ -182,7 +195,9 @@ class Reader:
         if self.mirrored:
             for view, shard, _, _ in groups:
                 if (view, shard) not in self._patches or (view, shard) not in self._tables:
-                    will_need([self._file(view, shard, "rows"), self._file(view, shard, "patches")])
+                    known = self._look_up(view, shard)
+                    kinds: tuple[Kind, Kind] = ("rows", "patches")
+                    will_need(known.file(self.store.directory, kind) for kind in kinds)
         elif not self._undisturbed():
             pieces = self._pieces(groups)
             if not self._resident(pieces):
@@ -215,53 +230,53 @@ class Reader:
         self._faults = faults if resident else -1  # -1: the next batch is asked about too
         return resident
 
-    def _require(self, view: int, shard: int, inside: int) -> None:
-        """Refuse a row that the store does not have in that view."""
-        if view not in self._position:
+    def _look_up(self, view: int, shard: int, inside: int = 0) -> "_Shard":
+        """Find a shard's record in the manifest; KNOWN_SHARDS of them are kept.
+
+        Raises:
+            MissingSamples: the store does not have that row of it, or the view was not opened.
+        """
+        known = self._known.get((view, shard))
+        if known is not None and inside < known.num_rows:
+            return known
+        if view not in self.views:
             raise MissingSamples(
                 f"{self.store.directory}: view {view} was not opened, only {self.views}"
             )
-        known = 0 <= shard < len(self._stops)
-        if known and inside < self._lengths[self._position[view], shard]:
-            return
-        row = shard * self.store.samples.rows_per_shard + inside
-        if not known or row >= self._stops[shard]:
+        samples = self.store.samples
+        start = shard * samples.rows_per_shard
+        num_rows = int(samples.shard_stops(np.array([shard]))[0]) - start
+        row = start + inside
+        if inside >= num_rows:
             raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
-        raise MissingSamples(
-            f"{self.store.directory}: row {row} of view {view} is not built at manifest version "
-            f"{self.version}; build the missing shards"
-        )
-
-    def _record(self, view: int, shard: int, column: str) -> int | str:
-        position = int(self._records[self._position[view], shard])
-        value: int | str = self._table[column][position].as_py()
-        return value
-
-    def _file(self, view: int, shard: int, kind: Kind) -> tuple[Path, int, str]:
-        """Return one of a shard's files: path, size and sha256."""
-        named = layout.patches_file if kind == "patches" else layout.rows_file
-        num_bytes, sha256 = (
-            self._record(view, shard, f"{kind}_{what}") for what in ("bytes", "sha256")
-        )
-        return named(self.store.directory, view, shard), int(num_bytes), str(sha256)
+        record = self._manifest.find(view, shard, self.version)
+        if record is None:
+            raise MissingSamples(
+                f"{self.store.directory}: row {row} of view {view} is not built at manifest "
+                f"version {self.version}; build the missing shards"
+            )
+        if len(self._known) >= KNOWN_SHARDS:
+            self._known.clear()
+        known = self._known[view, shard] = _Shard(record, num_rows)
+        return known
 
     def _check_samples(self, view: int, shard: int) -> None:
         """Refuse features of other samples than the dataset now has in these rows."""
-        position = int(self._records[self._position[view], shard])
-        if self._checked[position]:
+        known = self._look_up(view, shard)
+        if known.checked:
             return
-        if self._record(view, shard, "samples_digest") != self.store.samples.shard_digest(shard):
+        if known.record.samples_digest != self.store.samples.shard_digest(shard):
             raise StoreError(
                 f"{self.store.directory}: view {view}, shard {shard} was made of other samples or "
                 f"images than the dataset's table names; restore that table, or delete the store "
                 f"and build again"
             )
-        self._checked[position] = True
+        known.checked = True
 
     def _use(self, view: int, shard: int, kind: Kind, use: Callable[[Path, int, str], T]) -> T:
         """Open one of a shard's files, given as path, size and sha256."""
         self._check_samples(view, shard)
-        path, num_bytes, sha256 = self._file(view, shard, kind)
+        path, num_bytes, sha256 = self._look_up(view, shard).file(self.store.directory, kind)
         try:
             return using(path, lambda local: use(local, num_bytes, sha256), num_bytes, sha256)
         except NotBuilt as error:
@@ -291,6 +306,30 @@ class Reader:
         return TableRows(table)
 
 
+@dataclass(slots=True)
+class _Shard:
+    """What a reader knows of a shard.
+
+    Attributes:
+        record: in the manifest.
+        num_rows: that the dataset has in it.
+        checked: True if its samples were found to be those of the dataset.
+    """
+
+    record: ShardRecord
+    num_rows: int
+    checked: bool = False
+
+    def file(self, directory: Path, kind: Kind) -> tuple[Path, int, str]:
+        """Return one of the files, of a store in a directory: path, size and sha256."""
+        record = self.record
+        if kind == "patches":
+            path = layout.patches_file(directory, record.view, record.shard)
+            return path, record.patches_bytes, record.patches_sha256
+        path = layout.rows_file(directory, record.view, record.shard)
+        return path, record.rows_bytes, record.rows_sha256
+
+
 def check_not_rebuilt(reader: Reader, groups: Sequence[Group], error: Exception) -> None:
     """Say so if shards that are not as recorded are those of a later version than the reader's.
 
@@ -305,17 +344,14 @@ def check_not_rebuilt(reader: Reader, groups: Sequence[Group], error: Exception)
     manifest = reader.store.manifest()
     if reader.version == manifest.version:
         return
-    asked = {(group.view, group.shard) for group in groups}
-    then, now = (
-        {(r.view, r.shard): r for r in manifest.records(version) if (r.view, r.shard) in asked}
-        for version in (reader.version, None)
-    )
-    for key, record in then.items():
-        later = now[key]
-        if (record.patches_sha256, record.rows_sha256) != (later.patches_sha256, later.rows_sha256):
+    for view, shard, _, _ in groups:
+        then, now = manifest.find(view, shard, reader.version), manifest.find(view, shard)
+        assert then is not None
+        assert now is not None
+        if (then.patches_sha256, then.rows_sha256) != (now.patches_sha256, now.rows_sha256):
             raise StoreError(
-                f"{reader.store.directory}: view {key[0]}, shard {key[1]} was built anew, with "
-                f"other bytes, since manifest version {reader.version}, to which this run is "
-                f"pinned. Start a new run, which reads version {manifest.version}, or restore the "
-                f"shard's files of before"
+                f"{reader.store.directory}: view {view}, shard {shard} was built anew, with other "
+                f"bytes, since manifest version {reader.version}, to which this run is pinned. "
+                f"Start a new run, which reads version {manifest.version}, or restore the shard's "
+                f"files of before"
             ) from error

@@ -31,12 +31,13 @@ from cache.codec.known import stored_codec
 from cache.errors import MissingSamples, StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
+from cache.format.record_table import SCHEMA, ShardRecord, records_of, table_of
 from cache.format.sample_table import DROPPED, first_row, hash_table, id_hashes, is_stored
-from cache.manifest import SCHEMA, Manifest, ManifestHead, ShardRecord, records_of, table_of
+from cache.manifest import Manifest, ManifestHead
+from cache.runs import write_run
 from cache.samples import DROPPED_REASON, Rows, Samples, SampleSegment, SamplesHead, segment_files
 from cache.segments import (
     HeadFile,
-    Segment,
     left_of,
     packed,
     restore,
@@ -484,15 +485,15 @@ class _StoreMending:
                 "give it with --compute-batch (extraction.compute_batch of the recipe)",
             )
             return
-        everything = [*known, *changed]
+        everything = sorted(
+            [*known, *changed], key=lambda each: (each[1].view, each[1].shard, each[0])
+        )
         table = table_of([record for _, record in everything], [at for at, _ in everything])
         # Where nothing tells, as many as there are shards: a build commits them one by one.
         version = self.left.next_version or table.num_rows
 
         def write() -> None:
-            segments: tuple[Segment, ...] = ()
-            if table.num_rows:
-                segments = (write_segment(self.manifest_directory, version, table, self.scratch),)
+            segments = write_run(self.manifest_directory, [table], version, self.scratch)
             mended = head.model_copy(
                 update={"version": version, "segments": segments, "provenance": provenance}
             )

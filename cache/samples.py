@@ -227,13 +227,13 @@ class Samples:
             for row in range(start, start + length, per_shard)
         ]
 
-    def shard_stops(self) -> Rows:
-        """One past the last row of every shard, int64 [shards]."""
-        per_shard = self.rows_per_shard
-        starts = np.arange(0, self.num_rows, per_shard)
+    def shard_stops(self, shards: npt.NDArray[np.integer]) -> Rows:
+        """Return one past the last row of shards, int64 [n]; -1 where no sample is in one."""
+        starts = np.asarray(shards, np.int64) * self.rows_per_shard
         segment = np.searchsorted(self.starts, starts, side="right") - 1
         ends = self.starts[segment] + self._lengths[segment]
-        return np.asarray(np.minimum(starts + per_shard, ends), np.int64)
+        there = (segment >= 0) & (starts < ends)
+        return np.where(there, np.minimum(starts + self.rows_per_shard, ends), -1)
 
     def shard_range(self, shard: int) -> ShardRange:
         """Return the rows of one shard.

@@ -28,8 +28,9 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cache.errors import Busy, Corrupt, StoreError
-from cache.files import atomic, bucket
+from cache.files import atomic, bucket, place
 from cache.files.bucket import BucketPath
+from cache.files.mapped import MappedFile
 from cache.format import arrow_tables, layout
 
 KEPT_HEADS = 8
@@ -437,7 +438,12 @@ def packed(version: int, table: pa.Table) -> tuple[Segment, memoryview]:
 
 
 def map_segment(directory: Path, segment: Segment, schema: Columns) -> pa.Table:
-    """Map a segment; columns are views of the file.
+    """Map a segment; columns are views of the file. See `open_segment`."""
+    return open_segment(directory, segment, schema)[0]
+
+
+def open_segment(directory: Path, segment: Segment, schema: Columns) -> tuple[pa.Table, MappedFile]:
+    """Map a segment; columns are views of the file, none of whose pages are in memory yet.
 
     Args:
         directory: the folder.
@@ -449,11 +455,19 @@ def map_segment(directory: Path, segment: Segment, schema: Columns) -> pa.Table:
         Corrupt: it is not what HEAD names.
     """
     path = directory / segment.name
-    buffer = arrow_tables.map_file(path, sha256=segment.sha256)
-    table = arrow_tables.parse_table(buffer, str(path))
+
+    def compared(local: Path) -> MappedFile:
+        file = MappedFile(local)
+        if hashlib.sha256(file.bytes.data).hexdigest() != segment.sha256:
+            raise Corrupt(f"{local}: contents do not match the recorded sha256")
+        return file
+
+    file = place.using(path, compared, sha256=segment.sha256)
+    table = arrow_tables.parse_table(pa.py_buffer(file.bytes), str(path))
     if table.num_rows != segment.rows or not _fits(table, schema):
         raise Corrupt(f"{path}: not the segment its HEAD describes")
-    return table
+    file.forget()
+    return table, file
 
 
 def _fits(table: pa.Table, schema: Columns) -> bool:

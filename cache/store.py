@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ValidationError
 
@@ -17,7 +16,8 @@ from cache.codec.known import make_codec, stored_codec
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic, place
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
-from cache.manifest import Manifest, ManifestHead, ShardRecord, check_same
+from cache.format.record_table import ShardRecord
+from cache.manifest import Manifest, ManifestHead, Totals, check_same
 from cache.samples import Samples, ShardRange, num_rows_now
 from cache.segments import check_pinned
 from eupe import fingerprint as fp
@@ -108,33 +108,23 @@ class Store:
         size; a deleted or cut file is to do again (law 11). What the files hold is not looked at,
         nor which samples it was made of: readers and `verify` do that, shard by shard.
         """
-        recorded: list[tuple[int, int, int]] = []
-        files: list[tuple[Path, int]] = []
-        table = self.manifest().table()
-        for view, shard, stop, patches_bytes, rows_bytes in zip(
-            *(
-                arrow_tables.to_numpy(table[name]).tolist()
+        samples, manifest = self.samples, self.manifest()
+        shards = samples.shards()
+        missing = np.ones((num_views, len(shards)), bool)
+        files = layout.patches_file, layout.rows_file
+        size_of = place.sizes_below(self.directory, 2 * sum(p.rows for p in manifest.head.segments))
+        for table in manifest.tables(views=range(num_views)):
+            view, shard, stop, *sizes = (
+                arrow_tables.to_numpy(table[name])
                 for name in ("view", "shard", "stop", "patches_bytes", "rows_bytes")
-            ),
-            strict=True,
-        ):
-            recorded.append((view, shard, stop))
-            files.append((layout.patches_file(self.directory, view, shard), patches_bytes))
-            files.append((layout.rows_file(self.directory, view, shard), rows_bytes))
-        sizes = place.sizes(self.directory, [path for path, _ in files])
-        whole = [size == wanted for size, (_, wanted) in zip(sizes, files, strict=True)]
-        there = {
-            key
-            for key, patches, rows in zip(recorded, whole[::2], whole[1::2], strict=True)
-            if patches and rows
-        }
-        shards = self.samples.shards()
-        return [
-            (view, shard)
-            for view in range(num_views)
-            for shard in shards
-            if (view, shard.shard, shard.stop) not in there
-        ]
+            )
+            for at in np.flatnonzero(stop == samples.shard_stops(shard)).tolist():
+                key = int(view[at]), int(shard[at])
+                missing[key] = any(
+                    size_of(named(self.directory, *key)) != size[at]
+                    for named, size in zip(files, sizes, strict=True)
+                )
+        return [(view, shards[at]) for view, at in np.argwhere(missing).tolist()]
 
     def commit(self, records: Sequence[ShardRecord]) -> int:
         """Make written shards exist; return the manifest's new version.
@@ -158,7 +148,7 @@ class Store:
         """
         manifest = self.manifest()
         manifest.settle()
-        for view in np.unique(arrow_tables.to_numpy(manifest.table()["view"])).tolist():
+        for view in manifest.totals():
             self._write_array_metadata(view)
 
     def array_metadata(self, num_rows: int) -> bytes:
@@ -345,20 +335,17 @@ def store_info(directory: Path) -> StoreInfo:
         path = layout.spec_file(directory)
         raise Corrupt(f"{path}: no store spec in it ({what}); restore it") from error
     manifest = Manifest.open(directory)
-    table = manifest.table()
-    columns: dict[str, npt.NDArray[np.int64]] = {
-        name: arrow_tables.to_numpy(table[name])
-        for name in ("view", "start", "stop", "num_valid", "patches_bytes", "rows_bytes")
-    }
+    views = manifest.totals()
+    total = sum(views.values(), Totals())
     return StoreInfo(
         directory=directory,
         spec=spec,
         version=manifest.version,
-        num_views=len(np.unique(columns["view"])),
-        num_shards=table.num_rows,
-        num_rows=int((columns["stop"] - columns["start"]).sum()),
-        num_valid=int(columns["num_valid"].sum()),
-        num_bytes=int(columns["patches_bytes"].sum() + columns["rows_bytes"].sum()),
+        num_views=len(views),
+        num_shards=total.num_shards,
+        num_rows=total.num_rows,
+        num_valid=total.num_valid,
+        num_bytes=total.num_bytes,
     )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from cache.errors import AGAIN, StoreError
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
-from cache.manifest import Manifest, ShardRecord
+from cache.format.record_table import ShardRecord
+from cache.manifest import Manifest
 from cache.samples import DROPPED_REASON, Rows, Samples, num_rows_now, segment_files
 from cache.store import Store, open_store, store_directories, store_info
 
@@ -123,16 +124,18 @@ def verify(store: Store, deep: bool = True, progress: Progress | None = None) ->
     store = Store(store.root, store.spec, manifest)  # with the samples of now, as its manifest is
     if report.problems:
         return report  # shards cannot be judged by tables that are damaged themselves
-    records = manifest.records()
-    report.problems.extend(_check_metadata(store, records))
-    for done, record in enumerate(records, 1):
+    totals = manifest.totals()
+    num_shards = sum(own.num_shards for own in totals.values())
+    ends = {view: own.end for view, own in totals.items()}
+    report.problems.extend(_check_metadata(store, ends))
+    for done, record in enumerate(manifest.records(), 1):
         report.num_shards += 1
         report.num_rows += record.stop - record.start
         report.num_invalid += record.num_invalid
         for problem in check_shard(store, record, deep, report):
             report.problems.append(problem)
         if progress is not None:
-            progress(done, len(records))
+            progress(done, num_shards)
     return report
 
 
@@ -157,14 +160,15 @@ def _check_pinned(store: Store) -> tuple[Manifest, Report]:
             return manifest, report
 
 
-def _check_metadata(store: Store, records: Sequence[ShardRecord]) -> Iterator[Problem]:
+def _check_metadata(store: Store, ends: Mapping[int, int]) -> Iterator[Problem]:
     """Check what outside readers see of each view: its zarr.json.
 
     It has the dataset's length at a commit: all committed rows, and no more than there are now.
+
+    Args:
+        store: the store.
+        ends: view -> one past its last committed row.
     """
-    ends: dict[int, int] = {}
-    for record in records:
-        ends[record.view] = max(record.stop, ends.get(record.view, 0))
     for view, end in ends.items():
         path = layout.zarr_file(store.directory, view)
         try:

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
         for info in stores:
             print(f"{info.directory}  ({info.spec.codec.name}, {info.num_shards} shards)")
             store = open_store(arguments[0], info.spec)
-            for view in sorted(set(store.manifest().table()["view"].to_pylist())):
+            for view in store.manifest().totals():
                 print(f"  {compare(store, view)}")
     except StoreError as error:
         print(error, file=sys.stderr)

@@ -221,7 +221,7 @@ def test_a_store_keeps_codes_and_escapes(tmp_path, name):
     reader = Reader(store, range(2))
     rows = [5, 0, 2, 4, 0]
     got = reader.select(rows, 1).decoded()
-    records = store.manifest().records()
+    records = list(store.manifest().records())
     # Eight channels are too few for Gaussian statistics: escapes do occur, and are counted.
     escapes = [reader.select(range(6), view).escapes for view in (0, 1)]
     assert sum(r.num_escapes for r in records) == sum(len(part.row) for part in escapes)

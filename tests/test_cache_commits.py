@@ -19,7 +19,8 @@ from cache import segments
 from cache.errors import Busy, Corrupt, StoreError
 from cache.files import atomic
 from cache.format import layout
-from cache.manifest import ManifestHead, ShardRecord
+from cache.format.record_table import ShardRecord
+from cache.manifest import ManifestHead
 from cache.reader import Reader
 from cache.samples import Samples
 from cache.segments import KEPT_HEADS, Head, commit, read_head
@@ -53,9 +54,10 @@ def head_version(store: Store) -> int:
 
 def committed(store: Store) -> list[int]:
     """Return the shards that exist; each of them was committed once."""
-    table = store.manifest().table()
-    assert store.manifest().version == table.num_rows == len(set(table["version"].to_pylist()))
-    return table["shard"].to_pylist()
+    tables = list(store.manifest().tables())
+    versions = [version for table in tables for version in table["version"].to_pylist()]
+    assert store.manifest().version == len(versions) == len(set(versions))
+    return [shard for table in tables for shard in table["shard"].to_pylist()]
 
 
 def before(monkeypatch, owner, name, action):
@@ -77,7 +79,7 @@ import json, sys
 from contextlib import nullcontext
 from cache.files import atomic
 atomic.only_writer = lambda directory, scratch: nullcontext()
-from cache.manifest import ShardRecord
+from cache.format.record_table import ShardRecord
 from cache.samples import Samples
 from cache.store import open_store
 from support.toy_stores import DATASET, ids, sample_table, store_spec

@@ -99,7 +99,7 @@ def test_provenance_is_in_no_data_file(tmp_path):
     assert not any(b"compute_batch" in content for content in files_under(tmp_path).values())
     store = open_store(tmp_path, store_spec())
     assert store.provenance == {"compute_batch": 8}
-    assert store.manifest().records()[0].provenance == '{"device":"cpu"}'
+    assert next(store.manifest().records()).provenance == '{"device":"cpu"}'
     metadata = json.loads(layout.zarr_file(store.directory, 0).read_text())
     assert metadata["attributes"]["eupe"] == json.loads(
         layout.spec_file(store.directory).read_bytes()

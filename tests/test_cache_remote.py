@@ -134,7 +134,8 @@ def test_hints_bring_shards_before_they_are_asked_for(s3, root):
     s3.behave()
     reader.select(rows, 1).read_ahead()
     wait_until(lambda: not mirror.default()._hinted)
-    assert {request.method for request in s3.requests} == {"GET"}
+    shards = [request for request in s3.requests if "manifest" not in request.key]
+    assert {request.method for request in shards} == {"GET"}  # of known size: nobody asks for it
     s3.behave()
     selected = reader.select(rows, 1)
     assert len(selected.patches()) == len(selected.summaries) == len(rows)
@@ -242,7 +243,7 @@ def test_two_machines_that_commit_at_once_lose_nothing(root, monkeypatch, tmp_pa
     with ThreadPoolExecutor(2) as both:
         list(both.map(commit, range(2)))
     of_thread.mirror = mirrors[0]
-    assert store.manifest().records() == sorted(records, key=lambda r: (r.view, r.shard))
+    assert list(store.manifest().records()) == sorted(records, key=lambda r: (r.view, r.shard))
     assert store.manifest().version == len(records)
     assert not verify(store).problems
 

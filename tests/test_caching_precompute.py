@@ -90,7 +90,7 @@ def test_a_build_calls_the_steps_it_is_given_in_order(tmp_path, images):
     steps = precompute.Steps(**{name: told(name, step) for name, step in plain.items()})
     built = precompute.build([[work]], steps=steps)
     assert called == ["index_samples", "resolve_stores", "extract_missing", "verify_stores"]
-    assert built.num_shards == len(open_stores(work)[0].manifest().records())
+    assert built.num_shards == open_stores(work)[0].manifest().total().num_shards
 
 
 def test_a_build_with_nothing_to_do_touches_nothing(tmp_path, images):

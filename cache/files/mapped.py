@@ -94,6 +94,10 @@ class MappedFile:
         failed = _libc.mincore(self._region.address + page, 1, told)
         return bool(failed) or bool(told.raw[0] & 1)
 
+    def forget(self) -> None:
+        """Leave to the kernel what was read once; its pages come back when they are touched."""
+        _libc.madvise(self._region.address, len(self.bytes), mmap.MADV_DONTNEED)
+
     def will_need(self, offset: int, num_bytes: int) -> None:
         """Ask the kernel to start reading a range; a hint, so a refusal does not matter."""
         page = offset // mmap.PAGESIZE * mmap.PAGESIZE

@@ -5,7 +5,7 @@ files to be mapped or opened are asked for here.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
@@ -104,12 +104,17 @@ def will_need(files: Iterable[tuple[Path, int | None, str | None]]) -> None:
         mirror.default().will_need(wanted)
 
 
-def sizes(directory: Path, paths: Sequence[Path]) -> list[int]:
-    """Return the size of each file below a directory, -1 where there is none."""
-    if isinstance(directory, BucketPath) and len(paths) > FEW:
+def sizes_below(directory: Path, num_files: int) -> Callable[[Path], int]:
+    """Return what tells the size of a file below a directory, -1 where there is none.
+
+    Args:
+        directory: the folder; of a bucket it is listed at once if many files are asked for.
+        num_files: that will be asked for, about.
+    """
+    if isinstance(directory, BucketPath) and num_files > FEW:
         there: dict[Path, int] = dict(directory.files_below())
-        return [there.get(path, -1) for path in paths]
-    return [_size(path) for path in paths]
+        return lambda path: there.get(path, -1)
+    return _size
 
 
 def listing(directory: Path) -> Iterator[tuple[Path, int, float]]:

@@ -1,6 +1,7 @@
 """What the bytes of a cache root mean (docs/store_format.md), one file a kind of file.
 
     sample_table     columns of a dataset's samples
+    record_table     records of committed shards, searched by view and shard
     rows_table       ids, validity, digests, summaries and escapes of a shard's rows
     moments_table    count, mean and scatter of a store's tokens
     arrow_tables     Arrow IPC files: written as bytes, read without a copy

@@ -116,7 +116,7 @@ def verify(
 
     @contextmanager
     def shown(store: Store) -> Iterator[Callable[[int, int], None]]:
-        total = len(store.manifest().records())
+        total = store.manifest().total().num_shards
         with track(total, f"Verifying {store.spec.directory()}", "shards") as progress:
             yield lambda done, all_of_them: progress.advance()
 

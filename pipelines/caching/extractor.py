@@ -19,7 +19,7 @@ import timm
 import torch
 
 from cache.codec.encoded import Escapes
-from cache.manifest import ShardRecord
+from cache.format.record_table import ShardRecord
 from cache.samples import ShardRange
 from cache.store import Store
 from cache.writer import write_shard

@@ -168,7 +168,7 @@ def verify_stores(stores: Sequence[Store], deep: bool = True) -> list[Report]:
     """
     reports = []
     for store in stores:
-        total = len(store.manifest().records())
+        total = store.manifest().total().num_shards
         with track(total, f"Verifying {store.spec.directory()}", "shards") as progress:
             report = verify(store, deep, lambda done, all_of_them: progress.advance())
         if report.problems:
@@ -326,11 +326,13 @@ def _tasks(
 
 def _num_invalid(job: CacheJob, store: Store) -> int:
     """Count the rows of the job's views that the manifest has as invalid, dropped ones left out."""
-    table = store.manifest().table()
-    ours = table["view"].to_numpy() < job.num_views
-    rows = (table["stop"].to_numpy() - table["start"].to_numpy())[ours]
-    num_dropped = _num_dropped(store, table["shard"].to_numpy()[ours]).sum()
-    return int(rows.sum() - table["num_valid"].to_numpy()[ours].sum() - num_dropped)
+    count = 0
+    for table in store.manifest().tables(views=range(job.num_views)):
+        shard, start, stop, num_valid = (
+            arrow_tables.to_numpy(table[name]) for name in ("shard", "start", "stop", "num_valid")
+        )
+        count += int((stop - start - num_valid - _num_dropped(store, shard)).sum())
+    return count
 
 
 def _num_dropped(store: Store, shards: Rows) -> Rows:

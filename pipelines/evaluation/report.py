@@ -62,9 +62,9 @@ def caches(recipe: Recipe, opened: Opened | None = None) -> Caches:
     rows = num_bytes = 0
     for store in _stores(recipe, opened):
         images[store.spec.dataset.name] = len(store.samples)
-        for record in store.manifest().records():
-            rows += record.stop - record.start
-            num_bytes += record.patches_bytes + record.rows_bytes
+        total = store.manifest().total()
+        rows += total.num_rows
+        num_bytes += total.num_bytes
     return Caches(sum(images.values()), rows, num_bytes)
 
 

@@ -49,7 +49,7 @@ def looks(store: Store) -> dict[str, tuple[Path, Look]]:
     def records() -> object:
         opened = open_store(store.root, store.spec)
         found = opened.manifest()
-        return [found.version, found.records(), opened.provenance, found.head]
+        return [found.version, list(found.records()), opened.provenance, found.head]
 
     def rows() -> object:
         return bytes(arrow_tables.to_bytes(Reader(store, [VIEW]).table(VIEW, SHARD).table))
