@@ -14,7 +14,6 @@ HEAD alone: it is replaced if it still says what its next writer has read.
 """
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -28,7 +27,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cache.errors import Busy, Corrupt, StoreError
-from cache.files import atomic, bucket, place
+from cache.files import atomic, bucket, place, sealed
 from cache.files.bucket import BucketPath
 from cache.files.mapped import MappedFile
 from cache.format import arrow_tables, layout
@@ -39,9 +38,8 @@ COMMIT_SECONDS = 60.0
 RETRY_SECONDS = 0.05
 DIGEST_DIGITS = 16
 REPAIR = "`eupe cache repair` makes it anew"
-CHECKSUM, UNKNOWN = "head_sha256", "0" * 64
+CHECKSUM = "head_sha256"
 """Field of a HEAD: the sha256 of the file as it is with zeros in this place."""
-_CHECKSUM_LINE = re.compile(rb'"head_sha256":\s*"([0-9a-f]{64})"')
 _NUMBERED = re.compile(rf"(?:{layout.HEAD}-(\d+)|(\d+)-[0-9a-f]{{{DIGEST_DIGITS}}}\.arrow)")
 
 
@@ -82,11 +80,7 @@ class Head(BaseModel):
 
     def to_bytes(self) -> bytes:
         """Return the HEAD file, its checksum in it: equal heads, equal bytes."""
-        said = self.model_dump(mode="json") | {CHECKSUM: UNKNOWN}
-        blank = json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"
-        place = _CHECKSUM_LINE.search(blank)
-        assert place is not None
-        return _with(blank, place, hashlib.sha256(blank).hexdigest())
+        return sealed.seal(self.model_dump(mode="json"), CHECKSUM)
 
     @model_validator(mode="before")
     @classmethod
@@ -400,16 +394,9 @@ def _read(path: Path, kind: type[H]) -> HeadFile[H] | None:
         where = ".".join(str(part) for part in first["loc"]) or "all of it"
         what = f"no HEAD of format 1 ({where}: {first['msg']})"
         raise Corrupt(f"{path}: {what}; {REPAIR}") from error
-    place = _CHECKSUM_LINE.search(content)
-    blank = b"" if place is None else _with(content, place, UNKNOWN)
-    if place is None or hashlib.sha256(blank).hexdigest() != place[1].decode():
+    if not sealed.is_whole(content, CHECKSUM):
         raise Corrupt(f"{path}: contents do not match the {CHECKSUM} in it; {REPAIR}")
     return HeadFile(head, content)
-
-
-def _with(content: bytes, place: re.Match[bytes], checksum: str) -> bytes:
-    """Return a HEAD file with another checksum in the place of its own."""
-    return content[: place.start(1)] + checksum.encode() + content[place.end(1) :]
 
 
 def write_segment(directory: Path, version: int, table: pa.Table, scratch: Path) -> Segment:
