@@ -19,7 +19,7 @@ from support.toy_stores import DATASET, GRID, Toy, ids
 
 from cache.errors import Corrupt, StoreError
 from cache.files import bucket, place
-from cache.format import layout
+from cache.format import layout, zarr_shard
 from cache.format.rows_table import checksums
 from cache.reader import Reader
 from cache.samples import Samples, segment_files
@@ -207,7 +207,7 @@ def test_a_row_is_checked_when_it_is_first_touched_and_then_no_more(store):
     row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
     with path.open("r+b") as file:  # in place: the map sees it
         for slot in (0, 2):  # rows 0 and 3; row 1 is not stored
-            file.seek(slot * (row_bytes + 4))
+            file.seek(slot * zarr_shard.stored_bytes(row_bytes))
             file.write(b"\xff\xfe")
     reader.select([0]).patches()
     with pytest.raises(Corrupt, match="row 3 of the shard"):
@@ -241,7 +241,7 @@ def test_the_table_of_rows_holds_what_the_shard_holds(store):
     assert array.shape[0] == 7
     assert GRID
     for slot, row in enumerate((0, 2, 3)):
-        end = slot * (row_bytes + 4) + row_bytes
+        end = slot * zarr_shard.stored_bytes(row_bytes) + row_bytes
         assert int.from_bytes(raw[end : end + 4], "little") == sums[row]
     assert sums[1] == 0
 
