@@ -83,9 +83,12 @@ def nothing_outlives_the_session() -> Iterator[None]:
     assert not names, "processes left behind: " + "; ".join(names)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """Start one local Ray for all in-process tests: two CPUs, no dashboard."""
+    """Start one local Ray for a file's in-process tests: two CPUs, no dashboard.
+
+    No longer than that: others ask how a process connects that is not connected yet.
+    """
     import ray
 
     ray.init(
