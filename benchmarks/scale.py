@@ -97,7 +97,8 @@ def build(root: Path, num_rows: int, console: Console) -> Store:
 
     stored = zarr_shard.stored_bytes(ROW_BYTES)
     offsets = np.arange(ROWS_PER_SHARD, dtype="<u8") * np.uint64(stored)
-    index = np.stack([offsets, np.full_like(offsets, stored)], axis=1).tobytes()
+    sizes = np.full_like(offsets, ROW_BYTES + zarr_shard.CHECKSUM_BYTES)
+    index = np.stack([offsets, sizes], axis=1).tobytes()
     tail = index + zarr_shard.checksum(index)
     names = [f"{n}" for n in range(ROWS_PER_SHARD)]
     summary = np.zeros((ROWS_PER_SHARD, spec.summary_dim), np.float32)
