@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +22,7 @@ from benchmarks import fault_subject
 from benchmarks.fault_children import Child, Ended, wait_until
 from benchmarks.fault_files import shard_files
 from benchmarks.fault_kinds import SIGNALS, Round, Struck, kind
-from flows.local_stack import free_ports
+from flows.local_stack import ask, free_ports
 
 PATIENCE_SECONDS = 240.0
 ACTORS = 2
@@ -215,7 +213,7 @@ def _prefect_server() -> Iterator[tuple[str, psutil.Process]]:
     url = f"http://127.0.0.1:{port}/api"
     try:
         given = time.monotonic() + PATIENCE_SECONDS
-        while not _answers(f"{url}/health"):
+        while ask(f"{url}/health") is not True:
             if time.monotonic() > given or started.poll() is not None:
                 raise RuntimeError("the Prefect server did not answer")
             time.sleep(0.2)
@@ -226,11 +224,3 @@ def _prefect_server() -> Iterator[tuple[str, psutil.Process]]:
                 process.kill()
         started.kill()
         started.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False

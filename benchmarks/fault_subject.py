@@ -20,7 +20,7 @@ from cache.reader import Reader
 from cache.repair import repair_root
 from cache.samples import Samples, ShardRange
 from cache.store import Store, open_store
-from cache.verify import verify_root
+from cache.verify import unseen, verify_root
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec, StoreSpec
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Extractor
@@ -272,8 +272,7 @@ def _look_at_view(
 
 def problems(root: Path) -> dict[str, str]:
     """Return what verify says of a root: file -> what is wrong with it."""
-    quiet = nullcontext(lambda done, total: None)
-    reports = verify_root(root / "cache", True, lambda store: quiet)
+    reports = verify_root(root / "cache", True, unseen)
     return {str(each.path): str(each) for _, report in reports for each in report.problems}
 
 

@@ -6,7 +6,7 @@ a build would give which had never seen their images. All other rows keep theirs
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from cache.format.sample_table import DROPPED
 from cache.samples import DROPPED_REASON, Rows, Samples, SamplesHead
 from cache.segments import HeadFile, commit, next_version, write_segment
 from cache.store import Store, open_store, store_directories, store_info
-from cache.verify import Progress, not_dropped
+from cache.verify import Progress, not_dropped, unseen
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,7 @@ def drop(
     root: str | Path,
     dataset: str,
     sample_ids: Sequence[str],
-    shown: Callable[[int], AbstractContextManager[Progress]] = lambda total: nullcontext(
-        lambda done, all_of_them: None
-    ),
+    shown: Callable[[int], AbstractContextManager[Progress]] = unseen,
 ) -> Dropped:
     """Take samples out of a dataset and of all of its stores.
 
@@ -144,10 +142,9 @@ def _without(store: Store, record: ShardRecord, inside: Rows) -> tuple[ShardReco
         return None
     content = arrow_tables.map_file(patches, record.patches_bytes, record.patches_sha256)
     valid, sums = rows_table.valid(table), rows_table.checksums(table)
-    row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
-    stored = np.frombuffer(content, np.uint8, record.num_valid * zarr_shard.stored_bytes(row_bytes))
+    row_bytes = store.row_bytes
     flat = np.zeros((len(valid), row_bytes), np.uint8)
-    flat[valid] = stored.reshape(record.num_valid, -1)[:, :row_bytes]
+    flat[valid] = zarr_shard.stored_rows(content, row_bytes, record.num_valid)[:, :row_bytes]
     num_rows = int(valid[here].sum())
     valid[here] = False
     anew = rows_table.with_checksums(_emptied(store, table, here), sums)

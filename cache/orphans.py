@@ -7,7 +7,6 @@ will be named by nobody. A store whose HEAD or segments cannot be read has no or
 than it holds, until it is mended.
 """
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,7 +22,6 @@ from cache.segments import read_head, superseded
 from cache.verify import Problem, all_folders
 
 OLDER_THAN_SECONDS = atomic.ABANDONED_SECONDS
-_PATCHES, _ROWS = re.compile(r"c\.(\d+)\.0\.0"), re.compile(r"rows-(\d{8,})\.arrow")
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,8 @@ def _of_store(directory: Path, files: list[Path]) -> Unnamed:
         number = path.parent.name.removeprefix("view-")
         if path.parent.parent != directory or not number.isdigit():
             continue
-        match = _PATCHES.fullmatch(path.name) or _ROWS.fullmatch(path.name)
-        if match is not None and (int(number), int(match[1])) not in committed:
+        shard = layout.shard_of(path)
+        if shard is not None and shard not in committed:
             yield path, "of a shard that was never committed"
         if path == layout.zarr_file(directory, int(number)) and int(number) not in views:
             yield path, "of an array without a shard"

@@ -92,7 +92,7 @@ class Reader:
                 raise NotBuilt(f"{store.directory}: view {view} has no shard yet; build it first")
         self.row_shape = store.row_shape
         self.dtype = store.codec.storage_dtype
-        self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
+        self._row_bytes = store.row_bytes
         fill = np.nan if store.codec.fill_value == "NaN" else store.codec.fill_value
         self._fill: Bytes = np.full(self.row_shape, fill, self.dtype).reshape(-1).view(np.uint8)
         self._mapped = access == "map"

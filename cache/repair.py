@@ -13,7 +13,6 @@ Lost for good are other segments of samples, and moments: nothing else holds wha
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ from cache.segments import (
     write_segment,
 )
 from cache.store import Store, spec_bytes
-from cache.verify import Problem, Progress, Report, all_folders, check_shard
+from cache.verify import Problem, Progress, Report, all_folders, check_shard, unseen
 from eupe import fingerprint as fp
 from eupe.errors import BadInput
 from eupe.spec import StoreSpec
@@ -55,7 +54,6 @@ FIRST_COMMIT = 1
 UNKNOWN: dict[str, object] = {"unknown": "the record was lost; made anew from the shard's files"}
 """Provenance of such a record."""
 BUILD = "`eupe cache build` computes it again"
-PATCHES_NAME = re.compile(r"c\.(\d+)\.0\.0")
 
 
 @dataclass
@@ -73,11 +71,6 @@ class Mended:
 
 Shown = Callable[[str, int], AbstractContextManager[Progress]]
 """(folder of a store below the root, its shards) -> what shows how far its check is."""
-
-
-def unseen(name: str, total: int) -> AbstractContextManager[Progress]:
-    """Show nothing."""
-    return nullcontext(lambda done, all_of_them: None)
 
 
 def repair_root(
@@ -452,21 +445,15 @@ class _StoreMending:
             )
             if list(check_shard(self.store, record, True, Report())):
                 return None
-            codec = self.store.codec
-            row_bytes = int(np.prod(self.store.row_shape)) * codec.storage_dtype.itemsize
-            sums = zarr_shard.kept_checksums(content[0], row_bytes, record.num_valid)
+            sums = zarr_shard.kept_checksums(content[0], self.store.row_bytes, record.num_valid)
         except (StoreError, pa.ArrowException):
             return None
         return record if np.array_equal(*sums) else None
 
     def _files(self) -> set[tuple[int, int]]:
         """Return (view, shard) of every file of patches."""
-        found = set()
-        for path in self.directory.glob("view-*/c.*.0.0"):
-            number, match = path.parent.name.partition("-")[2], PATCHES_NAME.fullmatch(path.name)
-            if match is not None and number.isdigit():
-                found.add((int(number), int(match[1])))
-        return found
+        found = map(layout.shard_of, self.directory.glob("view-*/c.*.0.0"))
+        return {key for key in found if key is not None}
 
     def _write_head(
         self,

@@ -77,6 +77,11 @@ class Store:
         return self.codec.storage_shape(num_tokens, self.spec.patch_dim)
 
     @property
+    def row_bytes(self) -> int:
+        """Size of one row of the patches array, its crc32c left out."""
+        return int(np.prod(self.row_shape)) * self.codec.storage_dtype.itemsize
+
+    @property
     def rows_schema(self) -> pa.Schema:
         """Columns of every table of rows."""
         return rows_table.schema(self.spec.summary_dim, self.codec.has_escapes)

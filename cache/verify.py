@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,11 @@ class Report:
 
 Progress = Callable[[int, int], None]
 """Called with (shards done, shards in all) after each shard."""
+
+
+def unseen(*what: object) -> AbstractContextManager[Progress]:
+    """Show no progress, of whatever it is."""
+    return nullcontext(lambda done, total: None)
 
 
 def verify_root(
@@ -237,8 +242,7 @@ def _check_contents(
     with patches.open("rb") as file:
         file.seek(-zarr_shard.index_bytes(samples.rows_per_shard), 2)
         tail = file.read()
-    row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
-    slots = zarr_shard.parse_index(tail, row_bytes, record.patches_bytes, str(patches))
+    slots = zarr_shard.parse_index(tail, store.row_bytes, record.patches_bytes, str(patches))
     table = arrow_tables.map_table(rows, record.rows_bytes, record.rows_sha256)
     if table.schema != store.rows_schema:
         yield Problem(rows, f"{table.schema.names} are no columns of rows; {AGAIN}")
@@ -257,7 +261,7 @@ def _check_contents(
         return
     asked = np.flatnonzero(valid)
     asked = asked if deep else asked[[0, -1][: len(asked)]]  # two tell an exchanged file
-    kept = _stored_checksums(patches, slots[asked], row_bytes)
+    kept = _stored_checksums(patches, slots[asked], store.row_bytes)
     if differing := np.flatnonzero(kept != rows_table.checksums(table)[asked]).tolist():
         what = f"row {asked[differing[0]]} of the shard has another crc32c than its table says"
         yield Problem(patches, f"{what}; {AGAIN}")

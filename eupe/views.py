@@ -98,6 +98,15 @@ class View(NamedTuple):
     digest: str
 
 
+def opened(data: bytes) -> Image.Image:
+    """Read an image's header, decoding no pixel, if it is of FORMATS.
+
+    Raises:
+        UnidentifiedImageError, or another of DECODER_ERRORS: it is none.
+    """
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
 def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode image bytes to an upright 8-bit RGB picture.
 
@@ -110,9 +119,9 @@ def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> I
     if not data:
         raise ImageError("the image has no bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            opened.load()
-            return _upright(_to_rgb(opened, background), _orientation(opened))
+        with opened(data) as image:
+            image.load()
+            return _upright(_to_rgb(image, background), _orientation(image))
     except ImageError:
         raise
     except DECODER_ERRORS as error:

@@ -80,7 +80,7 @@ def test_a_flipped_bit_of_patches_is_refused_when_read(store, access):
     """What no reader of ours reads is what lies between two rows: it is for outside readers."""
     path = layout.patches_file(store.directory, 1, 0)
     wanted = all_values(store, access)
-    row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
+    row_bytes = store.row_bytes
     stored = zarr_shard.stored_bytes(row_bytes)
     rows_end = path.stat().st_size - zarr_shard.index_bytes(store.samples.rows_per_shard)
     rng = np.random.Generator(np.random.Philox(7))
@@ -205,7 +205,7 @@ def test_a_row_is_checked_when_it_is_first_touched_and_then_no_more(store):
     reader = Reader(open_store(store.root, store.spec), range(2))
     reader.select([0, 2]).patches()
     path = layout.patches_file(store.directory, 0, 0)
-    row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
+    row_bytes = store.row_bytes
     with path.open("r+b") as file:  # in place: the map sees it
         for slot in (0, 2):  # rows 0 and 3; row 1 is not stored
             file.seek(slot * zarr_shard.stored_bytes(row_bytes))
@@ -237,7 +237,7 @@ def test_the_table_of_rows_holds_what_the_shard_holds(store):
     reader = Reader(store, range(2))
     array = zarr.open_array(layout.view_directory(store.directory, 0), mode="r")
     raw = layout.patches_file(store.directory, 0, 0).read_bytes()
-    row_bytes = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize
+    row_bytes = store.row_bytes
     sums = checksums(reader.table(0, 0).table)
     assert array.shape[0] == 7
     assert GRID

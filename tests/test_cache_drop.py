@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,7 @@ from cache.format import layout
 from cache.reader import Reader
 from cache.repair import repair_root
 from cache.samples import segment_files
-from cache.store import Store
-from cache.verify import verify, verify_root
+from cache.verify import unseen, verify, verify_root
 
 VIEWS = 2
 GONE = ["a/002", "b/000", "a/004"]
@@ -174,10 +172,6 @@ def test_a_damaged_list_of_them_is_mended_and_none_comes_back(tmp_path, name):
     assert {n: c for n, c in after.items() if "samples" not in n} == {
         n: c for n, c in before.items() if "samples" not in n
     }
-
-
-def unseen(store: Store) -> nullcontext:
-    return nullcontext(lambda done, total: None)
 
 
 def test_a_root_in_a_bucket(s3, tmp_path):

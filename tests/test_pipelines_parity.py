@@ -17,7 +17,7 @@ from support.small_caches import COMPUTE_BATCH, build, pictures, teacher, write_
 from support.stage_runs import from_cache, live, losses, training_job
 
 from cache.errors import Corrupt, StoreError
-from cache.format import layout
+from cache.format import layout, zarr_shard
 from cache.reader import Reader
 from cache.store import Store
 from cache.writer import write_shard
@@ -151,7 +151,7 @@ def test_a_narrower_codec_stays_within_its_bound(codec, rtol, images, live_losse
 def test_two_swapped_rows_are_refused(spoilt, tmp_path):
     run, store = spoilt
     path = layout.patches_file(store.directory, 0, 0)
-    size = int(np.prod(store.row_shape)) * store.codec.storage_dtype.itemsize + 4  # its crc32c
+    size = zarr_shard.stored_bytes(store.row_bytes)
     whole = path.read_bytes()
     path.write_bytes(whole[size : 2 * size] + whole[:size] + whole[2 * size :])
     with pytest.raises(Corrupt, match="does not match its crc32c"):

@@ -80,8 +80,7 @@ class BucketPath(PosixPath):
             FileNotFoundError: there is no such object.
             StoreError: the bucket does not answer.
         """
-        with _asking(self, "read"):
-            found = obstore.head(_store(self), self.key)
+        found = _head(self)
         written = int(found["last_modified"].timestamp())
         return os.stat_result((0o100444, 0, 0, 1, 0, 0, found["size"], 0, written, 0))
 
@@ -92,8 +91,7 @@ class BucketPath(PosixPath):
             FileNotFoundError: there is no such object.
             StoreError: the bucket does not answer.
         """
-        with _asking(self, "read"):
-            found = obstore.head(_store(self), self.key)
+        found = _head(self)
         return found["size"], _tag(found)
 
     def is_file(self) -> bool:
@@ -138,14 +136,9 @@ class BucketPath(PosixPath):
         Raises:
             StoreError: the bucket does not answer.
         """
-        base = type(self)(*self.parts[:2])
-        with _asking(self, "listed"):
-            found = obstore.list(_store(self), prefix=self.key or None, chunk_size=1000)
-            return sorted(
-                (base / each["path"], each["size"], each["last_modified"].timestamp())
-                for part in found
-                for each in part
-            )
+        return sorted(
+            (path, each["size"], each["last_modified"].timestamp()) for path, each in _below(self)
+        )
 
     def described_below(self) -> list[tuple["BucketPath", int, str]]:
         """Return every object below with size and entity tag, a request a thousand objects.
@@ -153,12 +146,7 @@ class BucketPath(PosixPath):
         Raises:
             StoreError: the bucket does not answer.
         """
-        base = type(self)(*self.parts[:2])
-        with _asking(self, "listed"):
-            found = obstore.list(_store(self), prefix=self.key or None, chunk_size=1000)
-            return [
-                (base / each["path"], each["size"], _tag(each)) for part in found for each in part
-            ]
+        return [(path, each["size"], _tag(each)) for path, each in _below(self)]
 
     def scan(self) -> tuple[list[str], list[tuple[str, int, str]]]:
         """Return names of the prefixes just below; and of objects, with size and entity tag.
@@ -318,6 +306,18 @@ def swap(path: BucketPath, content: bytes, expected: bytes | None) -> None:
                 if bytes(obstore.get(store, path.key).bytes()) == content:
                     return
     raise Busy(f"{path}: another process has replaced it meanwhile; run the same again")
+
+
+def _head(path: BucketPath) -> Any:
+    with _asking(path, "read"):
+        return obstore.head(_store(path), path.key)
+
+
+def _below(path: BucketPath) -> list[tuple[BucketPath, Any]]:
+    base = BucketPath(*path.parts[:2])
+    with _asking(path, "listed"):
+        found = obstore.list(_store(path), prefix=path.key or None, chunk_size=1000)
+        return [(base / each["path"], each) for part in found for each in part]
 
 
 def _tag(found: Any) -> str:

@@ -1,5 +1,6 @@
 """Where everything lies inside a cache root (docs/store_format.md)."""
 
+import re
 from pathlib import Path
 
 from cache.files import place
@@ -7,6 +8,9 @@ from eupe.spec import StoreSpec
 
 HEAD = "HEAD"
 SCRATCH = ".tmp"
+_VIEW, _PATCHES, _ROWS = (
+    re.compile(name) for name in (r"view-(\d+)", r"c\.(\d+)\.0\.0", r"rows-(\d{8,})\.arrow")
+)
 
 
 def cache_root(root: str | Path) -> Path:
@@ -61,6 +65,13 @@ def patches_file(store: Path, view: int, shard: int) -> Path:
 def rows_file(store: Path, view: int, shard: int) -> Path:
     """The table of one shard's rows."""
     return view_directory(store, view) / f"rows-{shard:08d}.arrow"
+
+
+def shard_of(path: Path) -> tuple[int, int] | None:
+    """Return view and shard of a file named as `patches_file` or `rows_file` do, else None."""
+    view = _VIEW.fullmatch(path.parent.name)
+    shard = _PATCHES.fullmatch(path.name) or _ROWS.fullmatch(path.name)
+    return None if view is None or shard is None else (int(view[1]), int(shard[1]))
 
 
 def scratch_directory(directory: Path) -> Path:

@@ -121,10 +121,23 @@ def kept_checksums(
         row_bytes: size of a row, its crc32c left out.
         num_rows: that are present.
     """
-    stored = num_rows * stored_bytes(row_bytes)
-    rows = np.frombuffer(file, np.uint8, stored).reshape(num_rows, -1)
+    rows = stored_rows(file, row_bytes, num_rows)
     kept = np.ascontiguousarray(rows[:, row_bytes : row_bytes + CHECKSUM_BYTES]).view("<u4")
     return kept.reshape(-1).astype(np.uint32), checksums(rows[:, :row_bytes])
+
+
+def stored_rows(
+    file: bytes | memoryview | npt.NDArray[np.uint8], row_bytes: int, num_rows: int
+) -> npt.NDArray[np.uint8]:
+    """Return the rows that a shard file holds, each with what follows it, [num_rows, stored_bytes].
+
+    Args:
+        file: the contents.
+        row_bytes: size of a row, its crc32c left out.
+        num_rows: that are present.
+    """
+    stored = stored_bytes(row_bytes)
+    return np.frombuffer(file, np.uint8, num_rows * stored).reshape(num_rows, stored)
 
 
 def stored_bytes(row_bytes: int) -> int:

@@ -2,16 +2,21 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from flows.commands.printing import print_json, print_table
 from pipelines.recipe.words import AsJson, Overrides, RecipeName
+
+if TYPE_CHECKING:
+    from cache.store import Store
+    from cache.verify import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,15 +115,11 @@ def verify(
 
     Everything is looked at, sample tables too, whatever of it is damaged.
     """
-    from cache.store import Store
     from cache.verify import verify_root
-    from pipelines.machines.progress import track
 
-    @contextmanager
-    def shown(store: Store) -> Iterator[Callable[[int, int], None]]:
-        total = store.manifest().total().num_shards
-        with track(total, f"Verifying {store.spec.directory()}", "shards") as progress:
-            yield lambda done, all_of_them: progress.advance()
+    def shown(store: "Store") -> "AbstractContextManager[Progress]":
+        name, total = store.spec.directory(), store.manifest().total().num_shards
+        return shards_shown(f"Verifying {name}", total)
 
     base = root_of(root)
     lines, problems = [], list[str]()
@@ -167,13 +168,8 @@ def drop(
     keep old copies until they are evicted: delete their folders. Let no build run meanwhile.
     """
     from cache import dropping
-    from pipelines.machines.progress import track
 
-    @contextmanager
-    def shown(total: int) -> Iterator[Callable[[int, int], None]]:
-        with track(total, f"Dropping samples of {dataset}", "shards") as progress:
-            yield lambda done, all_of_them: progress.advance()
-
+    shown = partial(shards_shown, f"Dropping samples of {dataset}")
     done = dropping.drop(root_of(root), dataset, sample_ids, shown)
     if as_json:
         print_json({"dropped": done.num_samples, "shards": done.num_shards, "rows": done.num_rows})
@@ -245,12 +241,9 @@ def repair(
     deleted: [b]eupe cache build[/b] computes just these again. Every byte is read.
     """
     from cache.repair import repair_root
-    from pipelines.machines.progress import track
 
-    @contextmanager
-    def shown(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
-        with track(total, f"Looking at {name}", "shards") as progress:
-            yield lambda done, all_of_them: progress.advance()
+    def shown(name: str, total: int) -> "AbstractContextManager[Progress]":
+        return shards_shown(f"Looking at {name}", total)
 
     mended, lost = list[str](), list[str]()
     for _, found in repair_root(root_of(root), yes, shown, compute_batch):
@@ -267,6 +260,15 @@ def repair(
             print(line, file=sys.stderr)
     if lost:
         raise typer.Exit(1)
+
+
+@contextmanager
+def shards_shown(what: str, total: int) -> "Iterator[Progress]":
+    """Show how far something is with a store's shards."""
+    from pipelines.machines.progress import track
+
+    with track(total, what, "shards") as progress:
+        yield lambda done, all_of_them: progress.advance()
 
 
 def root_of(root: Path | None) -> Path:

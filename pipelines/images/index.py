@@ -10,7 +10,6 @@ at it needs not open it again.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,11 @@ from itertools import islice
 from pathlib import PurePosixPath
 
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from cache.format.sample_table import GIVEN, SOURCES
 from eupe.errors import BadInput
-from eupe.views import DECODER_ERRORS, FORMATS, ImageError
+from eupe.views import DECODER_ERRORS, ImageError, opened
 from pipelines.images import parquet, walks
 from pipelines.images.walks import Candidate, Piece, Walk
 from pipelines.machines.progress import track
@@ -205,8 +204,7 @@ def _check_header(data: bytes) -> None:
     if not data:
         raise ImageError("the image has no bytes")
     try:
-        # Reads the header, decodes no pixel.
-        Image.open(io.BytesIO(data), formats=FORMATS).close()
+        opened(data).close()
     except UnidentifiedImageError as error:
         raise ImageError(f"{len(data)} bytes are in no image format known here") from error
     except DECODER_ERRORS as error:
