@@ -15,6 +15,7 @@ sequential: 64 neighbours.
 
 import argparse
 import gc
+import mmap
 import os
 import platform
 import sys
@@ -58,6 +59,18 @@ def make_rows(numbers: np.ndarray) -> np.ndarray:
     rows = noise()[numbers % BATCH]
     rows[:, 0, 0], rows[:, 0, 1] = numbers // 1024, numbers % 1024
     return rows
+
+
+def batch_memory() -> np.ndarray:
+    """Memory for a batch, float16 [BATCH, N, D], that begins where a page does.
+
+    What malloc gives begins 16 bytes later. There the copy out of a map whose rows begin with
+    pages, as numpy.memmap's do, is three times as slow (docs/log.md, 2026-11-26): memmap would be
+    handicapped.
+    """
+    memory = np.zeros(BATCH * ROW_BYTES + mmap.PAGESIZE, np.uint8)
+    first = -memory.ctypes.data % mmap.PAGESIZE
+    return memory[first : first + BATCH * ROW_BYTES].view(np.float16).reshape(BATCH, *SHAPE)
 
 
 def batches(access: str, num_rows: int) -> list[np.ndarray]:
@@ -107,7 +120,7 @@ class Opened:
 def check_and_warm(opened: Opened, num_rows: int) -> None:
     """Read every row once through a peer, and refuse to time one that gives other bytes."""
     opened.prepare()
-    out = np.zeros((BATCH, *SHAPE), np.float16)
+    out = batch_memory()
     whole = [np.arange(start, min(start + BATCH, num_rows)) for start in range(0, num_rows, BATCH)]
     for rows in (batches("random", num_rows)[0], *whole):
         opened.gather(rows, out[: len(rows)])
@@ -120,7 +133,7 @@ def measure(
 ) -> dict[str, object]:
     """Time one peer against memmap; return the row of the table."""
     work = batches(access, num_rows)
-    out = np.zeros((BATCH, *SHAPE), np.float16)
+    out = batch_memory()
     check_and_warm(reference, num_rows)
     check_and_warm(subject, num_rows)
     pairs = interleave(
