@@ -143,6 +143,7 @@ def flip_in_a_child(folder: Path, codec: str, every: int, num_patches: int) -> d
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["float16", "rot4"])
 def test_bits_of_every_kind_of_file_are_refused_or_found_by_verify(tmp_path, codec):
     found = flip_in_a_child(tmp_path, codec, 101, 200)

@@ -174,6 +174,7 @@ def test_a_damaged_list_of_them_is_mended_and_none_comes_back(tmp_path, name):
     }
 
 
+@pytest.mark.slow
 def test_a_root_in_a_bucket(s3, tmp_path):
     root = place.root(f"s3://{NAME}/{tmp_path.name}")
     both = toys(root)

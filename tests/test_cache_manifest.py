@@ -79,6 +79,7 @@ def check(manifest: Manifest, oracle: Oracle) -> None:
 keys = st.tuples(st.integers(0, 3), st.integers(0, 12))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.lists(keys, min_size=1, max_size=6, unique=True), max_size=30), st.integers(1, 7)
@@ -100,6 +101,7 @@ def test_records_come_back_as_they_were(tmp_path):
     assert table_of(given_records, [3, 4]).schema == SCHEMA
 
 
+@pytest.mark.slow
 def test_commits_are_merged_into_few_runs_of_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "PART_RECORDS", 50)
     order = np.random.default_rng(0).permutation(1000).tolist()

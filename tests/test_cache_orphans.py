@@ -37,6 +37,7 @@ def test_a_sound_root_has_no_orphans(toy):
     assert orphans.find(toy.root, 0) == orphans.Found()
 
 
+@pytest.mark.slow
 def test_what_nothing_names_goes_and_nothing_else(toy):
     before = contents(toy)
     store = toy.store()

@@ -261,6 +261,7 @@ def test_a_compute_batch_that_nothing_tells_is_asked_for(toy):
     assert toy.store().provenance == {"compute_batch": 8}
 
 
+@pytest.mark.slow
 def test_a_root_in_a_bucket_is_mended_too(s3, tmp_path):
     toy = Toy(place.root(f"s3://{NAME}/{tmp_path.name}"))
     toy.add_samples(ids(7) + ids(3, "b"))

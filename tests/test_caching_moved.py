@@ -153,6 +153,7 @@ def test_what_moved_alone_is_opened(tmp_path, images, monkeypatch):
     assert trained_on(moved) == wanted
 
 
+@pytest.mark.slow
 def test_a_root_copied_to_a_bucket_and_back_is_the_same_cache(tmp_path, images, s3):
     source = write_folder(tmp_path / "images", images)
     here = job(tmp_path / "root", source)

@@ -59,6 +59,7 @@ def cut(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
+@pytest.mark.slow
 def test_folder_tar_and_parquet_give_the_same_features(tmp_path, images):
     backwards = dict(reversed(images.items()))
     sources = [

@@ -174,6 +174,7 @@ def test_weights_that_are_not_there(uri, reason):
     assert repr(uri) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_hub_without_a_network_says_so():
     for spec in (
         EncoderSpec(architecture="vit_huge_plus_patch16_dinov3"),
@@ -208,6 +209,7 @@ for uri in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_the_file_of_the_tag_is_the_one_that_is_loaded(tmp_path):
     """From a download of huggingface_hub's own, laid out as it lays them out."""
     wanted = []
