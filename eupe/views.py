@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageFilter,
+    ImageOps,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from eupe import colours
 from eupe.addressed import uniforms
@@ -28,6 +35,10 @@ CROP_ATTEMPTS = 10
 """Draws of a crop that fits before the whole picture's centre is taken, as the field does."""
 
 _EXIF_ORIENTATION = 0x0112
+_MAX_SAMPLE_VALUE = 281  # of TIFF: which value is white
+_TWELVE_BITS = 1 << 12
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""PNG's grey of 2 and 4 bits: what one step is of 255."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -110,8 +121,9 @@ def opened(data: bytes) -> Image.Image:
 def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode image bytes to an upright 8-bit RGB picture.
 
-    EXIF orientation is applied; transparency lies over `background`; palette, grey, CMYK and
-    16-bit grey pictures are converted; of an animation the first frame is taken.
+    EXIF orientation is applied; transparency lies over `background`; palette, grey, CMYK, 12-bit
+    and 16-bit grey pictures are converted; of an animation the first frame is taken. Values are
+    taken as they are: a colour profile is not applied.
 
     Raises:
         ImageError: no bytes, no image, truncated, too large, or a pixel type without a white point.
@@ -120,6 +132,7 @@ def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> I
         raise ImageError("the image has no bytes")
     try:
         with opened(data) as image:
+            _settle_transparent_value(image)
             image.load()
             return _upright(_to_rgb(image, background), _orientation(image))
     except ImageError:
@@ -247,8 +260,7 @@ def view_of(
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255 instead of scaling 65535 to it.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _eight_bits(image)
     elif image.mode in ("I", "F"):
         raise ImageError(f"the image has {image.mode}-mode pixels, whose white point is unknown")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -257,6 +269,59 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         flat.paste(layered, mask=layered.getchannel("A"))
         return flat
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a 16-bit grey picture in 8 bits; Pillow's own conversion clips at 255.
+
+    Raises:
+        ImageError: a TIFF that does not say what its white is and looks like 12-bit data.
+    """
+    values = np.asarray(image)
+    white_is_zero, num_bits = False, 16
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        num_bits = _first(tags.get(TiffImagePlugin.BITSPERSAMPLE), 16)
+        highest = _first(tags.get(_MAX_SAMPLE_VALUE), 0)
+        if highest:
+            num_bits = max(8, highest.bit_length())
+        elif num_bits == 16 and 0 < values.max(initial=0) < _TWELVE_BITS:
+            raise ImageError(
+                f"the image has 16-bit grey pixels of which none is above {values.max()}, as if "
+                "they had 12 bits; its tag MaxSampleValue (281) should say which value is white"
+            )
+    grey = np.minimum(values >> (num_bits - 8), 255).astype(np.uint8)
+    if white_is_zero:
+        grey = 255 - grey
+    key = image.info.get("transparency")
+    if key is None:
+        return Image.fromarray(grey)
+    opaque = np.where(values == key, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(opaque)))
+
+
+def _settle_transparent_value(image: Image.Image) -> None:
+    """Bring the value that a PNG calls transparent to the range of the pixels as they are decoded.
+
+    Raises:
+        ImageError: 16-bit colour, of which Pillow keeps the upper halves alone.
+    """
+    key = image.info.get("transparency")
+    if key is None or not isinstance(image, PngImagePlugin.PngImageFile) or not image.tile:
+        return
+    stored = image.tile[0].args
+    if stored in _GREY_STEPS:
+        image.info["transparency"] = key * _GREY_STEPS[stored]
+    elif stored == "RGB;16B":
+        raise ImageError("the image has 16-bit colours one of which is transparent")
+
+
+def _first(tag: int | tuple[int, ...] | None, absent: int) -> int:
+    """Return a tag's value, the first channel's where each has its own."""
+    if tag is None or tag == ():
+        return absent
+    return tag[0] if isinstance(tag, tuple) else tag
 
 
 def _orientation(image: Image.Image) -> int:
