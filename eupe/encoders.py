@@ -252,6 +252,11 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
     Raises:
         BadInput: an unknown architecture, or model arguments it does not take.
     """
+    if spec.architecture.startswith(("hf-hub:", "hf_hub:")):
+        raise BadInput(
+            f"architecture {spec.architecture!r}: wants the name of what is built, and "
+            f"weights: hf-hub:{spec.architecture.partition(':')[2]}"
+        )
     if spec.library == "timm":
         arguments = dict(spec.model_arguments)
         if classifier:

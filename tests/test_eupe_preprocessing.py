@@ -1,5 +1,7 @@
 """Pixels go in as the weights' own record says, and who says otherwise is told."""
 
+import json
+
 import pytest
 
 from eupe.preprocessing import normalisation
@@ -41,3 +43,19 @@ def test_what_a_recipe_names_stays():
     teacher = TeacherConfig(name="t", encoder=encoder, weights="hub", resolutions=(224,))
     assert teacher.encoder.pixel_mean == (0.1, 0.2, 0.3)
     assert teacher.encoder.pixel_std == HALF
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("config.json", {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}),
+        ("open_clip_config.json", {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}),
+        ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}),
+        ("config.json", {"model_type": "other"}),
+    ],
+)
+def test_a_folder_of_weights_has_its_own_record(tmp_path, name, record):
+    (tmp_path / name).write_text(json.dumps(record))
+    found = normalisation(EncoderSpec(architecture="vit_tiny_patch16_224"), f"file:{tmp_path}")
+    own = ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    assert found == ((HALF, HALF) if "model_type" in record else own)

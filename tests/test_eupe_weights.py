@@ -145,14 +145,17 @@ def test_efficientnet_lite_in_another_order_is_refused(tmp_path):
     names = list(Encoder(LITE0).network.state_dict())
     whole = {**load_state_dict("random:0", LITE0)}
     whole |= {"classifier.weight": torch.zeros(1000, 1280), "classifier.bias": torch.zeros(1000)}
-    foreign = {f"_x.{name}": value for name, value in whole.items()}
+    foreign = {
+        f"layer_{number}.{name.rpartition('.')[2]}": value
+        for number, (name, value) in enumerate(whole.items())
+    }
     torch.save(foreign, tmp_path / "lite.pth")
     loaded = load_state_dict(f"file:{tmp_path}/lite.pth", LITE0)
     assert list(loaded) == names
     items = list(foreign.items())
     items[1], items[2] = items[2], items[1]  # a batch norm's weight and bias, of one shape
     torch.save(dict(items), tmp_path / "swapped.pth")
-    with pytest.raises(ValueError, match="another architecture"):
+    with pytest.raises(ValueError, match="under names that are not known here"):
         load_state_dict(f"file:{tmp_path}/swapped.pth", LITE0)
 
 
@@ -368,7 +371,6 @@ def test_released_files_of_another_patch_size_are_not_resampled():
 
 def test_released_names_go_into_no_other_network():
     released = interchange.to_released(randomised(VITT).network)
-    with pytest.raises(ValueError, match="not EfficientNet"):
-        interchange.to_timm(released, Encoder(LITE0).network)
+    assert list(interchange.to_timm(released, Encoder(LITE0).network)) == list(released)
     with pytest.raises(ValueError, match="not EfficientNet"):
         interchange.to_released(Encoder(LITE0).network)

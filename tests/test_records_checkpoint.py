@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 from eupe.students import build_student
-from eupe.weights import CHECKPOINT_FILE, load_state_dict
+from eupe.weight_files import CHECKPOINT_FILE
+from eupe.weights import load_state_dict
 from pipelines.records import checkpoint
 from pipelines.records.checkpoint import Contents
 

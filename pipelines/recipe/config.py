@@ -49,9 +49,11 @@ PROXY = "proxy"
 PIXELS = "pixels"
 """Name under which the views' own pixels are cached."""
 WEIGHTS = (
-    "package:<python package>/<file>, file:<path> (safetensors or a weights-only checkpoint), hub "
-    "(timm's or open_clip's own download), random:<seed>, checkpoint:<directory> of one of ours, "
-    "or sha256:<digest> for weights that are not here: enough to train from their features"
+    "package:<python package>/<file>; file:<path> (safetensors, a weights-only checkpoint, or a "
+    "folder with one, as a snapshot of the Hugging Face hub); hub or hub:<tag> (timm's or "
+    "open_clip's own download); hf-hub:<owner>/<name>; random:<seed>; checkpoint:<directory> of "
+    "one of ours; or sha256:<digest> for weights that are not here: enough to train from their "
+    "features"
 )
 """What the field `weights` takes."""
 

@@ -35,7 +35,8 @@ from cache.files.refused import writing
 from cache.format import layout
 from eupe import fingerprint as fp
 from eupe.errors import BadInput
-from eupe.weights import CHECKPOINT_FILE, state_digest
+from eupe.weight_files import CHECKPOINT_FILE
+from eupe.weights import state_digest
 
 FORMAT = 1
 FOLDER = "checkpoints"
