@@ -83,14 +83,14 @@ def test_one_reader_serves_many_threads(tmp_path, images):
 def test_a_row_group_is_read_once_whoever_wants_it(tmp_path, images, monkeypatch):
     source = write_parquet(tmp_path / "images.parquet", images, row_group=3)
     samples = index(source).records.to_dicts()
-    opened, read_row_group = [], pq.ParquetFile.read_row_group
+    opened, iter_batches = [], pq.ParquetFile.iter_batches
 
-    def counted(file, group, columns):
-        opened.append(group)
+    def counted(file, batch_size, row_groups, columns):
+        opened.extend(row_groups)
         time.sleep(0.01)
-        return read_row_group(file, group, columns)
+        return iter_batches(file, batch_size, row_groups, columns)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(reader(source).read, samples * 3))
     assert sorted(opened) == list(range(-(-len(samples) // 3)))

@@ -30,6 +30,7 @@ from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView, TeacherSpec
 from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
+from pipelines.images import warned
 from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader, LostImage
 from pipelines.recipe.config import TeacherConfig
@@ -291,7 +292,9 @@ class Extractor:
     ) -> dict[int, DrawnView]:
         """Decode a sample once and draw its views, each at its own resolutions."""
         try:
-            image = views.decode(images.read(sample, verify=True), policy.background)
+            data = images.read(sample, verify=True)
+            with warned.about(str(sample["sample_id"])):
+                image = views.decode(data, policy.background)
         except views.ImageError as error:
             lost = isinstance(error, LostImage)
             return dict.fromkeys(resolutions, DrawnView({}, None, None, str(error), lost))

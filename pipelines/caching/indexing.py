@@ -1,6 +1,7 @@
 """Indexing: the images of a source become samples of a dataset, ordered by hash."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from eupe.errors import BadInput
 from eupe.spec import DatasetSpec
 from pipelines.caching.listing import Listing
 from pipelines.images import index
+from pipelines.images.aside import Aside
 from pipelines.recipe.stores import CacheJob, rows_per_shard
 
 REASONS_SHOWN = 10
@@ -60,7 +62,8 @@ def index_samples(job: CacheJob) -> Indexed:
     """
     dataset, samples = DatasetSpec(name=job.dataset.name), _samples(job)
     num_before = 0 if samples is None else len(samples)
-    source, found = job.dataset.source, index.pieces(job.dataset.source)
+    source, aside = job.dataset.source, Aside()
+    found = index.pieces(source, aside)
     known = SOURCES.empty_table() if samples is None else samples.sources()
     keys = known.select(["uri", "bytes", "stamp"]).to_pydict().values()
     row_of = {key: row for row, key in enumerate(zip(*keys, strict=True))}
@@ -71,8 +74,11 @@ def index_samples(job: CacheJob) -> Indexed:
     scratch = layout.scratch_directory(directory)
     listing = Listing(scratch / "listing", dataset.name, wanted, may_write)
     num_others = len(found) - len(listing.missing)
-    for part in index.look(source, listing.missing, job.extraction.decode_threads, num_others):
+    threads = job.extraction.decode_threads
+    for part in index.look(source, listing.missing, threads, num_others, aside):
         listing.add(part)
+    for line in aside.lines() if wanted else ():
+        print(f"{dataset.name}: {line}", file=sys.stderr)
     unchanged = known.take(pa.array([row for row in looked_at if row >= 0], pa.int64()))
     sources = pa.concat_tables([unchanged, listing.sources()]).sort_by("uri").combine_chunks()
     num_new, changed = 0, list[index.Failure]()

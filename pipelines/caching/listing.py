@@ -25,6 +25,7 @@ from cache.format.sample_table import GIVEN, SOURCES, id_hashes
 from eupe.errors import BadInput
 from pipelines.images.index import Part
 from pipelines.images.walks import Piece
+from pipelines.recipe.config import ROW_KEY
 
 MERGED_ROWS = 500_000
 """Samples that are merged at once, about."""
@@ -142,5 +143,7 @@ def _check_unique(table: pa.Table) -> None:
     one, other = table.slice(first, 2).sort_by([("uri", "ascending")]).to_pylist()
     raise BadInput(
         f"sample_id {one['sample_id']!r} is both {one['uri']} at {one['offset']} and "
-        f"{other['uri']} at {other['offset']}; the path without its extension must be unique"
+        f"{other['uri']} at {other['offset']}; ids must be unique. The path "
+        "without its extension is the id; source.key=shard adds the name of a tar, "
+        f"source.key_column={ROW_KEY} takes a Parquet file's name and row"
     )

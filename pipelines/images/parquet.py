@@ -7,22 +7,26 @@ its number in the file.
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache.files import place
 from eupe.errors import BadInput
+from pipelines.images import columns
+from pipelines.images.aside import Aside
 from pipelines.images.walks import Candidate, Piece, sample_id, wanted
-from pipelines.recipe.config import SourceConfig
+from pipelines.recipe.config import ROW_KEY, SourceConfig
 
 SCHEME = "parquet"
+SUFFIX = ".parquet"
+IMAGE_ROWS = 16
+"""Images that are decoded from a Parquet file at once: of up to 128 MiB each."""
 ROW_GROUP_BYTES = 2 << 30
 """Of row groups that a reader keeps: about those of a shuffle buffer (cache.order)."""
 
@@ -55,41 +59,40 @@ def num_rows(piece: Piece) -> int:
     return rows
 
 
-def candidates(config: SourceConfig, piece: Piece) -> Iterator[Candidate]:
+def candidates(config: SourceConfig, piece: Piece, aside: Aside) -> Iterator[Candidate]:
     """Walk over the rows of one Parquet file: see `walks.Walk`."""
-    path = piece.path
-    labels = sorted({*config.label_columns, *config.where})
-    key = config.key_column or f"{config.image_column}.path"
+    try:
+        yield from _rows(config, piece)
+    except (pa.ArrowException, OSError) as error:
+        raise BadInput(f"{piece.path}: no whole Parquet file ({error})") from error
+
+
+def _rows(config: SourceConfig, piece: Piece) -> Iterator[Candidate]:
     uri = f"{SCHEME}:{quote(config.image_column, safe='')}:{piece.uri}"
-    with place.using(path, pq.ParquetFile) as file:
-        have = {part for name in _leaves(file.schema_arrow) for part in (name, name.split(".")[0])}
-        for column in (config.image_column, key, *labels):
-            if column not in have:
-                raise BadInput(f"{path}: no column {column!r}; there are {', '.join(sorted(have))}")
-        row = 0
+    labels = sorted({*config.label_columns, *config.where})
+    with place.using(piece.path, pq.ParquetFile) as file:
+        key = columns.checked(piece.path, file.schema_arrow, config, labels)
+        names = columns.class_names(file.schema_arrow, labels)
+        first = 0
         for group in range(file.num_row_groups):
-            light = file.read_row_group(group, columns=[key, *labels])
-            keys = light.column(0) if config.key_column is None else light[key]
-            if config.key_column is None:
-                keys = pc.struct_field(keys, "path")
-            names = light.select(labels).to_pylist()
-            ids = [
-                _sample_id(config, path, n, value) for n, value in enumerate(keys.to_pylist(), row)
-            ]
-            labelled = [{name: str(value) for name, value in each.items()} for each in names]
-            images: pa.Array | None = None
-            for position, (identity, own) in enumerate(zip(ids, labelled, strict=True)):
-                if not wanted(config, own):
-                    continue
-                if images is None:
-                    column = file.read_row_group(group, columns=[config.image_column]).column(0)
-                    images = _image_bytes(column)
-                data = images[position].as_py()
+            num_rows = file.metadata.row_group(group).num_rows
+            asked = [*labels] if key is None else [key, *labels]
+            light = file.read_row_group(group, columns=asked) if asked else None
+            ids = _ids(config, piece, first, num_rows, light, key)
+            own = columns.labels(light, names, num_rows)
+            chosen = [position for position, found in enumerate(own) if wanted(config, found)]
+            for position, data in _images(file, group, config.image_column, chosen):
                 fault = "the row holds no image bytes" if data is None else None
                 yield Candidate(
-                    identity, uri, row + position, len(data or b""), own, data or b"", fault=fault
+                    ids[position],
+                    uri,
+                    first + position,
+                    len(data or b""),
+                    own[position],
+                    data or b"",
+                    fault=fault,
                 )
-            row += len(ids)
+            first += num_rows
 
 
 class RowGroups:
@@ -103,7 +106,7 @@ class RowGroups:
 
     def __init__(self, max_bytes: int = ROW_GROUP_BYTES) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
-        self._groups: OrderedDict[tuple[Path, str, int], Future[pa.Array]] = OrderedDict()
+        self._groups: OrderedDict[tuple[Path, str, int], Future[pa.ChunkedArray]] = OrderedDict()
         self._starts: dict[Path, list[int]] = {}
         self._lock = threading.Lock()
 
@@ -131,7 +134,7 @@ class RowGroups:
         images = self._group(path, column, group)
         return images[row - starts[group]].as_py() or b""
 
-    def _group(self, path: Path, column: str, group: int) -> pa.Array:
+    def _group(self, path: Path, column: str, group: int) -> pa.ChunkedArray:
         """Return the images of a row group; one of the threads that want it at once reads it."""
         key = path, column, group
         with self._lock:
@@ -144,7 +147,7 @@ class RowGroups:
             return wanted.result()
         try:
             with place.using(path, pq.ParquetFile) as file:
-                images = _image_bytes(file.read_row_group(group, [column]).column(0))
+                images = pa.chunked_array(_image_batches(file, group, column))
         except BaseException as error:
             with self._lock:
                 del self._groups[key]
@@ -160,23 +163,54 @@ class RowGroups:
         return images
 
 
-def _sample_id(config: SourceConfig, path: Path, row: int, value: object) -> str:
-    if value is None:
-        raise BadInput(f"{path}: row {row} has no path; name source.key_column to be the sample_id")
-    return str(value) if config.key_column else sample_id(str(value))
+def _ids(
+    config: SourceConfig,
+    piece: Piece,
+    first: int,
+    num_rows: int,
+    light: pa.Table | None,
+    key: str | None,
+) -> list[str]:
+    """Return the sample ids of a row group's rows.
+
+    Raises:
+        BadInput: a row has none.
+    """
+    if light is None or key is None:
+        return [f"{piece.uri.removesuffix(SUFFIX)}/{first + n}" for n in range(num_rows)]
+    values = columns.column(light, key).to_pylist()
+    if None in values:
+        raise BadInput(
+            f"{piece.path}: row {first + values.index(None)} has no {key}; name in "
+            f"source.key_column another column, or {ROW_KEY} (file and row number)"
+        )
+    if config.key_column:
+        return [str(value) for value in values]
+    return [sample_id(value) for value in values]
 
 
-def _leaves(schema: pa.Schema) -> Iterable[str]:
-    for field in schema:
-        if pa.types.is_struct(field.type):
-            yield from (f"{field.name}.{inner.name}" for inner in field.type)
-        else:
-            yield field.name
+def _images(
+    file: pq.ParquetFile, group: int, column: str, wanted: Sequence[int]
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the images of some rows of a row group, rising, with their numbers in it."""
+    if not wanted:
+        return
+    start, waiting = 0, iter(wanted)
+    position = next(waiting, None)
+    for images in _image_batches(file, group, column):
+        while position is not None and position < start + len(images):
+            yield position, images[position - start].as_py()
+            position = next(waiting, None)
+        start += len(images)
 
 
-def _image_bytes(column: pa.ChunkedArray) -> pa.Array:
-    """Return the binary values of an image column: itself, or the `bytes` of its structs."""
-    array = column.combine_chunks()
-    if pa.types.is_struct(array.type):
-        array = pc.struct_field(array, "bytes")
-    return array
+def _image_batches(file: pq.ParquetFile, group: int, column: str) -> Iterator[pa.Array]:
+    """Yield the images of a row group, binary, a few at a time.
+
+    All at once would be an array, which has room for 2 GiB.
+    """
+    field = columns.field(file.schema_arrow, column)
+    assert field is not None  # it was when the file was indexed
+    name = f"{column}.bytes" if pa.types.is_struct(field.type) else column
+    for batch in file.iter_batches(IMAGE_ROWS, row_groups=[group], columns=[name]):
+        yield from columns.column(pa.Table.from_batches([batch]), name).chunks

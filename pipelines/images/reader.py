@@ -19,6 +19,7 @@ from cache.samples import DROPPED_REASON
 from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView
 from eupe.views import ImageError, make_view
+from pipelines.images import warned
 from pipelines.images.parquet import RowGroups, column_name, file_name, is_row
 
 GONE = frozenset(
@@ -112,7 +113,8 @@ class ImageReader:
 
         def draw(n: int, sample: dict[str, Any], number: int) -> str | None:
             try:
-                view = make_view(self.read(sample), policy, sample["sample_id"], number)
+                with warned.about(sample["sample_id"]):
+                    view = make_view(self.read(sample), policy, sample["sample_id"], number)
             except LostImage as error:
                 self._lost[sample["sample_id"]] = str(error)
                 return None

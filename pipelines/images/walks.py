@@ -1,19 +1,13 @@
-"""Walks over folders and WebDataset tars of images, and what all walks have in common."""
+"""What all walks over a source have in common: pieces, candidates, ids and labels."""
 
-import glob
-import hashlib
-import json
-import os
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cache.files import place
-from cache.files.bucket import BucketPath
-from eupe.errors import BadInput
+from pipelines.images.aside import Aside
 from pipelines.recipe.config import SourceConfig
 
 # Part of the key rule (identity), hence a fixed list and not what the installed Pillow can read.
@@ -37,7 +31,8 @@ IMAGE_SUFFIXES = frozenset(
         ".webp",
     ]
 )
-LABEL_SUFFIXES = frozenset((".cls", ".json", ".txt"))
+PATTERN_SIGNS = "*?[{"
+NOT_UTF8 = "the name is not UTF-8"
 
 
 class Piece(NamedTuple):
@@ -87,14 +82,14 @@ class Walk(NamedTuple):
     """How a form of source is walked.
 
     Attributes:
-        pieces: lists a source's pieces, opening none.
+        suffix: of the files that are its pieces; None: they are folders of images.
         num_images: in a piece, if that is cheaper than walking over them.
         candidates: walks over the wanted images of a piece.
     """
 
-    pieces: Callable[[SourceConfig], list[Piece]]
+    suffix: str | None
     num_images: Callable[[Piece], int | None]
-    candidates: Callable[[SourceConfig, Piece], Iterator[Candidate]]
+    candidates: Callable[[SourceConfig, Piece, Aside], Iterator[Candidate]]
 
 
 def base(config: SourceConfig) -> Path:
@@ -108,7 +103,9 @@ def base(config: SourceConfig) -> Path:
         return path
     if path.is_file():
         return path.parent
-    plain = list(takewhile(lambda part: not any(sign in part for sign in "*?["), path.parts))
+    plain = list(
+        takewhile(lambda part: not any(sign in part for sign in PATTERN_SIGNS), path.parts)
+    )
     return type(path)(*plain) if len(plain) < len(path.parts) else path.parent
 
 
@@ -119,174 +116,34 @@ def sample_id(path: str) -> str:
     return str(whole.with_suffix("") if whole.suffix.lower() in IMAGE_SUFFIXES else whole)
 
 
-def folder_pieces(config: SourceConfig) -> list[Piece]:
-    """List the folders of images below a folder: see `Walk`."""
-    root = place.root(config.path)
-    if not root.is_dir():
-        raise BadInput(f"{config.path}: no such folder; source.path wants a folder of images")
-    pieces, num_others, below = [], 0, [root]
-    while below:
-        folder = below.pop()
-        folders, files = _scan(folder)
-        below += [folder / name for name in folders[::-1] if not name.startswith(".")]
-        images = [file for file in files if _is_image(file[0])]
-        num_others += len(files) - len(images)
-        if images:
-            uri = f"{folder.relative_to(root).as_posix()}/"
-            num_bytes = sum(size for _, size, _ in images)
-            pieces.append(Piece(uri, folder, num_bytes, _stamp(images), len(images)))
-    if not pieces:
-        raise BadInput(
-            f"{config.path}: no image in this folder ({num_others} other files); images are known "
-            f"by extension: {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    return pieces
-
-
-def folder_candidates(config: SourceConfig, piece: Piece) -> Iterator[Candidate]:
-    """Walk over the images of one folder: see `Walk`."""
-    for name, size, _ in _scan(piece.path)[1]:
-        uri = f"{piece.uri.removeprefix('./')}{name}"
-        labels = _class(uri)
-        if _is_image(name) and wanted(config, labels):
-            yield Candidate(sample_id(uri), uri, 0, size, labels, file=piece.path / name)
-
-
-def _scan(folder: Path) -> tuple[list[str], list[tuple[str, int, str]]]:
-    """Return the folders in a folder, and its files with size and stamp, in a fixed order."""
-    if isinstance(folder, BucketPath):
-        return folder.scan()
-    folders, files = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                folders.append(entry.name)
-                continue
-            try:
-                found = entry.stat()
-            except FileNotFoundError:  # a link to nowhere: whoever reads it says so
-                files.append((entry.name, 0, ""))
-            else:
-                files.append((entry.name, found.st_size, str(found.st_mtime_ns)))
-    return sorted(folders), sorted(files)
-
-
-def _stamp(files: Iterable[tuple[str, int, str]]) -> str:
-    lines = "".join(f"{name}\t{size}\t{stamp}\n" for name, size, stamp in files)
-    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
-
-
-def webdataset_candidates(config: SourceConfig, piece: Piece) -> Iterator[Candidate]:
-    """Walk over the images of one WebDataset tar: see `Walk`."""
-    try:
-        with place.opened(piece.path) as data, tarfile.open(fileobj=data, mode="r:") as tar:
-            yield from _tar_candidates(config, tar, piece.uri)
-    except (tarfile.TarError, EOFError) as error:
-        raise BadInput(f"{piece.path}: no whole uncompressed tar file ({error})") from error
-
-
-def _tar_candidates(config: SourceConfig, tar: tarfile.TarFile, uri: str) -> Iterator[Candidate]:
-    """Images of one tar, each with the labels of the members that share its name."""
-    images: dict[str, tarfile.TarInfo] = {}
-    beside: dict[str, list[tarfile.TarInfo]] = {}
-    for member in tar:
-        if not member.isfile():
-            continue
-        name = PurePosixPath(member.name)
-        if _is_image(name.name):
-            images[member.name] = member
-        elif name.suffix.lower() in LABEL_SUFFIXES:
-            beside.setdefault(sample_id(str(name.with_suffix(""))), []).append(member)
-    for name_in_tar, member in images.items():
-        identity = sample_id(name_in_tar)
-        labels = _class("/".join(PurePosixPath(name_in_tar).parts).removeprefix("./"))
-        for other in beside.get(identity, []):
-            labels |= _label_file(other.name, _member_bytes(tar, other))
-        if wanted(config, labels):
-            data = _member_bytes(tar, member)
-            yield Candidate(identity, uri, member.offset_data, member.size, labels, data)
-
-
 def wanted(config: SourceConfig, labels: Mapping[str, str]) -> bool:
     """Return True if an image of these labels is one that the source is asked for."""
     return config.where.items() <= labels.items()
 
 
-def file_pieces(config: SourceConfig, suffix: str) -> list[Piece]:
-    """List the files of a source, each a piece of its own: see `Walk`."""
-    files, where = files_of(config, suffix), base(config)
-    if isinstance(where, BucketPath) and len(files) > place.FEW:
-        listed: dict[Path, tuple[int, str]] = {
-            path: (size, stamp) for path, size, stamp in where.described_below()
-        }
-        told = [listed[path] for path in files]
-    else:
-        told = [_describe(file) for file in files]
-    return [
-        Piece(file.relative_to(where).as_posix(), file, size, stamp)
-        for file, (size, stamp) in zip(files, told, strict=True)
-    ]
+def is_hidden(name: str) -> bool:
+    """Return True for names that nobody means: `.DS_Store`, `._photo.jpg`, `.cache`."""
+    return name.startswith(".")
 
 
-def _describe(file: Path) -> tuple[int, str]:
-    """Return size and stamp of a file."""
-    if isinstance(file, BucketPath):
-        return file.describe()
-    found = file.stat()
-    return found.st_size, str(found.st_mtime_ns)
+def is_image(name: str) -> bool:
+    """Return True if a file of this name is looked at as an image."""
+    return not is_hidden(name) and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def files_of(config: SourceConfig, suffix: str) -> list[Path]:
-    """Return the files of a source in a fixed order: of a folder, a glob, or the one named."""
-    path = place.root(config.path)
-    found: list[Path]
-    if path.is_dir():
-        found = (
-            [file for file, _ in path.files_below() if file.suffix == suffix]
-            if isinstance(path, BucketPath)
-            else sorted(path.rglob(f"*{suffix}"))
-        )
-    elif path.is_file():
-        found = [path]
-    elif isinstance(path, BucketPath):
-        bucket = type(path)(*path.parts[:2])
-        found = sorted(bucket.glob(path.key))
-    else:
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    if not found:
-        raise BadInput(
-            f"{config.path}: no {suffix} file there; source.path wants a {config.kind} file, a "
-            "folder or a glob of them"
-        )
-    return found
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _class(path: str) -> dict[str, str]:
+def class_label(path: str) -> dict[str, str]:
     """Return the class folder as label, where an image lies in one."""
     top, separator, _ = path.partition("/")
     return {"label": top} if separator else {}
 
 
-def _label_file(name: str, content: bytes) -> dict[str, str]:
-    """Read the labels in a WebDataset member: .json's plain values, the text of .cls and .txt."""
-    suffix = PurePosixPath(name).suffix.lower()
-    text = content.decode(errors="replace").strip()
-    if suffix != ".json":
-        return {suffix[1:]: text}
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise BadInput(f"{name}: labels are no JSON ({error})") from error
-    if not isinstance(values, dict):
-        return {}
-    return {key: str(value) for key, value in values.items() if isinstance(value, str | int)}
+def shown(name: str) -> str:
+    """Return a name of the file system as text; what is not UTF-8 of it as escaped bytes."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None  # only regular files are asked for
-    return file.read()
+def text(value: str) -> str:
+    """Return a label as it can be kept: half of a surrogate pair, as JSON may hold, as U+FFFD."""
+    if value.isascii():
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

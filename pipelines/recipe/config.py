@@ -48,6 +48,8 @@ PROXY = "proxy"
 """Name under which a stage lists the proxy as its teacher."""
 PIXELS = "pixels"
 """Name under which the views' own pixels are cached."""
+ROW_KEY = "__row__"
+"""The key column that stands for a row's number in its file."""
 WEIGHTS = (
     "package:<python package>/<file>; file:<path> (safetensors, a weights-only checkpoint, or a "
     "folder with one, as a snapshot of the Hugging Face hub); hub or hub:<tag> (timm's or "
@@ -67,14 +69,31 @@ class SourceConfig(Spec):
     path: Annotated[str, EXECUTION] = Field(
         description="folder, file, or glob of files; relative to the working folder"
     )
+    key: Annotated[Literal["name", "shard", "path"], IDENTITY] = Field(
+        "name",
+        description="webdataset: a sample is what shares a path up to the first dot of its base "
+        "name, and that path its id; shard: with the tar's name before it, where keys are unique "
+        "in a tar only; path: every picture is a sample, its id the path without the extension",
+    )
+    image_member: Annotated[str | None, IDENTITY] = Field(
+        None,
+        description="webdataset: field of a key that is its picture, as jpg, or jpg;png in order "
+        "of preference; null: its only picture, or the only one without a dot (jpg, not seg.png)",
+    )
+    classes: Annotated[Literal["folder", "tar"], IDENTITY] = Field(
+        "folder",
+        description="webdataset: the label `label` is the top folder in the tar; or the tar's name",
+    )
     image_column: Annotated[str, IDENTITY] = Field(
         "image", description="parquet: struct {bytes, path} or binary"
     )
     key_column: Annotated[str | None, IDENTITY] = Field(
-        None, description="parquet: sample_id; else the image's path"
+        None, description=f"parquet: sample_id; {ROW_KEY}: file and row number; null: image's path"
     )
     label_columns: Annotated[tuple[str, ...], IDENTITY] = Field(
-        (), description="parquet: columns kept as labels"
+        (),
+        description="parquet: columns kept as labels, nested ones as meta.wnid; class names are "
+        "the file's own; a null is no label",
     )
     where: Annotated[dict[str, Annotated[str, BeforeValidator(_as_label)]], IDENTITY] = Field(
         {}, description="keep samples whose labels equal these"

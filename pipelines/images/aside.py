@@ -1,0 +1,59 @@
+"""What a walk leaves aside: counted by kind, said in a line each, and never one by one."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+SENTENCES_SHOWN = 10
+KINDS_SHOWN = 8
+UNKNOWN = "not looked at, by extension"
+PROFILES = "images with a colour profile other than sRGB, whose values are taken as they are"
+_PACKED = frozenset((".bz2", ".gz", ".xz", ".zst"))
+
+
+class Aside:
+    """What was left aside of one source."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counter[str]] = {}
+        self._sentences: Counter[str] = Counter()
+
+    def count(self, group: str, kind: str) -> None:
+        """Count one more thing of a kind.
+
+        Args:
+            group: the heading that it is said under.
+            kind: such as a file's extension.
+        """
+        self._counts.setdefault(group, Counter())[kind] += 1
+
+    def file(self, name: str) -> None:
+        """Count a file, by its extension."""
+        self.count(UNKNOWN, extension(name))
+
+    def say(self, sentence: str) -> None:
+        """Keep a sentence, said once however often it is given."""
+        self._sentences[sentence] += 1
+
+    def lines(self) -> Iterator[str]:
+        """Yield what there is to say."""
+        for group, counts in self._counts.items():
+            yield f"{group}: {listed(counts)}"
+        yield from list(self._sentences)[:SENTENCES_SHOWN]
+        if (more := len(self._sentences) - SENTENCES_SHOWN) > 0:
+            yield f"and {more} more such lines"
+
+
+def extension(name: str) -> str:
+    """Return a file's extension as people read it: that of an archive has two parts."""
+    suffixes = PurePosixPath(name.lower()).suffixes
+    if not suffixes:
+        return "none"
+    return "".join(suffixes[-2:]) if suffixes[-1] in _PACKED else suffixes[-1]
+
+
+def listed(counts: Counter[str]) -> str:
+    """Say counts in a line, the largest first."""
+    most = [f"{number} {kind}" for kind, number in counts.most_common(KINDS_SHOWN)]
+    rest = sum(counts.values()) - sum(number for _, number in counts.most_common(KINDS_SHOWN))
+    return ", ".join([*most, f"{rest} others"] if rest else most)

@@ -1,0 +1,44 @@
+"""Warnings of libraries about a picture: one line of ours each, with the picture's name."""
+
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from PIL import Image
+
+_now = threading.local()
+_shown_before = warnings.showwarning
+
+
+@contextmanager
+def about(sample_id: str) -> Iterator[None]:
+    """Say of warnings in this block, in this thread, that they are of a sample's picture."""
+    global _shown_before
+    if warnings.showwarning is not _show:  # others replace it too, and put it back
+        _shown_before, warnings.showwarning = warnings.showwarning, _show
+    _now.sample_id = sample_id
+    try:
+        yield
+    finally:
+        _now.sample_id = None
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    sample_id = getattr(_now, "sample_id", None)
+    if sample_id is None:
+        _shown_before(message, category, filename, lineno, file, line)
+        return
+    said = " ".join(str(message).split())
+    if issubclass(category, Image.DecompressionBombWarning):
+        said = f"a very large picture, which is decoded all the same ({said.partition(',')[0]})"
+    print(f"{sample_id}: {said}", file=sys.stderr)
