@@ -8,7 +8,6 @@ would fetch a few pages each. The shards that all readers of a process used last
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -23,7 +22,7 @@ from cache.files.place import drop_damaged, using, will_need
 from cache.format import arrow_tables, layout
 from cache.format.record_table import ShardRecord
 from cache.samples import Rows, ShardRange
-from cache.selection import Group, Selection, Views, grouped
+from cache.selection import Group, Selection, Views, located
 from cache.shard_rows import (
     MappedRows,
     Piece,
@@ -102,7 +101,6 @@ class Reader:
         self._tables = Recent(self._open_table, "map")
         self._faults = -1
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, "cache-copy") if threads > 1 else None
 
     @property
     def mirrored(self) -> bool:
@@ -148,10 +146,12 @@ class Reader:
             ValueError: rows of another shape, or views of another length.
             MissingSamples: a row is not in the store, or not in that view.
         """
-        groups = grouped(rows, views, self.store.samples.rows_per_shard)
-        for group in groups:
-            self._look_up(group.view, group.shard, max(group.inside))
-        return Selection(self, groups, len(rows))
+        keys, inside = located(rows, views, self.store.samples.rows_per_shard)
+        for key, number in zip(keys, inside, strict=True):
+            known = self._known.get(key)
+            if known is None or number >= known.num_rows:
+                self._look_up(*key, number)
+        return Selection(self, keys, inside)
 
     def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return sample ids, in the given order."""
@@ -165,21 +165,22 @@ class Reader:
         """
         return self._tables.get(view, shard)
 
-    def copy(self, groups: Sequence[Group], into: Bytes) -> None:
+    def copy(self, selection: Selection, into: Bytes) -> None:
         """Copy the patches of rows into a batch [n * row_bytes]; see `Selection.patches`."""
         for first in (True, False):
-            pieces = self._pieces(groups)
+            shards = self._patches.all(selection.keys)
             try:
-                if self._undisturbed() or self._resident(pieces):
-                    copy_all(mapped_rows(pieces), into, self._pool, self._threads)
+                if self._undisturbed() or self._resident(shards, selection.inside):
+                    rows = mapped_rows(shards, selection.inside)
+                    copy_all(rows, into, self._threads)
                 else:
-                    read_all(pieces, into.reshape(-1, self._row_bytes))
+                    read_all(self._pieces(selection), into.reshape(-1, self._row_bytes))
                 return
             except Corrupt as error:
                 if not (first and self.mirrored):
-                    check_not_rebuilt(self, groups, error)
+                    check_not_rebuilt(self, selection.groups, error)
                     raise
-                self._let_go(groups)
+                self._let_go(selection.groups)
 
     def _let_go(self, groups: Sequence[Group]) -> None:
         """Drop copies of a bucket's shards that are damaged, and open all of these shards anew.
@@ -190,42 +191,39 @@ class Reader:
             drop_damaged(*self._look_up(view, shard).file(self.store.directory, "patches"))
             self._patches.drop(view, shard)
 
-    def read_ahead(self, groups: Sequence[Group]) -> None:
+    def read_ahead(self, selection: Selection) -> None:
         """Start bringing rows that will be copied soon; see `Selection.read_ahead`."""
         if self.mirrored:
-            for view, shard, _, _ in groups:
+            for view, shard, _, _ in selection.groups:
                 if (view, shard) not in self._patches or (view, shard) not in self._tables:
                     known = self._look_up(view, shard)
                     kinds: tuple[Kind, Kind] = ("rows", "patches")
                     will_need(known.file(self.store.directory, kind) for kind in kinds)
         elif not self._undisturbed():
-            pieces = self._pieces(groups)
-            if not self._resident(pieces):
-                for piece in pieces:
+            shards = self._patches.all(selection.keys)
+            if not self._resident(shards, selection.inside):
+                for piece in self._pieces(selection):
                     piece.shard.will_need(piece.inside)
 
-    def _pieces(self, groups: Sequence[Group]) -> list[Piece]:
-        """Open the shards that the rows lie in."""
+    def _pieces(self, selection: Selection) -> list[Piece]:
+        """Open the shards that the rows lie in, each once."""
         return [
             Piece(self._patches.get(view, shard), inside, places)
-            for view, shard, places, inside in groups
+            for view, shard, places, inside in selection.groups
         ]
 
     def _undisturbed(self) -> bool:
         """True if the last rows were in memory and no fault of this process went to disk since."""
         return self._faults == major_faults()
 
-    def _resident(self, pieces: list[Piece]) -> bool:
-        """Say whether a batch is in memory, as far as a few of its rows tell."""
+    def _resident(self, shards: Sequence[ShardRows], inside: Sequence[int]) -> bool:
+        """Say whether a batch [n] is in memory, as far as a few of its rows tell."""
         if not self._mapped:
             return False
-        faults = major_faults()
-        probes = pieces[:: max(1, len(pieces) // PROBES)]
-        per_piece = max(1, PROBES // max(1, len(probes)))
+        faults, step = major_faults(), max(1, len(shards) // PROBES)
         resident = all(
-            piece.shard.is_resident(inside)
-            for piece in probes
-            for inside in piece.inside[:: max(1, len(piece.inside) // per_piece)]
+            shard.is_resident(row)
+            for shard, row in zip(shards[::step], inside[::step], strict=True)
         )
         self._faults = faults if resident else -1  # -1: the next batch is asked about too
         return resident

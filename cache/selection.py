@@ -17,6 +17,8 @@ from cache.store import Store
 
 Views = int | Sequence[int] | Rows
 """The view number of each row [n], or one for all."""
+ShardKey = tuple[int, int]
+"""View and number of a shard."""
 
 
 class Group(NamedTuple):
@@ -35,8 +37,10 @@ class Group(NamedTuple):
     inside: list[int]
 
 
-def grouped(rows: Sequence[int] | Rows, views: Views, rows_per_shard: int) -> list[Group]:
-    """Sort a batch's rows [n] by the shard they lie in.
+def located(
+    rows: Sequence[int] | Rows, views: Views, rows_per_shard: int
+) -> tuple[list[ShardKey], list[int]]:
+    """Say where a batch's rows [n] lie: view and shard [n] of each, and its number there [n].
 
     Raises:
         ValueError: rows of another shape than [n], or views of another length.
@@ -44,17 +48,23 @@ def grouped(rows: Sequence[int] | Rows, views: Views, rows_per_shard: int) -> li
     asked = np.asarray(rows, np.int64)
     if asked.ndim != 1:
         raise ValueError(f"rows: shape {asked.shape}, wants one dimension")
-    groups: dict[tuple[int, int], Group] = {}
+    shards = asked // rows_per_shard
     each: Iterable[int] = (
         repeat(views) if isinstance(views, int) else np.broadcast_to(views, len(asked)).tolist()
     )
-    for place, (row, view) in enumerate(zip(asked.tolist(), each, strict=False)):
-        shard, inside = divmod(row, rows_per_shard)
-        group = groups.get((view, shard))
+    keys = list(zip(each, shards.tolist(), strict=False))
+    return keys, (asked - shards * rows_per_shard).tolist()
+
+
+def grouped(keys: Sequence[ShardKey], inside: Sequence[int]) -> list[Group]:
+    """Sort a batch's rows by the shard they lie in; takes what `located` gives."""
+    groups: dict[ShardKey, Group] = {}
+    for place, (key, number) in enumerate(zip(keys, inside, strict=True)):
+        group = groups.get(key)
         if group is None:
-            group = groups[view, shard] = Group(view, shard, [], [])
+            group = groups[key] = Group(*key, [], [])
         group.places.append(place)
-        group.inside.append(inside)
+        group.inside.append(number)
     return list(groups.values())
 
 
@@ -69,11 +79,11 @@ class Shards(Protocol):
         """Return the table of a shard's rows."""
         ...
 
-    def copy(self, groups: Sequence[Group], into: Bytes) -> None:
+    def copy(self, selection: "Selection", into: Bytes) -> None:
         """Copy the patches of rows into a batch [n * row_bytes]."""
         ...
 
-    def read_ahead(self, groups: Sequence[Group]) -> None:
+    def read_ahead(self, selection: "Selection") -> None:
         """Start bringing rows that will be copied soon: a hint."""
         ...
 
@@ -84,16 +94,22 @@ class Selection:
     Tables of rows are read when a property is first asked for, patches at each call.
 
     Attributes:
-        groups: the rows by shard.
+        keys: view and shard of each row, [n].
+        inside: number of each row in its shard, [n].
     """
 
-    def __init__(self, shards: Shards, groups: Sequence[Group], num_rows: int):
+    def __init__(self, shards: Shards, keys: Sequence[ShardKey], inside: Sequence[int]):
         """Use `Reader.select`."""
-        self.groups = groups
-        self._shards, self._num_rows = shards, num_rows
+        self.keys, self.inside = keys, inside
+        self._shards, self._num_rows = shards, len(keys)
 
     def __len__(self) -> int:
         return self._num_rows
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The rows by shard: tables and slow disks are asked once a shard, maps are not."""
+        return grouped(self.keys, self.inside)
 
     def patches(self, out: npt.NDArray[np.generic] | None = None) -> npt.NDArray[np.generic]:
         """Copy the rows' patches, as stored, into one buffer: one copy, whatever the order.
@@ -116,7 +132,7 @@ class Selection:
                 f"out: {out.dtype}{list(out.shape)}, wants C-contiguous {dtype}{list(shape)}"
             )
         if self._num_rows:
-            self._shards.copy(self.groups, np.frombuffer(out, np.uint8))
+            self._shards.copy(self, np.frombuffer(out, np.uint8))
         return out
 
     def decoded(self) -> npt.NDArray[np.float32]:
@@ -131,7 +147,7 @@ class Selection:
         From a local disk the kernel is asked for rows that are not in memory; of a bucket the rows'
         shards are mirrored by threads, and this returns at once.
         """
-        self._shards.read_ahead(self.groups)
+        self._shards.read_ahead(self)
 
     @cached_property
     def summaries(self) -> npt.NDArray[np.float32]:

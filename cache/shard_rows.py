@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import NamedTuple, Protocol
 
 import google_crc32c
@@ -164,25 +166,40 @@ class Piece(NamedTuple):
     places: Sequence[int]
 
 
-_NO_ROW: Bytes = np.empty(0, np.uint8)
+def mapped_rows(shards: Sequence[ShardRows], inside: Sequence[int]) -> list[Bytes]:
+    """Return each row [row_bytes] of a batch [n] where it is mapped: its shard's, by number."""
+    return [shard.row(number) for shard, number in zip(shards, inside, strict=True)]
 
 
-def mapped_rows(pieces: Sequence[Piece]) -> list[Bytes]:
-    """Return each row [row_bytes] of a batch where it is mapped, in the batch's order.
+class CopyingThreads:
+    """Threads that copy beside the one that calls; all readers of a process share them.
 
-    What runs between two gathers runs from cold caches: so few and plain steps.
+    A ThreadPoolExecutor took a fifteenth of the time of a batch: a future has a lock and a
+    condition, and what is made between two copies is made from cold caches.
     """
-    found: list[Bytes] = [_NO_ROW] * sum(len(piece.places) for piece in pieces)
-    for shard, inside, places in pieces:
-        row = shard.row
-        for place, number in zip(places, inside):  # noqa: B905 (a batch's 64 rows: every step counts)
-            found[place] = row(number)
-    return found
+
+    def __init__(self) -> None:
+        """Start none yet."""
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = Lock()
+        self._count = 0
+
+    def call(self, copy: Callable[[], None], count: int) -> None:
+        """Have `copy` called by so many threads, whenever they come to it; wait for none."""
+        if self._count < count:
+            with self._lock:
+                for number in range(self._count, count):
+                    Thread(target=self._run, name=f"cache-copy-{number}", daemon=True).start()
+                self._count = max(self._count, count)
+        for _ in range(count):
+            self._calls.put(copy)
+
+    def _run(self) -> None:
+        while True:
+            self._calls.get()()
 
 
-def copy_all(
-    rows: Sequence[Bytes], into: Bytes, pool: ThreadPoolExecutor | None, threads: int
-) -> None:
+def copy_all(rows: Sequence[Bytes], into: Bytes, threads: int) -> None:
     """Copy mapped rows [row_bytes] into a batch [n * row_bytes], by so many threads.
 
     By few calls of numpy: a row of some 400 KB sweeps the processor's caches, so that what is done
@@ -192,26 +209,31 @@ def copy_all(
     Args:
         rows: where they are mapped.
         into: the batch.
-        pool: of `threads` - 1 threads or more; None if there is just this one.
         threads: that copy.
     """
-    if pool is None:
+    if threads == 1:
         np.concatenate(rows, out=into)
         return
     share, row_bytes = -(-len(rows) // (threads * SHARES)), len(rows[0])
-    starts = iter(range(0, len(rows), share))
+    starts = range(0, len(rows), share)
+    left = iter(starts)
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def copy() -> None:
-        for start in starts:  # shared: each thread takes the next
-            part = rows[start : start + share]
-            begin = start * row_bytes
-            np.concatenate(part, out=into[begin : begin + len(part) * row_bytes])
+        for start in left:  # shared: each thread takes the next
+            try:
+                part = rows[start : start + share]
+                begin = start * row_bytes
+                np.concatenate(part, out=into[begin : begin + len(part) * row_bytes])
+                done.put(None)
+            except BaseException as error:  # the caller raises it: it waits for every share
+                done.put(error)
 
-    others = [pool.submit(copy) for _ in range(threads - 1)]
+    _copying().call(copy, threads - 1)
     copy()
-    for other in others:
-        if not other.cancel():
-            other.result()
+    for _ in starts:
+        if (error := done.get()) is not None:
+            raise error
 
 
 def read_all(pieces: Sequence[Piece], into: Bytes) -> None:
@@ -231,7 +253,13 @@ def _disk() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(DISK_READS, "cache-disk")
 
 
-os.register_at_fork(after_in_child=_disk.cache_clear)
+@cache
+def _copying() -> CopyingThreads:
+    return CopyingThreads()
+
+
+os.register_at_fork(after_in_child=_disk.cache_clear)  # a child has none of the threads
+os.register_at_fork(after_in_child=_copying.cache_clear)
 
 
 class _Index:

@@ -14,7 +14,7 @@ from cache.files import mapped
 from cache.files.mapped import MappedFile, Recent
 from cache.format import rows_table, zarr_shard
 from cache.reader import Reader
-from cache.shard_rows import MappedRows, TableRows
+from cache.shard_rows import MappedRows, TableRows, copy_all
 
 NUM_SHARDS = 12
 LARGE = 1 << 40  # of address space, of a sparse file: no memory, no disk
@@ -122,3 +122,25 @@ def test_opening_a_shard_reads_its_index_alone(tmp_path):
     table = TableRows(rows_table.with_checksums(told, sums))
     shard = MappedRows(path, path.stat().st_size, 64, table, rows[0].reshape(-1))
     assert not any(shard.is_resident(row) for row in range(64))
+
+
+def test_asking_for_many_shards_makes_what_is_missing_and_says_which_were_used():
+    made = []
+    recent = Recent(lambda view, shard: made.append((view, shard)) or (view, shard), "map")
+    keys = [(0, 2), (0, 1), (0, 2), (1, 1)]
+    assert recent.all(keys) == recent.all(keys) == keys
+    assert made == [(0, 2), (0, 1), (1, 1)]
+    recent.all([(0, 1)])
+    assert recent.forget(2)
+    assert (0, 1) in recent  # the others were used less recently
+    assert len(recent) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_fails_in_a_copying_thread_is_raised_where_the_batch_was_asked_for(threads):
+    rows = [np.full(8, number, np.uint8) for number in range(13)]
+    into = np.empty(13 * 8, np.uint8)
+    copy_all(rows, into, threads)
+    assert into.tolist() == np.repeat(np.arange(13), 8).tolist()
+    with pytest.raises(ValueError, match="shape"):
+        copy_all([*rows, np.zeros(9, np.uint8)], np.empty(14 * 8, np.uint8), threads)

@@ -84,7 +84,7 @@ def check_a_batch(store, data):
         threads=data.draw(st.integers(1, 3)),
     )
     if data.draw(st.booleans()):  # as if nothing were in memory: other code reads it then
-        reader._resident = lambda pieces: False
+        reader._resident = lambda shards, inside: False
     all_rows = store.samples.table["row"].to_list()
     rows = data.draw(st.lists(st.sampled_from(all_rows), max_size=30))
     views = data.draw(st.lists(st.integers(0, 1), min_size=len(rows), max_size=len(rows)))
@@ -128,7 +128,7 @@ def test_a_mapped_shard_is_read_after_its_file_is_gone(tmp_path):
     before = reader.select(range(6)).patches()
     for path in store.directory.glob("view-0000/c.*.0.0"):
         path.unlink()  # as another process does that makes room in a mirror
-    reader._resident = lambda pieces: False
+    reader._resident = lambda shards, inside: False
     np.testing.assert_array_equal(reader.select(range(6)).patches(), before)
 
 
@@ -140,7 +140,7 @@ def test_a_mapped_shard_is_read_after_it_was_built_anew_with_other_rows(tmp_path
     before = reader.select(range(4)).patches()
     toy.bad["a/001"] = "no image"  # so that rows 2 and 3 move up in the file
     store.commit([toy.write(store, 0, store.samples.shard_range(0))])
-    reader._resident = lambda pieces: False
+    reader._resident = lambda shards, inside: False
     np.testing.assert_array_equal(reader.select(range(4)).patches(), before)
 
 

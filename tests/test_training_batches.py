@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import small_caches
 from support.small_caches import POLICY, build, job, pictures, teacher, write_folder, write_parquet
 
-from cache import reader
+from cache import selection
 from cache.errors import StoreError
 from cache.reader import Reader
 from cache.samples import ShardRange
@@ -194,8 +194,8 @@ def test_ranks_share_out_the_global_batch(feeds):
 
 
 def test_a_batch_groups_its_rows_once_a_reader(feeds, monkeypatch):
-    group, asked = reader.grouped, []
-    monkeypatch.setattr(reader, "grouped", lambda *args: asked.append(args) or group(*args))
+    group, asked = selection.grouped, []
+    monkeypatch.setattr(selection, "grouped", lambda *args: asked.append(args) or group(*args))
     made = list(batches(feeds, range(4)))
     for batch in made:
         batch.targets()

@@ -10,8 +10,8 @@ import errno
 import mmap
 import os
 import resource
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, Literal, TypeVar
@@ -212,6 +212,17 @@ class Recent(Generic[T]):
             self._values[key] = value
         self._keep_bound()
         return value
+
+    def all(self, keys: Sequence[tuple[int, int]]) -> list[T]:
+        """Return the value of each (view, shard), [n]; many may be of the same shard.
+
+        What runs between two copies of a batch runs from cold caches: so no step here is Python's.
+        """
+        try:
+            deque(map(self._values.move_to_end, keys), maxlen=0)
+            return list(map(self._values.__getitem__, keys))
+        except KeyError:
+            return [self.get(*key) for key in keys]
 
     def drop(self, view: int, shard: int) -> None:
         """Forget the value of a shard, so that it is made anew."""
