@@ -186,3 +186,13 @@ def test_a_stage_starts_from_one_that_is_trained_before_it(recipe, initial):
     assert override(recipe, ["stages.stage3.initial=stage2"]) is not None
     with pytest.raises(BadInput, match=f"stage2: initial names {initial}; .* trained before it"):
         override(recipe, [f"stages.stage2.initial={initial}"])
+
+
+def test_fewer_steps_alone_keep_the_share_of_the_warm_up():
+    whole = recipes.get("eupe_vitb16").stage("stage2")
+    fewer = recipes.get("eupe_vitb16", ["stages.stage2.steps=500"]).stage("stage2")
+    assert (fewer.steps, fewer.warmup_steps) == (500, 500 * whole.warmup_steps // whole.steps)
+    room = recipes.get("eupe_vitb16", ["stages.stage2.steps=5000"]).stage("stage2")
+    assert room.warmup_steps == whole.warmup_steps
+    with pytest.raises(BadInput, match="warmup_steps = 600, steps = 500"):
+        recipes.get("eupe_vitb16", ["stages.stage2.steps=500", "stages.stage2.warmup_steps=600"])

@@ -10,6 +10,7 @@ from support.small_caches import HerePool
 
 from cache.errors import NotBuilt
 from cache.samples import Samples
+from eupe.errors import BadInput
 from eupe.spec import DatasetSpec
 from pipelines.caching import indexing, precompute
 from pipelines.evaluation import during, report
@@ -120,6 +121,55 @@ def test_a_finished_stage_is_looked_at_and_no_network_is_built(built, tmp_path, 
     hotter = stage.optimizer.model_copy(update={"lr": 1.0})
     with pytest.raises(ValueError, match=r"of another run .*stage\.optimizer\.lr: 1\.0 != 0\.003"):
         launch.train(run, stage.model_copy(update={"optimizer": hotter}))
+
+
+def rates(run, stage) -> dict[int, float]:
+    lines = tracking.read(run.stage_directory(stage.name) / tracking.METRICS_FILE)
+    return {line["step"]: line["lr"] for line in lines if "lr" in line}
+
+
+def test_a_stage_at_its_end_goes_on_with_its_schedule_begun_anew(built, tmp_path, capsys):
+    run = elsewhere(built, tmp_path)
+    stage = run.stage("stage2").model_copy(update={"warmup_steps": 2, "log_every": 1})
+    launch.train(run, stage, make_evaluate=during.hook)
+    first = rates(run, stage)
+    longer = stage.model_copy(update={"steps": 16})
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(run, longer, make_evaluate=stop)
+    assert "goes on to 16, its learning rate's schedule begun anew" in capsys.readouterr().err
+    assert checkpoint.require(run.stage_directory(stage.name)).step == 12
+    assert launch.train(run, longer, make_evaluate=during.hook).first_step == 12
+    assert "begun anew" not in capsys.readouterr().err  # goes on with what was begun
+    both = rates(run, stage)
+    assert [both[8 + step] for step in first] == pytest.approx(list(first.values()))
+    undisturbed = elsewhere(built, tmp_path / "undisturbed")
+    for asked in (stage, longer):
+        launch.train(undisturbed, asked, make_evaluate=during.hook)
+    assert losses(undisturbed, stage) == losses(run, stage)
+    assert max(losses(run, stage)) == 16
+
+
+@pytest.mark.parametrize(
+    ("trained", "changes", "sentence"),
+    [
+        (4, {"steps": 16}, "of 8 steps, 4 of them done, and 16 are asked for: train those to"),
+        (4, {"steps": 6}, "of 8 steps, 4 of them done, and 6 are asked for: train those to"),
+        (8, {"steps": 6}, "of 8 steps, 8 of them done, and 6 are asked for: give another run"),
+        (8, {"steps": 10, "warmup_steps": 3}, "after step 8, and only 2 steps are left"),
+        (8, {"steps": 10, "head_hidden": 7}, r"of another run .*stage\.head_hidden: 7 != "),
+    ],
+)
+def test_a_checkpoint_of_another_length_is_refused(built, tmp_path, trained, changes, sentence):
+    run = elsewhere(built, tmp_path)
+    stage = run.stage("stage2")
+    if trained < stage.steps:
+        with pytest.raises(KeyboardInterrupt):
+            launch.train(run, stage, make_evaluate=stop)
+    else:
+        launch.train(run, stage, make_evaluate=during.hook)
+    with pytest.raises(BadInput, match=sentence):
+        launch.train(run, stage.model_copy(update=changes), make_evaluate=during.hook)
+    assert checkpoint.require(run.stage_directory(stage.name)).step == trained
 
 
 def test_a_last_step_that_was_not_judged_is(built, tmp_path):

@@ -47,12 +47,22 @@ def override(recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
 def changed(recipe: Recipe, fields: Sequence[tuple[str, object]]) -> Recipe:
     """Return the recipe with fields changed, (path, plain value), and checked as a whole.
 
+    A warm-up that fewer steps have no room for keeps its share of them, unless it is changed too.
+
     Raises:
         BadInput: as `override`.
     """
     tree = recipe.model_dump(mode="json")
     for path, value in fields:
         _set(tree, path, value)
+    named = {path for path, _ in fields}
+    for name, stage in recipe.stages.items():
+        steps, warmup = f"stages.{name}.steps", f"stages.{name}.warmup_steps"
+        if steps not in named or warmup in named:
+            continue
+        wanted = tree["stages"][name]["steps"]
+        if isinstance(wanted, int) and wanted < stage.warmup_steps:
+            _set(tree, warmup, stage.warmup_steps * wanted // stage.steps)
     return validated(tree)
 
 

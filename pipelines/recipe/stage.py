@@ -79,7 +79,10 @@ class StageConfig(Spec):
     loss: LossConfig = Field(LossConfig(), description="weights of its terms")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW")
     warmup_steps: Annotated[int, IDENTITY] = Field(
-        0, ge=0, description="of the steps, in which the learning rate rises to lr"
+        0,
+        ge=0,
+        description="of the steps, in which the learning rate rises to lr; if fewer steps are "
+        "asked for than these alone, they keep their share",
     )
     precision: Annotated[Literal["float32", "bfloat16"], IDENTITY] = Field(
         "bfloat16", description="of autocast; weights and losses stay float32"

@@ -106,7 +106,7 @@ def train(
     judged = make_evaluate is None or (saved is not None and saved.score is not None)
     if saved is not None and saved.step >= stage.steps and judged and resume:
         alone = make_inputs(recipe, stage, pins, Loader(recipe.workers))
-        saved.check(start.identity(recipe, stage, alone))
+        start.schedule_start(saved, start.identity(recipe, stage, alone))  # refuses another run
         return StageResult(saved, saved.step, 0.0, 0.0, 0.0, 0)
     if recipe.workers.count > 1:
         return _train_distributed(job)

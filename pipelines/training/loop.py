@@ -6,6 +6,7 @@ workers simply add up, and are scaled once by (rows / valid rows) before the opt
 draw is addressed by the step, so a run that is killed and resumed repeats what it would have done.
 """
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -77,6 +78,8 @@ def train_stage(
 ) -> StageResult:
     """Train a stage to its end, from its newest checkpoint if there is one.
 
+    A stage that had ended and is asked for more steps goes on with its schedule begun anew.
+
     Args:
         recipe: the run.
         stage: one of its stages.
@@ -92,9 +95,9 @@ def train_stage(
         what was done; nothing is trained when the last step has its checkpoint already.
 
     Raises:
-        BadInput: a checkpoint of another run (named field by field), pins of other manifest
-            versions, a directory that another process trains in, a batch without a valid row, or a
-            gradient that is not finite.
+        BadInput: a checkpoint of another run (named field by field) or length, pins of other
+            manifest versions, a directory that another process trains in, a batch without a valid
+            row, or a gradient that is not finite.
     """
     workers = workers or OneProcess()
     with _locked(directory, workers.rank):
@@ -130,6 +133,7 @@ class _Run:
             self.wrapped.compile()
         self.optimizer = start.optimizer(self.model, stage)
         self.window = Window.empty(inputs.dims, device)
+        self.schedule_start = 0
         self._cross = Crossing()
 
     def train(self, resume: bool, evaluate: Evaluate | None) -> StageResult:
@@ -212,7 +216,9 @@ class _Run:
                 "still sound; a lower optimizer.lr, float32 precision or clipping may help"
             )
         rate = self.stage.optimizer.lr * warmup_cosine(
-            step, steps=self.stage.steps, warmup_steps=self.stage.warmup_steps
+            step - self.schedule_start,
+            steps=self.stage.steps - self.schedule_start,
+            warmup_steps=self.stage.warmup_steps,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -295,7 +301,13 @@ class _Run:
                 f"{self.directory} has a checkpoint of step {saved.step}; resume it, or give "
                 "another run directory"
             )
-        saved.check(self.identity)
+        self.schedule_start = start.schedule_start(saved, self.identity)
+        if self.schedule_start == saved.step and self.workers.rank == 0:
+            print(
+                f"{self.stage.name} was trained to its end, step {saved.step}: it goes on to "
+                f"{self.stage.steps}, its learning rate's schedule begun anew",
+                file=sys.stderr,
+            )
         if saved.pins != dict(self.inputs.pins):
             raise BadInput(
                 f"{saved.directory} reads manifest versions {saved.pins}, this run "
@@ -319,7 +331,11 @@ class _Run:
                 encoder=encoder,
                 heads=heads,
                 normalisers=start.normaliser_state(self.inputs),
-                state={"optimizer": optimizer, "window": window},
+                state={
+                    "optimizer": optimizer,
+                    "window": window,
+                    "schedule_start": self.schedule_start,
+                },
                 recipe=self.recipe.model_dump(mode="json"),
             )
             checkpoint.save(self.directory, contents, self.stage.keep_checkpoints)

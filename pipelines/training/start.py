@@ -1,6 +1,7 @@
 """How a stage begins: its model, its optimizer, and the identity that a checkpoint is held to."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,45 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         "num_views": recipe.num_views,
         "teachers": dict(inputs.identity),
     }
+
+
+def schedule_start(saved: Checkpoint, identity: Mapping[str, object]) -> int:
+    """Return the step at which the schedule of a run begins that goes on from a checkpoint.
+
+    A stage that was trained to its end and is asked for more steps goes on, and its learning rate
+    rises and falls once more over those that are new: the cosine had ended at zero.
+
+    Args:
+        saved: the newest checkpoint.
+        identity: of the run that goes on.
+
+    Raises:
+        BadInput: the checkpoint is of another run, named field by field; or of this one at another
+            length and not at its end.
+    """
+    began = int(saved.state().get("schedule_start", 0))
+    asked: Any = identity["stage"]
+    there: Any = saved.identity.get("stage")
+    if not isinstance(there, dict) or asked["steps"] == there.get("steps"):
+        saved.check(identity)
+        return began
+    length = {name: there.get(name) for name in ("steps", "warmup_steps")}
+    saved.check({**identity, "stage": {**asked, **length}})
+    if not saved.step == there["steps"] < asked["steps"]:
+        first = "train those to their end and ask for more then, or " * (
+            saved.step < there["steps"]
+        )
+        raise BadInput(
+            f"{saved.directory} is of a run of {there['steps']} steps, {saved.step} of them done, "
+            f"and {asked['steps']} are asked for: {first}give another run directory"
+        )
+    new = asked["steps"] - saved.step
+    if asked["warmup_steps"] > new:
+        raise BadInput(
+            f"warmup_steps = {asked['warmup_steps']}: the schedule begins anew after step "
+            f"{saved.step}, and only {new} steps are left"
+        )
+    return saved.step
 
 
 def _initial_weights(recipe: Recipe, stage: StageConfig) -> str | None:
