@@ -84,6 +84,11 @@ class Encoder(nn.Module):
         return int(self._trunk.patch_size[0]) if hasattr(self._trunk, "transformer") else None
 
     @property
+    def stride(self) -> int:
+        """Pixels from one of its last patches to the next."""
+        return self.patch_size or int(self._trunk.feature_info[-1]["reduction"])
+
+    @property
     def native_resolution(self) -> int:
         """Side of the square input that the architecture was made for, pixels."""
         if hasattr(self._trunk, "transformer"):
@@ -127,8 +132,8 @@ class Encoder(nn.Module):
         elif patch is not None:
             if resolution < patch or resolution % patch:
                 raise BadInput(f"{name} at {resolution} px: wants a multiple of its patch, {patch}")
-        elif resolution < (stride := int(self._trunk.feature_info[-1]["reduction"])):
-            raise BadInput(f"{name} at {resolution} px: wants at least its stride, {stride}")
+        elif resolution < self.stride:
+            raise BadInput(f"{name} at {resolution} px: wants at least its stride, {self.stride}")
 
     def forward(self, pixels: Real[Tensor, "b 3 r r"]) -> Features:
         """Encode square pictures.
@@ -226,6 +231,15 @@ def shapes(spec: EncoderSpec, resolution: int) -> Shapes:
         BadInput: as `Encoder`, or the network does not take that resolution.
     """
     return _shapes(spec.model_dump_json(), resolution)
+
+
+def native_resolution(spec: EncoderSpec) -> int:
+    """Return the side of the square input that an architecture was made for, pixels.
+
+    Raises:
+        BadInput: as `Encoder`.
+    """
+    return _weightless(spec.model_dump_json()).native_resolution
 
 
 @cache

@@ -1,7 +1,8 @@
-"""How pixels go in, by the weights' own record: timm's pretrained_cfg, open_clip's preprocess."""
+"""What weights have on record: timm's pretrained_cfg, open_clip's preprocessing."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import timm
@@ -24,28 +25,48 @@ def normalisation(spec: EncoderSpec, weights: str) -> tuple[Triple, Triple] | No
     Returns:
         mean and std on the [0, 1] scale; None if there is no record.
     """
+    record = _record(spec, weights)
+    if "mean" not in record or "std" not in record:
+        return None
+    return _triple(record["mean"]), _triple(record["std"])
+
+
+def centre_share(spec: EncoderSpec, weights: str) -> float:
+    """Return which share of a picture's shorter side published weights are shown: 1 if unsaid."""
+    return min(1.0, float(_record(spec, weights).get("crop_pct") or 1.0))
+
+
+def licence(spec: EncoderSpec, weights: str) -> str | None:
+    """Return the licence that timm's record states of published weights; None if it states none.
+
+    Only of timm's own download: a file or a package may be anybody's.
+    """
+    if weights.partition(":")[0] != "hub":
+        return None
+    return _record(spec, weights).get("license")
+
+
+def _record(spec: EncoderSpec, weights: str) -> dict[str, Any]:
+    """Return what the library has on record of published weights; nothing: {}."""
     scheme, _, place = weights.partition(":")
     if scheme not in PUBLISHED:
-        return None
+        return {}
     if scheme == "file" and (own := _beside(Path(place))) is not None:
         return own
     tag = place if scheme == "hub" else ""
     if spec.library == "open_clip":
         tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
         chosen = tag or (tags[0] if tags else "")
-        record = open_clip.pretrained.get_pretrained_cfg(spec.architecture, chosen)
-        if "mean" not in record or "std" not in record:
-            return None
-        return _triple(record["mean"]), _triple(record["std"])
+        return dict(open_clip.pretrained.get_pretrained_cfg(spec.architecture, chosen))
     if spec.library != "timm":
-        return None
+        return {}
     architecture, own = timm.models.split_model_name_tag(spec.architecture)
     named = tag or own
     try:
         known = timm.get_pretrained_cfg(f"{architecture}.{named}" if named else architecture)
     except RuntimeError:  # no such tag: whoever loads it says so
-        return None
-    return None if known is None else (_triple(known.mean), _triple(known.std))
+        return {}
+    return {} if known is None else dict(known.to_dict())
 
 
 _RECORDS = (
@@ -56,8 +77,8 @@ _RECORDS = (
 """Where a snapshot of the Hugging Face hub says it: open_clip's, timm's and transformers' files."""
 
 
-def _beside(folder: Path) -> tuple[Triple, Triple] | None:
-    """Return the mean and std that a folder of weights itself names; None if it names none."""
+def _beside(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder of weights itself has on record; None if it says nothing of pixels."""
     for name, inside, mean, std in _RECORDS:
         if not (folder / name).is_file():
             continue
@@ -65,7 +86,7 @@ def _beside(folder: Path) -> tuple[Triple, Triple] | None:
             said = json.loads((folder / name).read_bytes())
             record = said if inside is None else said[inside]
             values = (tuple(float(value) for value in record[each]) for each in (mean, std))
-            return _triple(next(values)), _triple(next(values))
+            return {**record, "mean": _triple(next(values)), "std": _triple(next(values))}
         except (ValueError, KeyError, TypeError):  # of another kind: it says nothing of pixels
             continue
     return None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands import caches, recipes, runs
+from flows.commands import caches, models, recipes, runs
 from pipelines.machines import interrupt, loopback
 from pipelines.machines.errors import one_sentence
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     epilog="Relative paths of recipes are below $EUPE_HOME: the working folder unless set.",
 )
 app.add_typer(runs.app)
+app.add_typer(models.app)
 app.add_typer(caches.app, name="cache")
 app.add_typer(recipes.app, name="recipes")
 

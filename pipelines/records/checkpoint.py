@@ -5,8 +5,8 @@
         heads.safetensors         adapter heads, named <teacher>.<summary|patches>...
         normalisers.safetensors   what a teacher's tokens went through before the loss
         state.pt                  optimizer and figures, for resuming
-        config.json               what the run is, where it stands, the manifest versions it reads;
-                                  the crc32c of the files above, and its own sha256
+        config.json               what the run is, where it stands, whose code wrote it; manifest
+                                  versions it reads, the crc32c of the files above, its own sha256
 
 What is read is compared with these first: a bit that the disk has lost would train on unseen.
 A folder has its name only while all of it is on disk: whatever is called step-* is whole. It gets
@@ -37,6 +37,7 @@ from eupe import fingerprint as fp
 from eupe.errors import BadInput
 from eupe.weight_files import CHECKPOINT_FILE
 from eupe.weights import state_digest
+from pipelines.records.made_by import this_code
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -83,6 +84,7 @@ class Checkpoint:
         score: held-out figure by which checkpoints are compared, higher is better; None if the
             step was not evaluated.
         checksums: crc32c of each of its other files, by name.
+        made_by: version and commit of the code that wrote it; older ones do not say.
     """
 
     directory: Path
@@ -92,6 +94,7 @@ class Checkpoint:
     score: float | None
     recipe: dict[str, object]
     checksums: dict[str, int]
+    made_by: str = "not recorded"
 
     def encoder(self) -> dict[str, Tensor]:
         """Read the encoder's tensors."""
@@ -217,6 +220,7 @@ def _write(directory: Path, contents: Contents) -> None:
         "identity": contents.identity,
         "pins": contents.pins,
         "recipe": contents.recipe,
+        "made_by": this_code(),
         "crc32c": {path.name: _crc32c(path) for path in sorted(directory.iterdir())},
     }
     fp.canonical_json(description)  # refuses what would not be read back as it was written
@@ -302,6 +306,7 @@ def _open(directory: Path) -> Checkpoint:
         config["score"],
         config["recipe"],
         config["crc32c"],
+        config.get("made_by", Checkpoint.made_by),
     )
 
 
