@@ -12,6 +12,7 @@ checkpoint, evaluation and report by the fingerprint of what they were made of.
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from prefect import flow, task
@@ -22,6 +23,7 @@ from flows import artifacts
 from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
+from pipelines.caching import beforehand
 from pipelines.evaluation import report
 from pipelines.machines import job_folder
 from pipelines.machines.errors import BAD_INPUT, failure
@@ -109,9 +111,11 @@ def distill(
     def clock(step: str) -> None:
         seconds[step] = time.monotonic() - started - sum(seconds.values())
 
+    beforehand.check_sources(asked)
     with job_cluster() as address:  # one Ray for caching and training
         clock("start ray")
-        build([cache_jobs(asked)], f"Stores of recipe {recipe}")
+        look_over = partial(beforehand.check_labels, asked)
+        build([cache_jobs(asked)], f"Stores of recipe {recipe}", look_over=look_over)
         clock("teacher caches")
         cached = False
         for stage in asked.stages.values():

@@ -7,6 +7,8 @@ the flow again computes what is missing, and nothing else.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -16,7 +18,7 @@ from cache.store import Store
 from cache.verify import Report
 from flows import artifacts
 from flows.parameters import Overrides, RecipeName
-from pipelines.caching import indexing, precompute
+from pipelines.caching import beforehand, indexing, precompute
 from pipelines.caching.indexing import Indexed
 from pipelines.caching.precompute import Built, Extracted, Steps
 from pipelines.machines.pool import Pool
@@ -70,20 +72,28 @@ def teacher_cache(
         BadInput: bad input: recipe, override, images or weights.
         StoreError: a store that cannot be used or written.
     """
-    groups = job_groups(recipes.get(recipe, overrides))
-    return build(groups, f"Stores of recipe {recipe}", deep_verify)
+    asked = recipes.get(recipe, overrides)
+    beforehand.check_sources(asked)
+    look_over = partial(beforehand.check_labels, asked)
+    return build(job_groups(asked), f"Stores of recipe {recipe}", deep_verify, look_over)
 
 
-def build(groups: list[list[CacheJob]], title: str, deep_verify: bool = False) -> Built:
+def build(
+    groups: list[list[CacheJob]],
+    title: str,
+    deep_verify: bool = False,
+    look_over: Callable[[], None] | None = None,
+) -> Built:
     """Build or extend the stores of some jobs, inside a flow: each step is a task.
 
     Args:
         groups: as for `precompute.build`.
         title: of the table that the flow run shows.
         deep_verify: also read every byte again and compare checksums.
+        look_over: as for `precompute.build`.
     """
     tasks = Steps(index_samples, resolve_stores, extract_missing, verify_stores)
-    built = precompute.build(groups, deep_verify, tasks)
+    built = precompute.build(groups, deep_verify, tasks, look_over)
     artifacts.table("teacher-cache-stores", store_lines(groups[0][0].root, built.stores), title)
     print(built, file=sys.stderr)
     return built

@@ -49,10 +49,12 @@ def build(
     from pipelines.recipe import recipes
 
     asked = recipes.get(recipe, overrides or [])
+    from pipelines.caching import beforehand
     from pipelines.caching.precompute import build
     from pipelines.recipe.stores import job_groups
 
-    built = build(job_groups(asked), deep)
+    beforehand.check_sources(asked)
+    built = build(job_groups(asked), deep, look_over=partial(beforehand.check_labels, asked))
     if not as_json:
         print(built)
         return

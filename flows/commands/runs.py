@@ -112,7 +112,10 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
     """
     from pipelines.recipe import recipes
 
-    asked = recipes.get(recipe, overrides or [])  # refused before anything is started
+    asked = recipes.get(recipe, overrides or [])
+    from pipelines.caching import beforehand
+
+    beforehand.check_sources(asked)  # refused before anything is started
     prefect_settings(recipes.home())
     from flows.distill import distill
     from pipelines.evaluation import report as reports

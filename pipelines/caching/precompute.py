@@ -28,6 +28,7 @@ from pipelines.caching import quality
 from pipelines.caching.extractor import Extractor, provenance
 from pipelines.caching.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
 from pipelines.caching.measure import measure
+from pipelines.images.index import check_there
 from pipelines.images.walks import base
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
@@ -233,7 +234,12 @@ PLAIN = Steps()
 """Calls of plain functions."""
 
 
-def build(groups: Sequence[Sequence[CacheJob]], deep: bool = False, steps: Steps = PLAIN) -> Built:
+def build(
+    groups: Sequence[Sequence[CacheJob]],
+    deep: bool = False,
+    steps: Steps = PLAIN,
+    look_over: Callable[[], None] | None = None,
+) -> Built:
     """Build or extend the stores of some jobs.
 
     Args:
@@ -241,13 +247,18 @@ def build(groups: Sequence[Sequence[CacheJob]], deep: bool = False, steps: Steps
             started once a group, with the first work there is.
         deep: verify every byte at the end, not only sizes and indexes.
         steps: what to call for each step.
+        look_over: called once all is indexed; what it refuses costs no teacher's work.
 
     Raises:
-        BadInput: bad input, see the steps.
+        BadInput: a source that is not there, before any is indexed; or see the steps.
         StoreError: a store that cannot be used or written, see the steps.
     """
     started = time.monotonic()
+    for job in _datasets(groups):
+        check_there(job.dataset.source)
     indexed = [steps.index_samples(job) for job in _datasets(groups)]
+    if look_over is not None:
+        look_over()
     extracted: dict[str, Extracted] = {}
     stores: list[Store] = []
     for jobs in groups:

@@ -1,6 +1,5 @@
 """kNN top-1: held-out images' labels predicted from their neighbours among the bank's."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -8,10 +7,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from eupe.errors import BadInput
 from eupe.probes import knn_predict, paired_test
 from pipelines.evaluation.compare import FINAL, INITIAL, Seen
 from pipelines.evaluation.frozen import CentreViews
+from pipelines.images.labels import check_in_common, labels_of
 
 
 @dataclass(frozen=True)
@@ -110,16 +109,7 @@ def labels(images: CentreViews, dataset: str, sample_ids: Sequence[str], label: 
         BadInput: a sample has none.
     """
     samples = images.feeds[dataset].source.samples
-    table = samples.take(samples.rows_of(sample_ids))
-    found = [json.loads(text).get(label) for text in table["labels"].to_list()]
-    if None in found:
-        example = json.loads(table["labels"][found.index(None)])
-        raise BadInput(
-            f"evaluation.label = {label!r}: sample {sample_ids[found.index(None)]!r} has none; its "
-            f"labels are {', '.join(sorted(example)) or 'none at all'}; evaluation.label=null "
-            "leaves kNN out"
-        )
-    return found
+    return labels_of(samples.take(samples.rows_of(sample_ids)), label)
 
 
 def numbered(bank: Sequence[str], queries: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -128,15 +118,7 @@ def numbered(bank: Sequence[str], queries: Sequence[str]) -> tuple[Tensor, Tenso
     Raises:
         BadInput: not one label is in both, so that nothing can be predicted.
     """
-    if not {*bank} & {*queries}:
-        first = [
-            ", ".join(repr(label) for label in sorted({*each})[:3]) for each in (bank, queries)
-        ]
-        raise BadInput(
-            f"kNN can predict nothing: the bank's labels ({first[0]}, ...) and the held-out set's "
-            f"({first[1]}, ...) have not one in common; give both one kind of label, name another "
-            "with evaluation.label, or leave kNN out with evaluation.label=null"
-        )
+    check_in_common(bank, queries)
     classes = {label: number for number, label in enumerate(sorted({*bank, *queries}))}
     known, asked = (torch.tensor([classes[label] for label in each]) for each in (bank, queries))
     return known, asked
