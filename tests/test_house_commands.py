@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from cache.codec.known import row_bytes
 from eupe.encoders import Encoder
 from flows.cli import app
 from pipelines.recipe import recipes
+from pipelines.recipe.config import SourceConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -169,6 +171,16 @@ def test_the_readmes_recipe_is_one(tmp_path: Path):
     for resolution in teacher.resolutions:
         Encoder(teacher.encoder).check_resolution(resolution)
         assert resolution <= recipe.views.canvas
+
+
+def test_help_and_page_name_every_field_of_a_source():
+    page = (ROOT / "docs/sources.md").read_text()
+    said = CliRunner().invoke(app, ["cache", "build", "--help"], env={"COLUMNS": "100"}).output
+    for name, field in SourceConfig.model_fields.items():
+        kinds = field.annotation.__args__ if name == "kind" else ()
+        for word in (name, *kinds):
+            assert re.search(rf"\b{word}\b", page), word
+            assert re.search(rf"\b{word}\b", said), word
 
 
 def test_what_a_view_costs_is_what_the_store_takes():

@@ -45,6 +45,24 @@ def build(
 
     Kill it whenever you like: the same command goes on with the shards that are missing, and
     gives the same bytes.
+
+    [b]Where pictures come from[/b]: the fields of train.NAME.source and of held_out.source. Each
+    picture has an id for ever, and labels, of which evaluation.label is what kNN predicts.
+
+    kind=folder: path is a folder of pictures. The id is the path without the extension; the label
+    [b]label[/b] is the top folder.
+
+    kind=webdataset: path is a tar, a folder of tars or a pattern, train-{000..099}.tar. The id is
+    the key, a path up to the first dot of its base name; image_member names the field that is its
+    picture, where there are several. Its fields cls, txt and json are labels; [b]label[/b] is the
+    top folder in the tar or, by classes=tar, the tar's name. key=shard puts the tar's name before
+    keys that are unique in one tar only; key=path makes a sample of every picture.
+
+    kind=parquet: image_column holds the bytes. The id is its path without the extension, or
+    key_column (__row__: file and row number); label_columns are the labels, nested ones as
+    meta.wnid. Class names are the file's own.
+
+    where keeps the samples with these labels: where.split=train. More: docs/sources.md.
     """
     from pipelines.recipe import recipes
 

@@ -67,7 +67,8 @@ class SourceConfig(Spec):
         description="what the images are kept in; it decides how samples are keyed"
     )
     path: Annotated[str, EXECUTION] = Field(
-        description="folder, file, or glob of files; relative to the working folder"
+        description="folder, file, or pattern of files, as train-{000..099}.tar or *.tar; relative "
+        "to the working folder"
     )
     key: Annotated[Literal["name", "shard", "path"], IDENTITY] = Field(
         "name",
