@@ -133,6 +133,19 @@ def test_other_files_are_counted_by_extension(pictures):
     assert {"1 .md", "1 .tar.gz", "1 .part", "1 none"} <= set(line.split(": ")[1].split(", "))
 
 
+def test_numbers_after_a_dot_are_no_end_of_extensions(pictures):
+    """What is kept of files that are left aside does not grow with them."""
+    for number in range(1200):
+        write(pictures / "cat" / f"part.{number:05}", b"")
+        (pictures / "dog" / f"link-{number:05}").symlink_to("nowhere")
+    _, _, said = looked(pictures)
+    counts, *sentences, more = said
+    assert counts.endswith(", 1192 others")
+    assert counts.count("1 .0") == 8
+    assert len(sentences) == 10
+    assert more == "and 1190 more such lines"
+
+
 def test_what_is_left_aside_is_said_once(pictures, tmp_path, capsys):
     write(pictures / "cat/a.heic", b"other")
     asked = job(tmp_path / "caches", SourceConfig(kind="folder", path=str(pictures)))

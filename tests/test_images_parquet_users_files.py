@@ -179,6 +179,17 @@ def test_a_damaged_page_is_refused_with_its_file(published):
         looked(published, key_column="__row__", label_columns=("label",))
 
 
+def test_text_that_is_not_utf8_is_refused_with_its_file(tmp_path):
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, *pa.array([b"caf\xe9"], pa.binary()).buffers()[1:]]
+    )
+    table = pa.table({"image": [png()], "name": broken})
+    pq.write_table(table, tmp_path / "x.parquet")
+    for asked in ({"key_column": "name"}, {"key_column": "__row__", "label_columns": ("name",)}):
+        with pytest.raises(BadInput, match=r"x\.parquet: a key or label is no UTF-8"):
+            looked(tmp_path, **asked)
+
+
 @pytest.mark.slow
 def test_a_row_group_above_two_gigabytes(tmp_path):
     """One array of Arrow's has room for 2 GiB; of a nested column it cannot have several."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,53 @@ def test_one_bad_json_is_that_samples_failure(tmp_path, content):
     ((name, reason),) = failures.items()
     assert name == "a/1"
     assert reason.startswith("x.tar: member a/1.json is no JSON (")
+
+
+def test_a_label_that_leads_nowhere_is_that_samples_failure(tmp_path):
+    members = [
+        ("1.png", png(1)),
+        link("1.cls", "gone.cls", tarfile.SYMTYPE),
+        ("2.png", png(2)),
+        ("2.cls", b"7"),
+    ]
+    path = tar(tmp_path / "x.tar", members)
+    records, failures, _ = looked(path)
+    assert records["sample_id"].to_list() == ["2"]
+    assert failures == {"1": "x.tar: member 1.cls is a link to gone.cls, which is not in this tar"}
+
+
+@pytest.mark.timeout(60)
+def test_a_tar_that_is_no_file_is_refused(tmp_path):
+    shards(tmp_path, num=10)
+    os.mkfifo(tmp_path / "train-1.tar")
+    for path in (tmp_path, tmp_path / "train-1.tar", tmp_path / "*.tar"):
+        with pytest.raises(BadInput, match=r"train-1\.tar: no file but a FIFO"):
+            looked(path)
+    (tmp_path / "train-1.tar").unlink()
+    (tmp_path / "train-1.tar").symlink_to("/mnt/not-mounted/train-1.tar")
+    for path in (tmp_path, tmp_path / "train-1.tar", tmp_path / "*.tar"):
+        with pytest.raises(BadInput, match=r"train-1\.tar: a link to nowhere"):
+            looked(path)
+    (tmp_path / "train-1.tar").unlink()
+    (tmp_path / "train-1.tar").mkdir()  # a folder of that name is walked like any other
+    assert len(ids(tmp_path)) == len(ids(tmp_path / "*.tar")) == 10
+
+
+def test_compressed_tars_are_named_where_there_are_no_others(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"x")
+    with pytest.raises(BadInput, match=r"no \.tar file there \(.*by extension: 1 \.tar\.gz\)"):
+        looked(tmp_path)
+
+
+def test_a_wide_shard_is_in_no_doubt_about_its_classes(tmp_path):
+    """The folders of tars are no folders of pictures."""
+    for name in ("train/0", "train/1"):
+        tar(tmp_path / f"{name}.tar", {"1.png": png(), "1.cls": b"7"})
+    assert looked(tmp_path, key="shard")[2] == []
+    path = tar(tmp_path / "x.tar", {f"train/{name}/1.png": png() for name in ("cat", "dog")})
+    (line,) = looked(path)[2]
+    assert line.startswith("every image has the label 'train', its top folder; written without")
+    assert looked(path, classes="tar")[2] == []
 
 
 def test_half_a_surrogate_pair_in_a_caption_is_replaced(tmp_path):

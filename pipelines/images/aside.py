@@ -6,6 +6,9 @@ from pathlib import PurePosixPath
 
 SENTENCES_SHOWN = 10
 KINDS_SHOWN = 8
+MOST_KINDS = 1000
+"""Kinds that are counted apart: numbers after a dot look like extensions, without end."""
+OTHER = "others"
 UNKNOWN = "not looked at, by extension"
 PROFILES = "images with a colour profile other than sRGB, whose values are taken as they are"
 _PACKED = frozenset((".bz2", ".gz", ".xz", ".zst"))
@@ -16,7 +19,8 @@ class Aside:
 
     def __init__(self) -> None:
         self._counts: dict[str, Counter[str]] = {}
-        self._sentences: Counter[str] = Counter()
+        self._sentences: dict[str, None] = {}
+        self._num_more = 0
 
     def count(self, group: str, kind: str) -> None:
         """Count one more thing of a kind.
@@ -25,23 +29,29 @@ class Aside:
             group: the heading that it is said under.
             kind: such as a file's extension.
         """
-        self._counts.setdefault(group, Counter())[kind] += 1
+        counts = self._counts.setdefault(group, Counter())
+        counts[kind if kind in counts or len(counts) < MOST_KINDS else OTHER] += 1
 
     def file(self, name: str) -> None:
         """Count a file, by its extension."""
         self.count(UNKNOWN, extension(name))
 
     def say(self, sentence: str) -> None:
-        """Keep a sentence, said once however often it is given."""
-        self._sentences[sentence] += 1
+        """Keep a sentence, said once however often it is given; of many the first ones."""
+        if sentence in self._sentences:
+            return
+        if len(self._sentences) < SENTENCES_SHOWN:
+            self._sentences[sentence] = None
+        else:
+            self._num_more += 1
 
     def lines(self) -> Iterator[str]:
         """Yield what there is to say."""
         for group, counts in self._counts.items():
             yield f"{group}: {listed(counts)}"
-        yield from list(self._sentences)[:SENTENCES_SHOWN]
-        if (more := len(self._sentences) - SENTENCES_SHOWN) > 0:
-            yield f"and {more} more such lines"
+        yield from self._sentences
+        if self._num_more:
+            yield f"and {self._num_more} more such lines"
 
 
 def extension(name: str) -> str:
@@ -54,6 +64,7 @@ def extension(name: str) -> str:
 
 def listed(counts: Counter[str]) -> str:
     """Say counts in a line, the largest first."""
-    most = [f"{number} {kind}" for kind, number in counts.most_common(KINDS_SHOWN)]
-    rest = sum(counts.values()) - sum(number for _, number in counts.most_common(KINDS_SHOWN))
-    return ", ".join([*most, f"{rest} others"] if rest else most)
+    most = [each for each in counts.most_common() if each[0] != OTHER][:KINDS_SHOWN]
+    rest = counts.total() - sum(number for _, number in most)
+    shown = [f"{number} {kind}" for kind, number in most]
+    return ", ".join([*shown, f"{rest} {OTHER}"] if rest else shown)

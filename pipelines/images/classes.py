@@ -30,6 +30,11 @@ class Classes:
 
     def doubt(self, config: SourceConfig, aside: Aside) -> None:
         """Say if the class of all images is one, or that of a split, and folders lie below it."""
+        by_folder = config.kind == "folder" or (
+            config.kind == "webdataset" and config.classes == "folder" and config.key != "shard"
+        )
+        if not by_folder or "label" in config.where:
+            return
         tops = sorted(self._tops)
         if len(self._below) < 2 or not (len(tops) == 1 or SPLITS.issuperset(tops)):
             return

@@ -146,7 +146,7 @@ def look(
         kept = f" with {dict(config.where)}" if config.where else ""
         others = "".join(f"; {line}" for line in aside.lines())
         raise BadInput(f"{config.path}: no image{kept} in this {config.kind} source{others}")
-    if not num_others and config.kind != "parquet" and "label" not in config.where:
+    if not num_others:
         classes.doubt(config, aside)
     if sources:
         yield _part(records, sources)

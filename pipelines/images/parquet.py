@@ -63,6 +63,8 @@ def candidates(config: SourceConfig, piece: Piece, aside: Aside) -> Iterator[Can
     """Walk over the rows of one Parquet file: see `walks.Walk`."""
     try:
         yield from _rows(config, piece)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{piece.path}: a key or label is no UTF-8 ({error})") from error
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{piece.path}: no whole Parquet file ({error})") from error
 

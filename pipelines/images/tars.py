@@ -81,32 +81,41 @@ def _samples(
         else:
             aside.count(NO_SAMPLES, "none")
     for key, own in fields.items():
-        labels_of = [each for each in own if _is_label(config, each[0])]
-        pictures = [each for each in own if each not in labels_of]
+        beside = [each for each in own if _is_label(config, each[0])]
+        pictures = [each for each in own if each not in beside]
         chosen = _picture(config, piece, key, pictures)
-        for field, _ in own if chosen is None else pictures:
-            if chosen is None or field != chosen[0]:
+        for field, other in own if chosen is None else pictures:
+            if other is not chosen:
                 aside.count(NO_SAMPLES, field)
         if chosen is None:
             continue
-        field, member = chosen
-        identity, labels = _identity(config, piece, key), _class(config, piece, member.name)
-        fault = member.fault
-        for name, beside in labels_of:
-            try:
-                labels |= _labels(name, _read(data, beside))
-            except ValueError as error:
-                fault = f"member {shown(beside.name)} is no JSON ({error})"
-        if shown(member.name) != member.name:
-            identity, fault = shown(member.name), NOT_UTF8
+        labels, unreadable = _read_labels(data, beside)
+        labels = _class(config, piece, chosen.name) | labels
+        if not unreadable and not wanted(config, labels):
+            continue
+        identity, fault = _identity(config, piece, key), chosen.fault or unreadable
+        if shown(chosen.name) != chosen.name:
+            identity, fault = shown(chosen.name), NOT_UTF8
+        address = identity, piece.uri, chosen.offset
         if fault:
-            said = f"{piece.uri}: {fault}"
-            yield Candidate(identity, piece.uri, member.offset, 0, labels, b"", fault=said)
-        elif wanted(config, labels):
-            content = _read(data, member)
-            yield Candidate(
-                identity, piece.uri, member.offset, member.bytes, labels, content, fault=None
-            )
+            yield Candidate(*address, 0, labels, b"", fault=f"{piece.uri}: {fault}")
+        else:
+            yield Candidate(*address, chosen.bytes, labels, _read(data, chosen))
+
+
+def _read_labels(
+    data: IO[bytes], fields: Sequence[tuple[str, _Member]]
+) -> tuple[dict[str, str], str | None]:
+    """Return the labels in the fields of a key, and why one of them cannot be read, else None."""
+    labels: dict[str, str] = {}
+    fault = None
+    for field, member in fields:
+        try:
+            labels |= _labels(field, _read(data, member))
+        except ValueError as error:
+            fault = f"member {shown(member.name)} is no JSON ({error})"
+        fault = member.fault or fault
+    return labels, fault
 
 
 def _split(config: SourceConfig, name: str) -> tuple[str, str]:
@@ -130,15 +139,15 @@ def _choice(config: SourceConfig) -> list[str]:
 
 def _picture(
     config: SourceConfig, piece: Piece, key: str, fields: Sequence[tuple[str, _Member]]
-) -> tuple[str, _Member] | None:
+) -> _Member | None:
     """Choose the picture of a key; None: it has none.
 
     Raises:
         BadInput: there are several, and the source does not say which one it is.
     """
-    by_name = dict(fields)
     if choice := _choice(config):
-        return next(((name, by_name[name]) for name in choice if name in by_name), None)
+        ordered = (member for name in choice for field, member in fields if field == name)
+        return next(ordered, None)
     images = [each for each in fields if PurePosixPath(f"x.{each[0]}").suffix in IMAGE_SUFFIXES]
     plain = [each for each in images if "." not in each[0]]
     if len(images) > 1 and len(plain) != 1:
@@ -148,7 +157,7 @@ def _picture(
             f"source.image_member={images[0][0]} would take the first of them; where each is a "
             "sample of its own, source.key=path"
         )
-    return next(iter(plain or images), None)
+    return next((member for _, member in plain or images), None)
 
 
 def _identity(config: SourceConfig, piece: Piece, key: str) -> str:
