@@ -18,7 +18,7 @@ install: $(INSTALLED)  ## create .venv and install everything into it (about 5.5
 
 # To move on to newer versions: make clean; make install CONSTRAINTS= ; make test; make lock
 lock: $(INSTALLED)  ## write constraints.txt: the exact versions that .venv has
-	$(BIN)/python .ci/lock.py constraints.txt demo dev release bench
+	$(BIN)/python .ci/lock.py constraints.txt demo dev release transformers bench
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## the whole recipe on real images in about ten minutes: two teachers, a proxy, a student
@@ -54,7 +54,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install python3-venv (apt-get install python3-venv)" >&2; exit 2; }
 	@echo "installing into $(VENV) (pip's own words: $(VENV)/install.log)"
-	@$(BIN)/python .ci/install.py $(VENV)/install.log $(addprefix -c ,$(CONSTRAINTS)) -e '.[demo,dev,release,bench]'
+	@$(BIN)/python .ci/install.py $(VENV)/install.log $(addprefix -c ,$(CONSTRAINTS)) -e '.[demo,dev,release,transformers,bench]'
 	@touch $@
 
 # An environment of its own: mosaicml-streaming wants an older numpy than the rest.

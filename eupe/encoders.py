@@ -1,4 +1,4 @@
-"""Encoders: a timm or open_clip network, or none, read as pixels -> (summary, patches)."""
+"""Encoders: a network of timm, open_clip or others, read as pixels -> (summary, patches)."""
 
 import difflib
 from collections.abc import Mapping
@@ -12,7 +12,9 @@ from jaxtyping import Float, Real
 from open_clip.model import _build_vision_tower  # no public way builds a tower without its text
 from torch import Tensor, nn
 
+from eupe import others
 from eupe.errors import BadInput
+from eupe.others import Other
 from eupe.pixels import RGB, Pixels
 from eupe.spec import EncoderSpec
 
@@ -71,13 +73,22 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_offset", (-mean / std).view(3, 1, 1), persistent=False)
         self._trunk_name = "trunk" if hasattr(self.network, "trunk") else ""
         self._shapes: dict[int, Features] = {}
-        _check_layout(self._trunk, spec)
-        self._index = _layer_index(self._trunk, spec)
-        _check_summary(self.network, self._trunk, spec)
+        self._index: int | None = None
+        if self._other is None:
+            _check_layout(self._trunk, spec)
+            self._index = _layer_index(self._trunk, spec)
+            _check_summary(self.network, self._trunk, spec)
+
+    @property
+    def _other(self) -> Other | None:
+        """The network as `eupe.others` reads it; None for one of timm or open_clip."""
+        return others.of(self.network, self.spec)
 
     @property
     def patch_size(self) -> int | None:
-        """Side of a patch in pixels; None for a CNN."""
+        """Side of a patch in pixels; None for a CNN and where only the tokens tell."""
+        if self._other is not None:
+            return None
         if hasattr(self._trunk, "patch_embed"):
             return int(self._trunk.patch_embed.patch_size[0])
         # open_clip's own transformer keeps it itself; a CNN has none.
@@ -85,12 +96,16 @@ class Encoder(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels from one of its last patches to the next."""
+        """Pixels from one of its last patches to the next; of other networks their step."""
+        if (other := self._other) is not None:
+            return other.step or other.resolution
         return self.patch_size or int(self._trunk.feature_info[-1]["reduction"])
 
     @property
     def native_resolution(self) -> int:
         """Side of the square input that the architecture was made for, pixels."""
+        if (other := self._other) is not None:
+            return other.resolution
         if hasattr(self._trunk, "transformer"):
             return int(self._trunk.image_size[0])
         return int(self._trunk.pretrained_cfg["input_size"][-1])
@@ -124,7 +139,9 @@ class Encoder(nn.Module):
             BadInput: the network does not take it; the message names what it takes.
         """
         name, patch = self.spec.architecture, self.patch_size
-        if patch is not None and not getattr(self._trunk, "dynamic_img_size", False):
+        if (other := self._other) is not None:
+            _check_step(name, other, resolution)
+        elif patch is not None and not getattr(self._trunk, "dynamic_img_size", False):
             if resolution != self.native_resolution:
                 raise BadInput(
                     f"{name} at {resolution} px: it takes {self.native_resolution} px only"
@@ -151,6 +168,8 @@ class Encoder(nn.Module):
         dtype = next(self.network.parameters(), self.pixel_scale).dtype
         # Normalised in float32 whatever the network computes in: 8 bits of bfloat16 lose pixels.
         x = (pixels.float() * self.pixel_scale.float() + self.pixel_offset.float()).to(dtype)
+        if (other := self._other) is not None:
+            return Features(*other.tokens(x))
         if hasattr(self._trunk, "forward_features"):
             return self._timm_features(x)
         return self._open_clip_features(x)
@@ -282,7 +301,9 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
         if spec.architecture != RGB.architecture:
             raise BadInput(_unknown("pixels", spec.architecture, [RGB.architecture]))
         return Pixels()
-    return _open_clip_tower(spec.architecture, spec.model_arguments)
+    if spec.library == "open_clip":
+        return _open_clip_tower(spec.architecture, spec.model_arguments)
+    return others.build(spec)
 
 
 def _timm_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -340,6 +361,14 @@ def _layer_index(trunk: Any, spec: EncoderSpec) -> int | None:
     if not 0 <= spec.layer < depth:
         raise BadInput(f"{spec.architecture} has no block {spec.layer}: 0 to {depth - 1}")
     return spec.layer
+
+
+def _check_step(name: str, other: Other, resolution: int) -> None:
+    """Refuse a side, pixels, that another library's or one's own network does not take."""
+    if not other.step and resolution != other.resolution:
+        raise BadInput(f"{name} at {resolution} px: it takes {other.resolution} px only")
+    if other.step and (resolution < other.step or resolution % other.step):
+        raise BadInput(f"{name} at {resolution} px: wants a multiple of its step, {other.step}")
 
 
 def _check_layout(trunk: Any, spec: EncoderSpec) -> None:

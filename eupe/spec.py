@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from eupe import by_path
 from eupe import fingerprint as fp
 from eupe.errors import BadInput
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Library = Literal["timm", "open_clip", "pixels"]
+Library = Literal["timm", "open_clip", "transformers", "python", "pixels"]
 SummaryKind = Literal["class_token", "attention_pool", "average_pool", "mean_patches"]
 CodecName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 """One of `cache.codec.known.KNOWN`, which this room does not know."""
@@ -103,8 +104,13 @@ class EncoderSpec(Spec):
     A checkpoint of ours is the timm encoder it was trained as, with its weights.
     """
 
-    library: Library = Field("timm", description="that builds the network; pixels: none does")
-    architecture: str = Field(description="its name in the library")
+    library: Library = Field(
+        "timm", description="that builds the network; pixels: none does; python: your own function"
+    )
+    architecture: str = Field(
+        description="its name in the library (of transformers: the model type); or "
+        "python:package.module:function, which is kept with its source's digest"
+    )
     pixel_mean: Triple = Field(
         IMAGENET_MEAN, description="taken off each colour, on the [0, 1] scale"
     )
@@ -120,6 +126,18 @@ class EncoderSpec(Spec):
     model_arguments: dict[str, int | float | bool | str | tuple[int, ...] | None] = Field(
         {}, description="of the library's constructor, where they are not the architecture's own"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_path(cls, said: object) -> object:
+        name = said.get("architecture") if isinstance(said, dict) else None
+        if not isinstance(said, dict) or not isinstance(name, str):
+            return said
+        if name.startswith(by_path.PREFIX):
+            return {**said, "library": "python", "architecture": by_path.with_digest(name)}
+        if said.get("library") == "python":
+            raise BadInput(f"architecture {name!r} of library python: wants {by_path.WANTED}")
+        return said
 
 
 class TeacherSpec(Spec):

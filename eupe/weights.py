@@ -31,7 +31,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from eupe import fitting, weight_files
+from eupe import fitting, others, weight_files
 from eupe.encoders import Encoder
 from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
@@ -79,6 +79,8 @@ def _load(uri: str, spec: EncoderSpec) -> fitting.Fitted:
         found = weight_files.read(_files(uri))
     except BadInput as error:
         raise BadInput(f"weights {uri!r}: {error}") from error
+    if spec.library == "transformers":
+        found = others.renamed(found, spec)
     try:
         return fitting.fit(found, spec)
     except BadInput as error:

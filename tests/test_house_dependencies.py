@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("eupe", "cache", "pipelines", "flows")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = [Requirement(line) for line in PROJECT["dependencies"]]
-LOCKED_EXTRAS = ("demo", "dev", "release", "bench")  # what `make install` installs
+LOCKED_EXTRAS = ("demo", "dev", "release", "transformers", "bench")  # what `make install` installs
 INSTALL = runpy.run_path(str(ROOT / ".ci/install.py"))
 LOCK = runpy.run_path(str(ROOT / ".ci/lock.py"))
 
@@ -28,7 +28,7 @@ NOT_IMPORTED = {
     "honcho": "the local stack runs its command",
 }
 # Imported where they are asked for, and not before: a sentence names the extra that is missing.
-OPTIONAL = ("release",)
+OPTIONAL = ("release", "transformers")
 SCREEN_LINES = 24
 
 
