@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from cache.errors import MissingSamples, NotBuilt, StoreError
 from cache.reader import Reader
 from cache.repair import repair_root
-from cache.samples import Samples, ShardRange
+from cache.samples import Samples
+from cache.shard_ranges import ShardRange
 from cache.store import Store, open_store
 from cache.verify import unseen, verify_root
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec, StoreSpec

@@ -56,7 +56,8 @@ from benchmarks.step_subjects import (
 )
 from benchmarks.training import TrainingStep, targets_of
 from cache.reader import Reader
-from cache.samples import Samples, ShardRange
+from cache.samples import Samples
+from cache.shard_ranges import ShardRanges
 from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.teachers import Teacher
@@ -117,7 +118,7 @@ class InMemory(FeatureSource):
             for name, each in self._targets.items()
         }
 
-    def shards(self) -> list[ShardRange]:
+    def shards(self) -> ShardRanges:
         """Return all shards of the dataset."""
         return self.samples.shards()
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from cache.samples import Rows, ShardRange
+from cache.shard_ranges import Rows, ShardRange, ShardRanges
 from eupe.addressed import hashed
 from eupe.errors import BadInput
 
@@ -70,9 +70,8 @@ class EpochOrder:
         cls, shards: Sequence[ShardRange], seed: int, buffer_rows: int = BUFFER_ROWS
     ) -> "EpochOrder":
         """Prepare the order of shards as `Reader.shards` or `Samples.shards` gives them."""
-        starts = np.array([shard.start for shard in shards], np.int64)
-        lengths = np.array([len(shard) for shard in shards], np.int64)
-        return cls(starts, lengths, seed, buffer_rows)
+        ranges = ShardRanges.of(shards)
+        return cls(ranges.starts, ranges.lengths, seed, buffer_rows)
 
     def rows(self, epoch: int, start: int, stop: int) -> Rows:
         """Return the rows at places [start, stop) of an epoch.

@@ -21,8 +21,8 @@ from cache.files.mapped import Bytes, Recent, major_faults
 from cache.files.place import drop_damaged, using, will_need
 from cache.format import arrow_tables, layout
 from cache.format.record_table import ShardRecord
-from cache.samples import Rows, ShardRange
 from cache.selection import Group, Selection, Views, located
+from cache.shard_ranges import Rows, ShardRanges
 from cache.shard_rows import (
     MappedRows,
     Piece,
@@ -113,10 +113,10 @@ class Reader:
         starts = shards * self.store.samples.rows_per_shard
         return int((self.store.samples.shard_stops(shards) - starts).sum())
 
-    def shards(self) -> list[ShardRange]:
+    def shards(self) -> ShardRanges:
         """Return the shards that every view has, with their rows: what an epoch is ordered from."""
-        shared = self._shared()
-        return [shard for shard in self.store.samples.shards() if shared[shard.shard]]
+        shards = self.store.samples.shards()
+        return shards.where(self._shared()[shards.numbers])
 
     def _shared(self) -> npt.NDArray[np.bool_]:
         """Say of each shard of the dataset whether every view has it."""

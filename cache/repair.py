@@ -34,7 +34,7 @@ from cache.format.record_table import SCHEMA, ShardRecord, records_of, table_of
 from cache.format.sample_table import DROPPED, first_row, hash_table, id_hashes, is_stored
 from cache.manifest import Manifest, ManifestHead
 from cache.runs import write_run
-from cache.samples import DROPPED_REASON, Rows, Samples, SampleSegment, SamplesHead, segment_files
+from cache.samples import DROPPED_REASON, Samples, SampleSegment, SamplesHead, segment_files
 from cache.segments import (
     HeadFile,
     left_of,
@@ -43,6 +43,7 @@ from cache.segments import (
     whole_segments,
     write_segment,
 )
+from cache.shard_ranges import Rows
 from cache.store import Store, spec_bytes
 from cache.verify import Problem, Progress, Report, all_folders, check_shard, unseen
 from eupe import fingerprint as fp

@@ -8,7 +8,6 @@ gaps, the same in every store (docs/design.md, laws 4 and 12).
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -47,28 +46,15 @@ from cache.segments import (
     read_head,
     write_segment,
 )
+from cache.shard_ranges import Rows, ShardRange, ShardRanges
 from eupe import fingerprint as fp
 from eupe.errors import BadInput
 from eupe.spec import DatasetSpec
-
-Rows = npt.NDArray[np.int64]
 
 DROPPED_REASON = "dropped"
 """Why a row of a sample that was taken out has no features."""
 SEGMENT_ROWS = 2_000_000
 """Samples of one segment at most: a column of its text has 2 GiB of room."""
-
-
-@dataclass(frozen=True)
-class ShardRange:
-    """A shard and the rows [start, stop) it holds."""
-
-    shard: int
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 class SampleSegment(Segment):
@@ -218,14 +204,14 @@ class Samples:
             return SOURCES.empty_table()
         return map_segment(self.directory, self._head.sources, SOURCES)
 
-    def shards(self) -> list[ShardRange]:
+    def shards(self) -> ShardRanges:
         """Every shard with its rows; a segment's last shard may be short."""
-        per_shard = self.rows_per_shard
-        return [
-            ShardRange(row // per_shard, row, min(row + per_shard, start + length))
-            for start, length in zip(self.starts.tolist(), self._lengths.tolist(), strict=True)
-            for row in range(start, start + length, per_shard)
-        ]
+        per_shard, ends = self.rows_per_shard, self.starts + self._lengths
+        starts = np.concatenate(
+            [np.arange(*span, per_shard) for span in zip(self.starts, ends, strict=True)]
+        )
+        numbers = starts // per_shard
+        return ShardRanges(numbers, starts, self.shard_stops(numbers))
 
     def shard_stops(self, shards: npt.NDArray[np.integer]) -> Rows:
         """Return one past the last row of shards, int64 [n]; -1 where no sample is in one."""

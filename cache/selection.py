@@ -11,7 +11,7 @@ import numpy.typing as npt
 from cache.codec.encoded import Escapes
 from cache.files.mapped import Bytes
 from cache.format import rows_table
-from cache.samples import Rows
+from cache.shard_ranges import Rows
 from cache.shard_rows import TableRows
 from cache.store import Store
 

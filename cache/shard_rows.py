@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from cache.errors import AGAIN, Corrupt, NotBuilt, WrongSize
 from cache.files.mapped import Bytes, MappedFile, inode, open_to_read
 from cache.format import arrow_tables, rows_table, zarr_shard
-from cache.samples import Rows
+from cache.shard_ranges import Rows
 
 SHARES = 2
 """Parts that each copying thread does of a batch, on average: what a late one leaves, others do."""

@@ -18,8 +18,9 @@ from cache.files import atomic, place
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
 from cache.format.record_table import ShardRecord
 from cache.manifest import Manifest, ManifestHead, Totals, check_same
-from cache.samples import Samples, ShardRange, num_rows_now
+from cache.samples import Samples, num_rows_now
 from cache.segments import check_pinned
+from cache.shard_ranges import Missing
 from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
 
@@ -106,7 +107,7 @@ class Store:
         content = arrow_tables.map_file(path, sha256=self.moments_sha256)
         return moments_table.parse(content, path)
 
-    def todo(self, num_views: int) -> list[tuple[int, ShardRange]]:
+    def todo(self, num_views: int) -> Missing:
         """Return what is wanted and not there: (view, shard), in view order.
 
         A shard is there when the manifest has it for these rows and both files have the recorded
@@ -123,13 +124,14 @@ class Store:
                 arrow_tables.to_numpy(table[name])
                 for name in ("view", "shard", "stop", "patches_bytes", "rows_bytes")
             )
+            places = np.searchsorted(shards.numbers, shard)
             for at in np.flatnonzero(stop == samples.shard_stops(shard)).tolist():
                 key = int(view[at]), int(shard[at])
-                missing[key] = any(
+                missing[key[0], places[at]] = any(
                     size_of(named(self.directory, *key)) != size[at]
                     for named, size in zip(files, sizes, strict=True)
                 )
-        return [(view, shards[at]) for view, at in np.argwhere(missing).tolist()]
+        return Missing(shards, missing)
 
     def commit(self, records: Sequence[ShardRecord]) -> int:
         """Make written shards exist; return the manifest's new version.

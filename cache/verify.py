@@ -15,7 +15,8 @@ from cache.errors import AGAIN, StoreError
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.format.record_table import ShardRecord
 from cache.manifest import Manifest
-from cache.samples import DROPPED_REASON, Rows, Samples, num_rows_now, segment_files
+from cache.samples import DROPPED_REASON, Samples, num_rows_now, segment_files
+from cache.shard_ranges import Rows
 from cache.store import Store, open_store, store_directories, store_info
 
 READ_BYTES = 1 << 22

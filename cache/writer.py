@@ -17,7 +17,7 @@ from cache.errors import StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.format.record_table import ShardRecord
-from cache.samples import ShardRange
+from cache.shard_ranges import ShardRange
 from cache.store import Store
 from eupe import fingerprint as fp
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.order import EpochOrder
-from cache.samples import ShardRange
+from cache.shard_ranges import ShardRange
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_order.json"
 

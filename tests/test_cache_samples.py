@@ -14,7 +14,8 @@ from support.toy_stores import DATASET, ids, sample_table
 
 from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
 from cache.format.sample_table import GIVEN, id_hashes, in_full, stored
-from cache.samples import Samples, ShardRange, segment_files
+from cache.samples import Samples, segment_files
+from cache.shard_ranges import ShardRange, ShardRanges
 
 BYTES_A_SAMPLE = 80
 
@@ -236,3 +237,17 @@ def test_the_hash_of_an_id_never_changes():
         12562591231609608472,
         11812485863080911113,
     ]
+
+
+def test_shards_are_arrays_that_read_like_a_list():
+    told = [ShardRange(0, 0, 4), ShardRange(1, 4, 6), ShardRange(2, 8, 11)]
+    shards = ShardRanges.of(told)
+    assert list(shards) == told == shards
+    assert shards[-1] == told[-1]
+    assert shards[1:] == told[1:]
+    assert shards.lengths.tolist() == [4, 2, 3]
+    grown = ShardRanges.of([*told[1:2], ShardRange(2, 8, 12), ShardRange(3, 12, 16)])
+    assert shards != grown
+    assert shards.shared(grown) == told[1:2]  # shard 2 holds other rows there
+    assert shards.shared(shards[:0]) == []
+    assert shards.where(np.array([True, False, True])) == told[::2]

@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import precompute_child
 from support.small_caches import (
     HerePool,
@@ -26,9 +29,11 @@ from support.small_caches import (
 
 from cache.errors import FingerprintMismatch, NotBuilt, StoreError
 from cache.reader import Reader
+from cache.shard_ranges import Missing, ShardRanges
 from cache.store import find_stores, open_store
 from eupe.spec import CentreView
 from pipelines.caching import indexing, precompute
+from pipelines.caching.tasks import VIEWS_TOGETHER, Tasks
 from pipelines.machines.pool import Pool, num_that_fit
 from pipelines.recipe.config import SourceConfig
 from pipelines.recipe.stores import open_stores, rows_per_shard
@@ -411,3 +416,43 @@ def offspring(driver: subprocess.Popen[str]) -> list[psutil.Process]:
         except psutil.Error:  # gone meanwhile, or another user's
             continue
     return found
+
+
+@dataclass
+class Half:
+    """A store of which some shards are missing.
+
+    Attributes:
+        missing: bool [views, shards].
+        provenance: names the compute batch.
+    """
+
+    missing: np.ndarray
+    provenance: dict[str, int]
+
+    def todo(self, num_views: int) -> Missing:
+        """Return what is missing, of three shards of four rows."""
+        starts = np.arange(3) * 4
+        return Missing(ShardRanges(np.arange(3), starts, starts + 4), self.missing[:num_views])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2**18 - 1)), min_size=1, max_size=3))
+def test_tasks_are_what_each_shard_wants_of_all_stores_of_one_compute_batch(drawn):
+    stores = [
+        Half(np.array(list(f"{bits:018b}")).reshape(6, 3) == "1", {"compute_batch": batch})
+        for batch, bits in drawn
+    ]
+    wanted = {}
+    for store in stores:
+        for view, shard in store.todo(6):
+            key = shard.shard, store.provenance["compute_batch"]
+            wanted.setdefault(key, {}).setdefault(view, []).append(store)
+    tasks = Tasks(stores, 6, "images")
+    parts = []
+    for key in sorted(wanted):
+        views = sorted(wanted[key])
+        blocks = [views[at : at + VIEWS_TOGETHER] for at in range(0, len(views), VIEWS_TOGETHER)]
+        parts += [(key[0], {view: wanted[key][view] for view in block}) for block in blocks]
+    assert [len(parts), parts] == [len(tasks), [(shard.shard, each) for _, each, shard in tasks]]
+    assert tasks.num_images == sum(4 * len(each) for _, each in parts)

@@ -16,7 +16,7 @@ from support.small_caches import POLICY, build, job, pictures, teacher, write_fo
 from cache import selection
 from cache.errors import StoreError
 from cache.reader import Reader
-from cache.samples import ShardRange
+from cache.shard_ranges import ShardRange
 from eupe import views
 from eupe.normalise import Normaliser
 from pipelines.features.cached import CachedSource

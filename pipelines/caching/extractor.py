@@ -20,7 +20,7 @@ import torch
 
 from cache.codec.encoded import Escapes
 from cache.format.record_table import ShardRecord
-from cache.samples import ShardRange
+from cache.shard_ranges import ShardRange
 from cache.store import Store
 from cache.writer import write_shard
 from eupe import views

@@ -7,7 +7,6 @@ Each step looks at what is there and does what is missing: it may be killed and 
 
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import polars as pl
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
-from cache.samples import DROPPED_REASON, Rows, ShardRange
+from cache.samples import DROPPED_REASON
+from cache.shard_ranges import Rows
 from cache.store import Store, create_store, open_store
 from cache.verify import Report, verify
 from eupe.preprocessing import normalisation
@@ -28,6 +28,7 @@ from pipelines.caching import quality
 from pipelines.caching.extractor import Extractor, provenance
 from pipelines.caching.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
 from pipelines.caching.measure import measure
+from pipelines.caching.tasks import Tasks
 from pipelines.images.index import check_there
 from pipelines.images.walks import base
 from pipelines.machines.pool import Pool
@@ -35,8 +36,6 @@ from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob, store_specs
 
 PIXEL_STEP = 1 / 255
-VIEWS_TOGETHER = 4
-"""Views of a shard that one call draws from one decode; it holds the patches of all of them."""
 
 
 def extractors(job: CacheJob) -> Pool:
@@ -128,8 +127,8 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
     for store in stores:
         atomic.sweep(layout.scratch_directory(store.directory))  # of killed builders
         store.mend_metadata()
-    tasks = _tasks(stores, job.num_views)
-    num_images = sum(len(wanted) * len(shard) for wanted, shard in tasks)
+    tasks = Tasks(stores, job.num_views, str(base(job.dataset.source)))
+    num_images = tasks.num_images
     num_shards = 0
     invalid = {id(store): _num_invalid(job, store) for store in stores}
     if tasks:
@@ -139,9 +138,8 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
             _borrowed(pool, job) as workers,
             track(all_images, f"Extracting {job}", before=all_images - num_images) as progress,
         ):
-            where = str(base(job.dataset.source))
-            for number, records in workers.run("extract", [(where, *task) for task in tasks]):
-                wanted, shard = tasks[number]
+            for number, records in workers.run("extract", tasks):
+                _, wanted, shard = tasks[number]
                 theirs = [store for of_view in wanted.values() for store in of_view]
                 for store, record in zip(theirs, records, strict=True):
                     store.commit([record])
@@ -311,28 +309,6 @@ def _say_whose_pixels(job: CacheJob) -> None:
                 f"{record[1]}",
                 file=sys.stderr,
             )
-
-
-def _tasks(
-    stores: Sequence[Store], num_views: int
-) -> list[tuple[dict[int, list[Store]], ShardRange]]:
-    """List (view -> stores that want it, shard).
-
-    Stores of one compute batch share a task, and with it one decode of every image for all views.
-    """
-    wanted: dict[tuple[int, str], dict[int, list[Store]]] = defaultdict(lambda: defaultdict(list))
-    shards: dict[int, ShardRange] = {}
-    for store in stores:
-        for view, shard in store.todo(num_views):
-            wanted[shard.shard, str(store.provenance["compute_batch"])][view].append(store)
-            shards[shard.shard] = shard
-    tasks = []
-    for key in sorted(wanted):
-        views = sorted(wanted[key])
-        for start in range(0, len(views), VIEWS_TOGETHER):
-            together = views[start : start + VIEWS_TOGETHER]
-            tasks.append(({view: wanted[key][view] for view in together}, shards[key[0]]))
-    return tasks
 
 
 def _num_invalid(job: CacheJob, store: Store) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from cache.codec.encoded import Escapes
 from cache.errors import StoreError
 from cache.reader import Reader
-from cache.samples import Samples, ShardRange
+from cache.samples import Samples
+from cache.shard_ranges import ShardRanges
 from eupe.normalise import Normaliser
 from pipelines.features.buffers import Buffers
 from pipelines.features.codec_torch import Decoder
@@ -100,11 +102,9 @@ class CachedSource(FeatureSource):
         specs = {teacher: each.reader.store.spec for (teacher, _), each in self._stores.items()}
         return {name: (spec.summary_dim, spec.patch_dim) for name, spec in specs.items()}
 
-    def shards(self) -> list[ShardRange]:
+    def shards(self) -> ShardRanges:
         """Return the shards that every store has, with their rows."""
-        held = [reader.shards() for reader in self._readers]
-        everywhere = set(held[0]).intersection(*held[1:])
-        return [shard for shard in held[0] if shard in everywhere]
+        return reduce(ShardRanges.shared, (reader.shards() for reader in self._readers))
 
     def versions(self) -> dict[str, int]:
         """Return store directory (below the cache root) -> manifest version that is read."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cache.samples import Samples, ShardRange
+from cache.samples import Samples
+from cache.shard_ranges import ShardRanges
 from eupe import views
 from eupe.encoders import Features
 from eupe.spec import AugmentedView, CentreView
@@ -86,7 +87,7 @@ class LiveSource(FeatureSource):
             for name, teacher in self._teachers.items()
         }
 
-    def shards(self) -> list[ShardRange]:
+    def shards(self) -> ShardRanges:
         """Return all shards of the dataset: a live teacher has every row."""
         return self.samples.shards()
 

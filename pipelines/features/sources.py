@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.samples import Samples, ShardRange
+from cache.samples import Samples
+from cache.shard_ranges import ShardRanges
 from eupe.normalise import Normaliser
 
 Resolutions = Mapping[str, int]
@@ -71,7 +72,7 @@ class FeatureSource(ABC):
         """Return teacher -> (summary width, patch width)."""
 
     @abstractmethod
-    def shards(self) -> list[ShardRange]:
+    def shards(self) -> ShardRanges:
         """Return the shards whose rows can be fetched."""
 
     def versions(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from cache.order import EpochOrder
-from cache.samples import ShardRange
+from cache.shard_ranges import ShardRange, ShardRanges
 from eupe.addressed import bits, hashed
 from pipelines.recipe.mix import Mix
 
@@ -75,7 +75,7 @@ class TrainingDraw:
             EpochOrder.of(shards[name], bits(f"pipelines.draws/order/{seed}/{name}"))
             for name in mix.names
         ]
-        self._shards = [np.array([shard.start for shard in shards[name]]) for name in mix.names]
+        self._shards = [ShardRanges.of(shards[name]).starts for name in mix.names]
         self._num_views = [num_views[name] for name in mix.names]
 
     def __call__(self, step: int) -> Drawn:

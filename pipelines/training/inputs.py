@@ -277,10 +277,11 @@ def _feed(
         for store in open_stores(other, resuming, opened)
     }
     source = CachedSource(readers, normalisers)
+    shards = source.shards()
     whole = {
         resolution: found
         for resolution, found in pixels.items()
-        if set(source.shards()) <= set(found.shards())
+        if shards == shards.shared(found.shards())
     }
     max_lost = int(job.extraction.max_failure_share * len(source.samples))
     return Feed(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cache.samples import ShardRange
+from cache.shard_ranges import ShardRange
 from eupe.normalise import Normaliser
 from eupe.spec import CentreView
 from pipelines.features.sources import FeatureSource, Fetched, Normalisers, Targets

@@ -9,7 +9,8 @@ import polars as pl
 
 from cache.codec.known import default_codec
 from cache.format import rows_table
-from cache.samples import DROPPED_REASON, Samples, ShardRange
+from cache.samples import DROPPED_REASON, Samples
+from cache.shard_ranges import ShardRange
 from cache.store import Store, create_store
 from cache.writer import write_shard
 from eupe.spec import AugmentedView, DatasetSpec, EncoderSpec, StoreSpec, TeacherSpec

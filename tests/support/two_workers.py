@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from cache.samples import ShardRange
+from cache.shard_ranges import ShardRange
 from eupe.heads import DistillationModel
 from eupe.weights import state_digest
 from pipelines.features.sources import Fetched, Normalisers, Targets
