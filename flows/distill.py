@@ -24,7 +24,7 @@ from flows.parameters import Overrides, RecipeName
 from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
 from pipelines.caching import beforehand
-from pipelines.evaluation import report
+from pipelines.evaluation import report, tables
 from pipelines.machines import job_folder
 from pipelines.machines.errors import BAD_INPUT, failure
 from pipelines.machines.progress import followed
@@ -130,7 +130,8 @@ def distill(
         if found is None:
             make_report(arguments, seconds, asked.directory, address, gpus)
             found = report.read(asked)
-    said = filter(None, (report.verdict(found), report.steps_line(found)))
-    artifacts.table("distill-summary", report.closing_rows(found), "\n\n".join(said))
+    said = [*tables.verdicts(found), tables.steps_line(found)]
+    artifacts.table("distill-encoders", tables.encoder_rows(found), tables.table_line(found))
+    artifacts.table("distill-summary", tables.closing_rows(found), "\n\n".join(said))
     print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
     return found

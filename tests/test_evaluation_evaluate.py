@@ -1,25 +1,33 @@
 """Evaluation: the baseline is the best constant, and every figure is what a plain loop gives."""
 
+import json
 import shutil
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 from support import small_run
 
 from cache.reader import Reader
 from eupe.encoders import Features
 from eupe.errors import BadInput
+from eupe.linear_probe import MAX_ITERATIONS
+from eupe.paired import Interval
 from eupe.probes import knn_predict, top1
 from eupe.teachers import load_teacher
 from eupe.views import decode, draw, make_view, render, resize
 from pipelines import stages
 from pipelines.evaluation import during, evaluate, report
 from pipelines.evaluation.compare import Constants
-from pipelines.evaluation.frozen import FrozenStudent
-from pipelines.evaluation.knn import numbered
+from pipelines.evaluation.encoders import PROBES
+from pipelines.evaluation.frozen import FrozenStudent, evaluation_resolutions
+from pipelines.evaluation.labels import numbered
 from pipelines.images.reader import ImageReader
 from pipelines.images.walks import base
 from pipelines.recipe import recipes
@@ -44,7 +52,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(run):
-    return evaluate.evaluate(FrozenStudent(run, run.stage("stage2")))
+    return evaluate.evaluate([FrozenStudent(run, run.stage("stage2"))])
 
 
 def targets(seed: int, count: int = 40) -> dict[str, Features]:
@@ -121,8 +129,9 @@ def test_knn_of_teachers_is_that_of_their_cached_summaries(run, found):
         torch.from_numpy(queries.select(range(16)).summaries),
         run.evaluation.k,
     )
-    assert found.knn.teacher == {"lite0": top1(guessed, labels["held-out"].long())}
-    assert (found.knn.bank, found.knn.queries) == (32, 16)
+    paper = found.encoders["lite0"].probes["knn_paper"]
+    assert paper.value == top1(guessed, labels["held-out"].long())
+    assert (found.bank, len(found.query_ids)) == (32, 16)
 
 
 def test_knn_of_raw_pixels_is_that_of_the_pictures_shrunk_by_pillow(run, found):
@@ -149,8 +158,8 @@ def test_knn_of_raw_pixels_is_that_of_the_pictures_shrunk_by_pillow(run, found):
     right = (votes > 0.5) == labels["held-out"]
     assert certain.any()
     least, most = (right & certain).mean(), (right | ~certain).mean()
-    assert least <= found.knn.pixels <= most
-    assert 0 < found.knn.p_value_pixels <= 1
+    assert least <= found.encoders["pixels"].probes["knn_paper"].value <= most
+    assert 0 < found.versus["knn_paper"]["pixels"].p_value <= 1
 
 
 def test_cosines_are_those_of_the_student_and_the_live_teacher_image_by_image(run, found):
@@ -184,15 +193,76 @@ def test_cosines_are_those_of_the_student_and_the_live_teacher_image_by_image(ru
                 )
             )
     summary, patches = np.mean(figures, axis=0)
-    assert found.summary.final == pytest.approx(summary, abs=COMPOSED)
-    assert found.patches.final == pytest.approx(patches, abs=COMPOSED)
+    assert found.agreement[stage.name].summary.final == pytest.approx(summary, abs=COMPOSED)
+    assert found.agreement[stage.name].patches.final == pytest.approx(patches, abs=COMPOSED)
+
+
+@pytest.mark.slow
+def test_every_encoder_is_judged_by_scikit_learn_on_the_same_features(run, found):
+    """KNN and linear probe of the student after training, its summaries taken here."""
+    stage = run.stage("stage2")
+    student = FrozenStudent(run, stage)
+    vectors, classes = {}, {}
+    for name in ("train", "held-out"):
+        rows = student.images.rows(name)
+        batches = student.images.batches(name, rows, evaluation_resolutions(run, stage))
+        with torch.no_grad():
+            parts = [student.final.encoder(batch.pixels).summary for batch in batches]
+        vectors[name] = torch.cat(parts).double().numpy()
+        table = student.images.feeds[name].source.samples.table
+        classes[name] = np.array(["even" in text for text in table["labels"]])
+    judged, k = found.encoders["student_final"], run.evaluation.k
+    scaler = StandardScaler().fit(vectors["train"])
+    scaled = {name: scaler.transform(each) for name, each in vectors.items()}
+    linear = LogisticRegression(C=judged.regularisation, max_iter=MAX_ITERATIONS)
+    cosine = {"metric": "cosine", "weights": lambda apart: np.exp((1 - apart) / 0.07)}
+    for probe, model, of in (
+        ("knn_paper", KNeighborsClassifier(k), vectors),
+        ("knn_cosine", KNeighborsClassifier(k, **cosine), vectors),
+        ("knn_cosine_20", KNeighborsClassifier(20, **cosine), vectors),
+        ("linear", linear, scaled),
+    ):
+        guessed = model.fit(of["train"], classes["train"]).predict(of["held-out"])
+        right = guessed == classes["held-out"]
+        np.testing.assert_array_equal(judged.correct[probe], right, err_msg=probe)
+        assert judged.probes[probe].value == right.mean()
+
+
+def test_where_each_probe_is_right_is_kept_image_by_image(run, found, tmp_path):
+    moved = run.model_copy(update={"run_directory": str(tmp_path)})
+    path = evaluate.write(moved, found)
+    kept = pl.read_parquet(tmp_path / evaluate.CORRECT_FILE)
+    assert kept.columns == ["encoder", "probe", "sample_id", "correct"]
+    plain = json.loads(path.read_text())
+    assert [*plain["encoders"]] == ["pixels", "lite0", "student_init", "student_final"]
+    for name, of in plain["encoders"].items():
+        for probe in PROBES:
+            own = kept.filter(pl.col("encoder") == name, pl.col("probe") == probe)
+            assert own["sample_id"].to_list() == found.query_ids
+            assert own["correct"].mean() == of[probe]["value"]
+            assert of[probe]["low"] <= of[probe]["value"] <= of[probe]["high"]
+        assert of["neighbours"]["lite0"]["value"] <= 1
+    assert plain["encoders"]["lite0"]["neighbours"]["lite0"]["value"] == 1
+    assert plain["encoders"]["lite0"]["cka"]["lite0"] == pytest.approx(1)
+
+
+def test_a_stage_that_is_judged_alone_has_files_of_its_own(run, found, tmp_path):
+    moved = run.model_copy(update={"run_directory": str(tmp_path)})
+    whole = evaluate.write(moved, found)
+    own = evaluate.write(moved, found, run.stage("stage2"))
+    assert (whole.name, own.name) == ("evaluation.json", "evaluation-stage2.json")
+    assert (tmp_path / "correct-stage2.parquet").is_file()
 
 
 def test_training_moved_the_student_from_where_it_began(found):
     assert found.step == 8
-    assert found.summary.final > found.summary.init
-    assert found.patches.final > found.patches.init
-    assert 0 < found.knn.p_value <= 1
+    agreement = found.agreement["stage2"]
+    for cosine in (agreement.summary, agreement.patches):
+        assert cosine.final > cosine.init
+        assert cosine.low < cosine.final < cosine.high
+    assert {*found.versus} == {*PROBES}
+    for versus in found.versus.values():
+        assert 0 < versus["init"].p_value <= 1
 
 
 def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
@@ -204,19 +274,26 @@ def test_an_untrained_student_is_told_apart_from_nobody(run, tmp_path):
         0, {}, opened.pins, model.encoder.network.state_dict(), model.heads.state_dict(), {}
     )
     checkpoint.save(untrained.stage_directory(stage.name), contents, keep=1)
-    found = evaluate.evaluate(FrozenStudent(untrained, stage))
-    assert found.knn.p_value == 1
-    assert found.knn.init == found.knn.final
-    assert (found.summary.init, found.patches.init) == (found.summary.final, found.patches.final)
+    found = evaluate.evaluate([FrozenStudent(untrained, stage)])
+    before, after = (found.encoders[name] for name in ("student_init", "student_final"))
+    assert before.probes == after.probes
+    for versus in found.versus.values():
+        assert versus["init"].p_value == 1
+        assert versus["init"].difference == Interval(0.0, 0.0, 0.0)
+    agreement = found.agreement["stage2"]
+    for cosine in (agreement.summary, agreement.patches):
+        assert cosine.init == cosine.final
 
 
 def test_the_evaluation_during_training_agrees_with_the_one_after(run, found):
     lines = loop.tracking.read(run.stage_directory(run.stage("stage2").name) / "metrics.jsonl")
     seen = {line["step"]: line for line in lines if loop.SCORE in line}
     assert sorted(seen) == [4, 8]
-    assert seen[8]["held_out/cosine_summary"] == pytest.approx(found.summary.final, abs=1e-6)
-    assert seen[8]["held_out/cosine_patches"] == pytest.approx(found.patches.final, abs=1e-6)
-    assert seen[8]["held_out/knn_top1"] == found.knn.final
+    agreement = found.agreement["stage2"]
+    assert seen[8]["held_out/cosine_summary"] == pytest.approx(agreement.summary.final, abs=1e-6)
+    assert seen[8]["held_out/cosine_patches"] == pytest.approx(agreement.patches.final, abs=1e-6)
+    paper = found.encoders["student_final"].probes["knn_paper"]
+    assert seen[8]["held_out/knn_top1"] == paper.value
 
 
 def test_a_label_that_is_not_there_is_named(run):
@@ -224,7 +301,7 @@ def test_a_label_that_is_not_there_is_named(run):
         update={"evaluation": run.evaluation.model_copy(update={"label": "colour"})}
     )
     with pytest.raises(ValueError, match=r"label = 'colour': sample '.*' has none; .* label"):
-        evaluate.evaluate(FrozenStudent(asked, asked.stage("stage2")))
+        evaluate.evaluate([FrozenStudent(asked, asked.stage("stage2"))])
     opened = inputs.from_caches(run, run.stage("stage2"))
     with pytest.raises(ValueError, match=r"evaluation\.label=null"):  # before a step is trained
         during.hook(asked, asked.stage("stage2"), opened)
@@ -242,15 +319,17 @@ def test_labels_of_two_alphabets_are_refused():
 
 def test_no_label_is_no_knn(run, found):
     asked = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"label": None})})
-    without = evaluate.evaluate(FrozenStudent(asked, asked.stage("stage2")))
-    assert without.knn is None
-    assert without.summary == found.summary
+    without = evaluate.evaluate([FrozenStudent(asked, asked.stage("stage2"))])
+    assert (without.label, without.versus) == (None, {})
+    assert all(each.probes == {} for each in without.encoders.values())
+    assert without.agreement == found.agreement
+    assert without.encoders["pixels"].neighbours == found.encoders["pixels"].neighbours
 
 
 def test_a_stage_that_was_not_trained_says_so(run, tmp_path):
     elsewhere = run.model_copy(update={"run_directory": str(tmp_path)})
     with pytest.raises(ValueError, match="no checkpoint; train this stage first"):
-        evaluate.evaluate(FrozenStudent(elsewhere, elsewhere.stage("stage2")))
+        evaluate.evaluate([FrozenStudent(elsewhere, elsewhere.stage("stage2"))])
 
 
 def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, tmp_path):
@@ -258,13 +337,13 @@ def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, 
     stage = moved.stage("stage2")
     shutil.copytree(run.stage_directory(stage.name), moved.stage_directory(stage.name))
     assert report.current(moved) is None
-    summary = report.write(FrozenStudent(moved, stage), found, {"evaluation": 1.0}, {})
+    summary = report.write([FrozenStudent(moved, stage)], found, {"evaluation": 1.0}, {})
     assert report.current(moved) == summary
     other = moved.evaluation.model_copy(update={"k": 1})
     assert report.current(moved.model_copy(update={"evaluation": other})) is None
     (moved.directory / report.REPORT_FILE).unlink()
     assert report.current(moved) is None
-    report.write(FrozenStudent(moved, stage), found, {"evaluation": 1.0}, {})
+    report.write([FrozenStudent(moved, stage)], found, {"evaluation": 1.0}, {})
     saved = checkpoint.require(moved.stage_directory(stage.name))
     weights = saved.encoder()
     name = next(iter(weights))

@@ -116,7 +116,7 @@ def test_a_report_opens_each_store_once_and_works_out_each_shape_once(run, repor
 
 def test_a_report_builds_each_network_and_loads_each_checkpoint_once(run, reported):
     # After each stage, and before any: stages 2 and 3 train one student, stage 1 the proxy.
-    wanted = {run.student.encoder.model_dump_json(): 3, run.proxy.encoder.model_dump_json(): 1}
+    wanted = {run.student.encoder.model_dump_json(): 3, run.proxy.encoder.model_dump_json(): 2}
     assert reported.networks == wanted
     assert len(reported.loads) == len(run.stages)
     assert set(reported.loads.values()) == {1}
@@ -248,6 +248,36 @@ def cosines(run: Recipe, name: str, side: int) -> dict[str, float]:
     return {"summary": float(np.mean(summaries)), "patches": float(np.mean(patches))}
 
 
+@pytest.mark.parametrize("ours", PYRAMID)
+def test_the_matrix_of_stage_3_is_that_of_a_plain_loop(run, reported, ours):
+    found = read_summary(run)["stage3"]["matrix"]
+    assert [*found] == [str(side) for side in PYRAMID]
+    plain = trained(run, "stage3")
+    for its in PYRAMID:
+        ids, summary, _ = stored(run, PROXY, its)
+        predicted = adapted(
+            plain, PROXY, "summary", tokens(plain.network, pictures(run, ids, ours))[0]
+        )
+        target = normalised(plain, PROXY, "summary", summary)
+        wanted = float(F.cosine_similarity(predicted, target, dim=-1).mean())
+        assert found[str(ours)][str(its)]["summary"] == pytest.approx(wanted, abs=COMPOSED)
+    assert read_summary(run)["stage2"]["matrix"] == {}
+
+
+def test_every_encoder_of_the_run_is_in_the_summary(run, reported):
+    found = read_summary(run)
+    sides = ["@32", "@48", ""]
+    networks = ("proxy_init", "student_init", "student_stage2", "student_final")
+    wanted = {f"{name}{side}" for name in (*networks, PROXY) for side in sides}
+    assert {*found["encoders"]} == {"pixels", "lite0", "vit8", *wanted}
+    assert found["encoders"]["student_final@32"]["resolution"] == 32
+    assert {*found["knn_top1"]["teacher"]} == {"lite0", "vit8", PROXY}
+    assert {stage: {*of} for stage, of in found["agreement"].items()} == {
+        "stage1": {"lite0", "vit8"},
+        "stage3": {PROXY},
+    }
+
+
 def read_summary(run: Recipe) -> dict:
     return json.loads((run.directory / report.SUMMARY_FILE).read_text())
 
@@ -309,6 +339,10 @@ def test_the_reports_pictures_are_those_of_a_plain_loop(run, reported):
     # As the codec of this store, float32, keeps them; and there and back through the normaliser.
     columns = {
         "image": pixels.permute(0, 2, 3, 1).numpy(),
+        **{
+            f"teacher {name}": colours(stored(run, name, max(teacher.resolutions))[2].float())
+            for name, teacher in run.teachers.items()
+        },
         f"teacher {PROXY}": colours(patches),
         "student before": colours(tokens(untrained(run), pixels)[1]),
         "student after": colours(tokens(plain.network, pixels)[1]),

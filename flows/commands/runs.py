@@ -1,10 +1,9 @@
 """`eupe train`, `evaluate`, `report` and `run`: what is done with a recipe."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,8 +53,10 @@ def evaluate(
 ) -> None:
     """Judge the newest checkpoint of a stage on the held-out images.
 
-    kNN by a label, and cosine to the cached teachers, beside the student before training and the
-    best prediction that ignores the image. Written to evaluation.json in the run directory.
+    Every encoder of the stage in one table: kNN in two protocols, a linear probe, likeness to the
+    cached teachers; beside raw pixels, the student before training, and the best prediction that
+    ignores the image. Written into the run directory: evaluation.json and correct.parquet, or with
+    --stage files of the stage's own, evaluation-stage1.json.
     """
     from pipelines.recipe import recipes
 
@@ -64,12 +65,14 @@ def evaluate(
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.evaluation.frozen import FrozenStudent
 
-    found = evaluation.evaluate(FrozenStudent(asked, judged, evaluation.device(asked)))
-    path = evaluation.write(asked.directory, found)
+    found = evaluation.evaluate([FrozenStudent(asked, judged, evaluation.device(asked))])
+    path = evaluation.write(asked, found, judged if stage else None)
+    plain = evaluation.plain(asked, found)
     if as_json:
-        print_json(asdict(found))
-    else:
-        print(path.read_text(), end="")
+        print_json(plain)
+        return
+    print_evaluation(plain)
+    print(path)
 
 
 @app.command("report")
@@ -118,17 +121,26 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
     beforehand.check_sources(asked)  # refused before anything is started
     prefect_settings(recipes.home())
     from flows.distill import distill
-    from pipelines.evaluation import report as reports
+    from pipelines.evaluation import tables
 
     found = distill(recipe, overrides or [])
     if as_json:
         print_json(found)
         return
-    print_table(reports.closing_rows(found))
-    print(reports.steps_line(found))
-    if words := reports.verdict(found):
-        print(words)
+    print_evaluation(found)
+    print(tables.steps_line(found))
     print(f"{asked.directory / 'summary.json'}\n{asked.directory / 'report.html'}")
+
+
+def print_evaluation(found: Mapping[str, Any]) -> None:
+    """Print what an evaluation found: encoders, cosines, and how the student stands."""
+    from pipelines.evaluation import tables
+
+    print_table(tables.encoder_rows(found))
+    print(tables.table_line(found))
+    print_table(tables.closing_rows(found))
+    for sentence in tables.verdicts(found):
+        print(sentence)
 
 
 def prefect_settings(home: Path) -> None:

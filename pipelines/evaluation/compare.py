@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eupe.encoders import Features
+from eupe.encoders import Encoder, Features
 from eupe.heads import DistillationModel
 from eupe.losses import match_grids
-from pipelines.features.sources import Normalisers, Targets
 from pipelines.training.batches import Batch
 
 BASELINE, INITIAL, FINAL = "baseline", "init", "final"
@@ -70,78 +70,64 @@ class Seen:
         sample_ids: [n].
         pixels: the pictures themselves, RAW_SIDE pixels a side, float32 [n, 3 * RAW_SIDE ** 2];
             empty unless asked for.
-        teachers: teacher -> summaries as the teacher gives them [n, D].
-        students: model -> summaries [n, D].
+        summaries: network -> its summaries [n, D], float32.
         cosines: (model, teacher) -> per image, summary and mean over patches [n, 2].
     """
 
     sample_ids: list[str]
     pixels: Tensor
-    teachers: dict[str, Tensor]
-    students: dict[str, Tensor]
+    summaries: dict[str, Tensor]
     cosines: dict[tuple[str, str], Tensor]
 
 
 def look(
     batches: Iterable[Batch],
-    models: Mapping[str, DistillationModel],
-    normalisers: Mapping[str, Normalisers],
+    models: Mapping[str, DistillationModel] = MappingProxyType({}),
+    encoders: Mapping[str, Encoder] = MappingProxyType({}),
     *,
-    fit: Constants | None = None,
     judge: Constants | None = None,
     raw: bool = False,
     device: str | torch.device = "cpu",
     advance: Callable[[int], None] = lambda count: None,
 ) -> Seen:
-    """Show images to several students at once and compare them with the cached teachers.
+    """Show images to several networks at once, and compare students with the cached teachers.
 
     Args:
         batches: of the images, each once.
-        models: name -> student with its heads, on `device`.
-        normalisers: teacher -> what is done to its tokens.
-        fit: takes these images' targets.
+        models: name -> student with its heads, on `device`, whose cosines are wanted.
+        encoders: name -> network whose summaries are wanted.
         judge: constants whose cosines are wanted too, under the name BASELINE.
         raw: True to keep the pictures themselves, small.
         device: to compute on.
         advance: told of every batch's size.
     """
     ids, small = list[str](), list[Tensor]()
-    teachers: dict[str, list[Tensor]] = {}
-    students: dict[str, list[Tensor]] = {}
+    summaries: dict[str, list[Tensor]] = {}
     cosines: dict[tuple[str, str], list[Tensor]] = {}
     with torch.inference_mode():
         for batch in batches:
-            valid = torch.from_numpy(batch.valid).to(device)
-            targets = {
-                name: _rows(target, valid)
-                for name, target in batch.targets(device).items()
-                if name in normalisers
-            }
             ids += [name for name, good in zip(batch.sample_ids, batch.valid, strict=True) if good]
-            for name, target in targets.items():
-                restored = normalisers[name].summary.inverse(target.summary)
-                teachers.setdefault(name, []).append(restored.cpu())
-            if fit is not None:
-                fit.add(targets)
-            predicted = {}
             pixels = batch.pixels[torch.from_numpy(batch.valid)].to(device)
             if raw:
                 small.append(_small(pixels).cpu())
-            for model_name, model in models.items():
-                features, predicted[model_name] = model(pixels)
-                students.setdefault(model_name, []).append(features.summary.float().cpu())
+            for name, encoder in encoders.items():
+                summaries.setdefault(name, []).append(encoder(pixels).summary.float().cpu())
+            predicted = {name: model(pixels)[1] for name, model in models.items()}
             if judge is not None:
                 predicted[BASELINE] = judge.predictions(len(pixels))
-            for who, guesses in predicted.items():
-                for name, target in targets.items():
-                    both = _cosines(guesses[name], target)
-                    cosines.setdefault((who, name), []).append(both.cpu())
+            if predicted:
+                valid = torch.from_numpy(batch.valid).to(device)
+                targets = batch.targets(device)
+                for teacher, target in targets.items():
+                    tokens = Features(target.summary[valid], target.patches[valid])
+                    for who, guesses in predicted.items():
+                        both = _cosines(guesses[teacher], tokens)
+                        cosines.setdefault((who, teacher), []).append(both.cpu())
             advance(len(batch))
     return Seen(
         ids,
         torch.cat(small) if raw else torch.empty(0),
-        {name: torch.cat(parts) for name, parts in teachers.items()},
-        {name: torch.cat(parts) for name, parts in students.items()},
+        {name: torch.cat(parts) for name, parts in summaries.items()},
         {pair: torch.cat(parts) for pair, parts in cosines.items()},
     )
 
@@ -150,10 +136,6 @@ def _small(pixels: Tensor) -> Tensor:
     """Return pictures [B, 3, R, R] as vectors of RAW_SIDE x RAW_SIDE pixels, 0 to 255."""
     small = F.interpolate(pixels.float(), (RAW_SIDE, RAW_SIDE), mode="bicubic", antialias=True)
     return small.flatten(1)
-
-
-def _rows(target: Targets, valid: Tensor) -> Features:
-    return Features(target.summary[valid], target.patches[valid])
 
 
 def _cosines(predicted: Features, target: Features) -> Tensor:

@@ -1,7 +1,6 @@
 """The evaluation during training: a hook that the loop calls with the model it has."""
 
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -11,9 +10,9 @@ from eupe.encoders import shapes
 from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.probes import knn_predict, top1
-from pipelines.evaluation.compare import FINAL, Seen, look
+from pipelines.evaluation.compare import FINAL, look
 from pipelines.evaluation.frozen import CentreViews, evaluation_resolutions
-from pipelines.evaluation.knn import labels, numbered
+from pipelines.evaluation.labels import labels, numbered
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
@@ -78,13 +77,10 @@ def hook(recipe: Recipe, stage: StageConfig, given: Inputs) -> Evaluate:
     def bank_pictures() -> list[Batch]:
         return [replace(batch, parts=[]) for batch in swept(bank_name)]
 
-    def seen(batches: Iterable[Batch], model: DistillationModel) -> Seen:
-        device = next(model.parameters()).device
-        return look(batches, {FINAL: model}, images.normalisers, device=device)
-
     def figures(model: DistillationModel, done: int) -> dict[str, float]:
         # Read anew each time: the teachers' tokens of them fill gigabytes.
-        queries = seen(swept(held_out), model)
+        device = next(model.parameters()).device
+        queries = look(swept(held_out), {FINAL: model}, {FINAL: model.encoder}, device=device)
         each = [queries.cosines[FINAL, name].mean(0) for name in images.normalisers]
         both = torch.stack(each).mean(0)
         found = {
@@ -93,12 +89,12 @@ def hook(recipe: Recipe, stage: StageConfig, given: Inputs) -> Evaluate:
             SCORE: float(both.mean()),
         }
         if label is not None:
-            bank = seen(bank_pictures(), model)
+            bank = look(bank_pictures(), encoders={FINAL: model.encoder}, device=device)
             known, truth = numbered(
                 labels(images, bank_name, bank.sample_ids, label),
                 labels(images, held_out, queries.sample_ids, label),
             )
-            students = bank.students[FINAL], queries.students[FINAL]
+            students = bank.summaries[FINAL], queries.summaries[FINAL]
             guessed = knn_predict(students[0], known, students[1], recipe.evaluation.k)
             found["held_out/knn_top1"] = top1(guessed, truth)
         return found

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from eupe.probes import pca_rgb
-from pipelines.evaluation.frozen import FrozenStudent, evaluation_resolutions
+from pipelines.evaluation.frozen import FrozenStudent, by_teachers, evaluation_resolutions
+from pipelines.evaluation.networks import PIXELS
+from pipelines.evaluation.tables import PROBE_TITLES
 
 TOKEN_IMAGES = 6
 INK = "#010203"  # stands for the page's own text colour; no figure has it otherwise
-COLOURS = ("#3b7dd8", "#e08a1e", "#2a9d6f", "#b0509e", "#8a8f98")
+COLOURS = ("#3b7dd8", "#e08a1e", "#2a9d6f", "#b0509e", "#8a8f98", "#d2483f", "#5b4fc7", "#7a5c3a")
 _STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "eupe",  # identifiers do not change from run to run
@@ -36,6 +39,8 @@ PANELS = (
     ("summary", "summary: 1 - cosine", "held_out/cosine_summary"),
     ("patch_cosine", "patches: 1 - cosine", "held_out/cosine_patches"),
 )
+DOTTED = ("knn_paper", "knn_cosine", "linear")
+"""Probes of the dot plot."""
 
 
 @dataclass(frozen=True)
@@ -88,50 +93,104 @@ def loss_curves(lines: Sequence[Mapping[str, float]], teachers: Sequence[str]) -
         for panel in axes:
             panel.set_xlabel("step")
             panel.grid(axis="y", alpha=0.15, color=INK)
-        out = io.StringIO()
-        # No metadata: a time would make equal runs differ, and the rest names addresses.
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+        return _svg(figure)
 
 
-def token_picture(student: FrozenStudent) -> TokenPicture:
-    """Show what teachers and student make of a few held-out images, spread over the set.
+def dot_plot(summary: Mapping[str, Any]) -> str:
+    """Draw every encoder by every probe with its interval, one row an encoder and resolution.
 
-    Each encoder has components of its own, fitted over these images together.
+    The line is at raw pixels, which any encoder has to pass.
 
     Args:
-        student: shown before training and after.
+        summary: the contents of summary.json.
+
+    Returns:
+        an <svg> element, its text in the colour of its surroundings; empty without labels.
+    """
+    encoders, titles = summary["encoders"], summary["titles"]
+    probes = [probe for probe in DOTTED if probe in encoders[PIXELS]]
+    if not probes:
+        return ""
+    names = [*encoders]
+    kinds = list(dict.fromkeys(titles[name] for name in names))
+    colours = dict(zip(kinds, _colours(len(kinds)), strict=True))
+    places = range(len(names), 0, -1)  # the first on top
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 0.9 + 0.23 * len(names)), layout="constrained")
+        for number, (axes, probe) in enumerate(
+            zip(figure.subplots(1, len(probes), squeeze=False)[0], probes, strict=True)
+        ):
+            axes.axvline(100 * encoders[PIXELS][probe]["value"], color=INK, alpha=0.35, lw=0.8)
+            for place, name in zip(places, names, strict=True):
+                value, low, high = (
+                    100 * encoders[name][probe][key] for key in ("value", "low", "high")
+                )
+                colour = colours[titles[name]]
+                axes.plot([low, high], [place, place], color=colour, lw=1.4, alpha=0.7)
+                axes.plot([value], [place], "o", color=colour, markersize=4.5)
+            words = [f"{titles[name]}, {encoders[name]['resolution']} px" for name in names]
+            axes.set_yticks(places, words if number == 0 else [""] * len(names))
+            axes.tick_params(axis="y", length=0, labelsize=9)
+            axes.set_ylim(0.4, len(names) + 0.6)
+            axes.set_title(PROBE_TITLES[probe], loc="left")
+            axes.set_xlabel("right, per cent")
+            axes.grid(axis="x", alpha=0.15, color=INK)
+        return _svg(figure)
+
+
+def token_picture(students: Sequence[FrozenStudent]) -> TokenPicture:
+    """Show what teachers and the last student make of a few held-out images.
+
+    The images are spread over the set. Each encoder has components of its own, fitted over these
+    images together.
+
+    Args:
+        students: of a run's stages, in their order. Shown are the teachers of each, and the last
+            student before training and after.
 
     Raises:
         BadInput: a checkpoint of another network.
         StoreError: a cache cannot be read.
     """
-    device, images, held_out = student.device, student.images, student.recipe.held_out.name
-    models = {"student before": student.initial, "student after": student.final}
-    ids, shown = list[str](), list[Tensor]()
-    maps: dict[str, list[Tensor]] = {}
-    rows = images.rows(held_out, TOKEN_IMAGES)
-    at = evaluation_resolutions(student.recipe, student.stage)
+    last = students[-1]
+    held_out, rows = (
+        last.recipe.held_out.name,
+        last.images.rows(last.recipe.held_out.name, TOKEN_IMAGES),
+    )
+    models = {"student before": last.initial, "student after": last.final}
+    shown: dict[str, np.ndarray] = {}
+    taught: dict[str, list[Tensor]] = {}
+    maps: dict[str, list[Tensor]] = {title: [] for title in models}
     with torch.inference_mode():
-        for batch in images.batches(held_out, rows, at):
-            good = torch.from_numpy(batch.valid)
-            ids += [
-                name for name, valid in zip(batch.sample_ids, batch.valid, strict=True) if valid
-            ]
-            shown += list(batch.pixels[good].permute(0, 2, 3, 1))
-            for name, target in batch.targets(device).items():
-                normaliser = student.normalisers[name].patches.to(device)
-                patches = normaliser.inverse(target.patches[good.to(device)])
-                maps.setdefault(f"teacher {name}", []).extend(patches.cpu())
-            for title, model in models.items():
-                features, _ = model(batch.pixels[good].to(device))
-                maps.setdefault(title, []).extend(features.patches.float().cpu())
-    columns = {"image": [_png(pixels.numpy()) for pixels in shown]}
-    for title, grids in maps.items():
+        for student in by_teachers(students):
+            at = evaluation_resolutions(student.recipe, student.stage)
+            for batch in student.images.batches(held_out, rows, at):
+                for place, name in enumerate(batch.sample_ids):
+                    if batch.valid[place]:
+                        shown[name] = batch.pixels[place].permute(1, 2, 0).numpy()
+                good = torch.from_numpy(batch.valid)
+                for name, target in batch.targets(student.device).items():
+                    normaliser = student.normalisers[name].patches.to(student.device)
+                    patches = normaliser.inverse(target.patches[good.to(student.device)])
+                    taught.setdefault(f"teacher {name}", []).extend(patches.cpu())
+                if student is last:
+                    for title, model in models.items():
+                        features = model.encoder(batch.pixels[good].to(student.device))
+                        maps[title].extend(features.patches.float().cpu())
+    columns = {"image": [_png(pixels) for pixels in shown.values()]}
+    for title, grids in (taught | maps).items():
         columns[title] = [_png((rgb.numpy() * 255).round()) for rgb in pca_rgb(grids)]
-    return TokenPicture(ids, columns)
+    return TokenPicture([*shown], columns)
+
+
+def _svg(figure: Figure) -> str:
+    """Return a figure as an <svg> element that follows the colour of its surroundings."""
+    out = io.StringIO()
+    # No metadata: a time would make equal runs differ, and the rest names addresses.
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
 
 def _curve(

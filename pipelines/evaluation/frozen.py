@@ -1,12 +1,15 @@
 """A trained student, frozen, and the images it is judged by: each is opened and built once."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from eupe.heads import DistillationModel
-from pipelines.features.sources import Normalisers
+from pipelines.features.cached import CachedSource
+from pipelines.features.sources import Normalisers, Targets
 from pipelines.recipe.config import PROXY, Recipe
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.recipe.stage import StageConfig
@@ -68,6 +71,32 @@ class CentreViews:
             range(draw.num_steps),
             Loader(self.recipe.workers),
         )
+
+    def tokens(
+        self,
+        dataset: str,
+        rows: np.ndarray,
+        teachers: Mapping[str, int],
+        device: str | torch.device = "cpu",
+    ) -> Iterator[dict[str, Targets]]:
+        """Yield the cached tokens of the rows, int64 [n], in batches and without their pictures.
+
+        Args:
+            dataset: one of `feeds`.
+            rows: of it.
+            teachers: teacher -> resolution, pixels.
+            device: to decode on.
+        """
+        source, size = self.feeds[dataset].source, self.recipe.evaluation.batch
+        for begin in range(0, len(rows), size):
+            some = rows[begin : begin + size]
+            yield source.fetch(some, np.zeros_like(some), teachers).decode(device)
+
+    def summaries(self, dataset: str, rows: np.ndarray, teacher: str, resolution: int) -> Tensor:
+        """Return a teacher's summaries of the rows as its store has them, float32 [n, D]."""
+        source = self.feeds[dataset].source
+        assert isinstance(source, CachedSource)  # as inputs.centre_feeds opens them
+        return torch.from_numpy(source.summaries(rows, np.zeros_like(rows), teacher, resolution))
 
 
 class FrozenStudent:
@@ -151,3 +180,8 @@ def over_pyramid(recipe: Recipe, stage: StageConfig) -> StageConfig:
     return stage.model_copy(
         update={"teacher_resolutions": {PROXY: scales}, "student_resolutions": scales}
     )
+
+
+def by_teachers(students: Sequence[FrozenStudent]) -> list[FrozenStudent]:
+    """Return the last student of each set of teachers, in the order of their stages."""
+    return [*{student.stage.teachers: student for student in students}.values()]

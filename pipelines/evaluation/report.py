@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -14,7 +13,7 @@ from cache.files import atomic
 from cache.format import layout
 from cache.store import Store
 from eupe import fingerprint as fp
-from pipelines.evaluation import evaluate, figures
+from pipelines.evaluation import evaluate, figures, tables
 from pipelines.evaluation.evaluate import Cosine, Evaluation
 from pipelines.evaluation.figures import TokenPicture
 from pipelines.evaluation.frozen import FrozenStudent
@@ -26,9 +25,7 @@ from pipelines.records import checkpoint, tracking
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 TEMPLATE = "report.html.j2"
 SIGNIFICANT = 0.05
-FIGURES = ("figure", "before", "after", "compare")
-"""Columns of the closing table."""
-FORMAT = 2
+FORMAT = 3
 """Of a summary: raised with a change of what stands in it."""
 
 
@@ -117,14 +114,13 @@ def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
     if found is not None:
         return found
     started, device = time.monotonic(), evaluate.device(recipe)
-    last = FrozenStudent(recipe, recipe.last, device, opened)
-    evaluation = evaluate.evaluate(last)
+    students = [FrozenStudent(recipe, each, device, opened) for each in recipe.stages.values()]
+    evaluation = evaluate.evaluate(students)
     stages: dict[str, StageFigures] = {}
-    for stage in recipe.stages.values():  # one after the other: a proxy fills gigabytes
-        own = last if stage is last.stage else FrozenStudent(recipe, stage, device, opened)
-        stages[stage.name] = stage_figures(own)
+    for student in students:
+        stages[student.stage.name] = stage_figures(student)
     took = {**seconds, "evaluation": time.monotonic() - started}
-    return write(last, evaluation, took, stages)
+    return write(students, evaluation, took, stages)
 
 
 def current(recipe: Recipe, opened: Opened | None = None) -> dict[str, object] | None:
@@ -170,11 +166,10 @@ def summarise(
     Args:
         recipe: the run.
         held: what its caches hold.
-        evaluation: of the student.
+        evaluation: of its stages.
         seconds: step of the run -> how long it took, as its caller measured.
         stages: stage -> what it did.
     """
-    knn = evaluation.knn
     return {
         "recipe": recipe.name,
         "images": held.images,
@@ -182,28 +177,13 @@ def summarise(
         "cache_bytes": held.bytes,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "training_steps": evaluation.step,
-        "knn_top1": knn
-        and {
-            "pixels": knn.pixels,
-            "teacher": knn.teacher,
-            "student_init": knn.init,
-            "student_final": knn.final,
-            "queries": knn.queries,
-            "p_value": knn.p_value,
-            "p_value_pixels": knn.p_value_pixels,
-            "label": knn.label,
-            "k": knn.k,
-        },
-        "cosine": {
-            "summary": asdict(evaluation.summary),
-            "patches": asdict(evaluation.patches),
-        },
+        **evaluate.plain(recipe, evaluation),
         **{name: asdict(found) for name, found in stages.items()},
     }
 
 
 def write(
-    student: FrozenStudent,
+    students: Sequence[FrozenStudent],
     evaluation: Evaluation,
     seconds: Mapping[str, float],
     stages: Mapping[str, StageFigures],
@@ -211,8 +191,8 @@ def write(
     """Write summary.json and report.html into the run directory; return the summary.
 
     Args:
-        student: the one that is reported, whose tokens are drawn.
-        evaluation: of it.
+        students: of the run's stages, in their order.
+        evaluation: of them.
         seconds: step of the run -> how long it took, as its caller measured.
         stages: stage -> what it did.
 
@@ -220,7 +200,8 @@ def write(
         BadInput: weights that cannot be read.
         StoreError: a cache cannot be read, or a file not written.
     """
-    recipe, stage, opened = student.recipe, student.stage, student.opened
+    last = students[-1]
+    recipe, stage, opened = last.recipe, last.stage, last.opened
     summary = summarise(recipe, caches(recipe, opened), evaluation, seconds, stages)
     summary["fingerprint"] = fingerprint(recipe, opened)
     lines = tracking.read(recipe.stage_directory(stage.name) / tracking.METRICS_FILE)
@@ -229,10 +210,11 @@ def write(
         summary,
         evaluation,
         figures.loss_curves(lines, stage.teachers),
-        figures.token_picture(student),
+        figures.dot_plot(summary),
+        figures.token_picture(students),
     )
     atomic.sweep(layout.scratch_directory(recipe.directory))  # of killed reports
-    evaluate.write(recipe.directory, evaluation)
+    evaluate.write(recipe, evaluation)
     _replace(recipe.directory / REPORT_FILE, page)
     # Last: its fingerprint says that all of it is there.
     _replace(recipe.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
@@ -244,6 +226,7 @@ def render(
     summary: Mapping[str, object],
     evaluation: Evaluation,
     curves: str,
+    dots: str,
     picture: TokenPicture,
 ) -> str:
     """Return the report as one HTML page that loads nothing from anywhere.
@@ -251,13 +234,14 @@ def render(
     Args:
         recipe: the run; printed in full at the end.
         summary: as `summarise` returns it.
-        evaluation: of the student.
-        curves: an <svg> element.
+        evaluation: of its stages.
+        curves: an <svg> element: losses.
+        dots: an <svg> element: every encoder by every probe; empty without labels.
         picture: patch tokens as colours.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(
-        percent=lambda share: f"{100 * share:.1f} %",
+        percent=tables.percent,
         cosine=lambda value: f"{value:.3f}",
         signed=lambda value: f"{value:+.3f}",
         size=_size,
@@ -267,90 +251,21 @@ def render(
         .joinpath(TEMPLATE)
         .read_text(encoding="utf-8")
     )
+    last = evaluation.agreement[recipe.last.name]
     return environment.from_string(source).render(
         recipe=recipe,
         summary=summary,
         evaluation=evaluation,
-        kinds={"summary": evaluation.summary, "patches": evaluation.patches},
+        kinds={"summary": last.summary, "patches": last.patches},
         bar=_bar,
-        knn=evaluation.knn,
-        significant=evaluation.knn is not None and evaluation.knn.p_value < SIGNIFICANT,
+        probes=tables.PROBE_TITLES,
+        encoder_rows=tables.encoder_rows(summary),
+        verdicts=tables.verdicts(summary),
+        significant=SIGNIFICANT,
         curves=curves,
+        dots=dots,
         picture=picture,
         configuration=json.dumps(recipe.model_dump(mode="json"), indent=2),
-    )
-
-
-def closing_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the closing table of a run: rows of text with the columns FIGURES.
-
-    Args:
-        summary: the contents of summary.json.
-    """
-    knn, cosine = summary["knn_top1"], summary["cosine"]
-    closing = []
-    if knn is not None:
-        teachers = ", ".join(f"{name} {_percent(value)}" for name, value in knn["teacher"].items())
-        closing.append(
-            (
-                f"kNN top-1 ({knn['label']}, k = {knn['k']}, {knn['queries']} held-out queries)",
-                _percent(knn["student_init"]),
-                _percent(knn["student_final"]),
-                f"{teachers}, raw pixels {_percent(knn['pixels'])}; p = {knn['p_value']:.2g}",
-            )
-        )
-    whole = {"stage2", "stage3"} <= summary.keys()
-    whose = "the proxy's" if whole else "teachers'"
-    closing += [
-        (
-            f"cosine to {whose} {kind}, held out",
-            f"{cosine[kind]['init']:.3f}",
-            f"{cosine[kind]['final']:.3f}",
-            f"ignoring the image {cosine[kind]['baseline']:.3f}",
-        )
-        for kind in ("summary", "patches")
-    ]
-    if whole:
-        second, third = summary["stage2"]["cosine"], summary["stage3"]["cosine"]
-        closing += [
-            (
-                f"cosine to the proxy, both at {scale} px: summary, patches",
-                _both(second[scale]),
-                _both(third[scale]),
-                "before: after stage 2",
-            )
-            for scale in third
-        ]
-    return [dict(zip(FIGURES, row, strict=True)) for row in closing]
-
-
-def verdict(summary: Mapping[str, Any]) -> str:
-    """Return a sentence on the student beside raw pixels; empty without kNN.
-
-    Args:
-        summary: the contents of summary.json.
-    """
-    knn = summary["knn_top1"]
-    if knn is None:
-        return ""
-    final, pixels = knn["student_final"], knn["pixels"]
-    words = "above" if final > pixels else "BELOW" if final < pixels else "level with"
-    return (
-        f"By kNN the student is {words} raw 16 x 16 pixels: {_percent(final)} and "
-        f"{_percent(pixels)}, p = {knn['p_value_pixels']:.2g}"
-    )
-
-
-def steps_line(summary: Mapping[str, Any]) -> str:
-    """Return in one line what was done and how long each step took.
-
-    Args:
-        summary: the contents of summary.json.
-    """
-    seconds: Sequence[str] = [f"{name} {value:.0f} s" for name, value in summary["seconds"].items()]
-    return (
-        f"{summary['images']:,} images, {summary['rows']:,} cached rows, "
-        f"{summary['cache_bytes'] / 1e6:,.0f} MB; {', '.join(seconds)}"
     )
 
 
@@ -366,14 +281,6 @@ def _size(num_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
-
-
-def _both(kinds: Mapping[str, float]) -> str:
-    return f"{kinds['summary']:.3f}, {kinds['patches']:.3f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _replace(path: Path, text: str) -> None:

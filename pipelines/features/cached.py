@@ -158,6 +158,23 @@ class CachedSource(FeatureSource):
             )
         return FetchedTokens(valid, digests, tokens)
 
+    def summaries(
+        self, rows: np.ndarray, view_numbers: np.ndarray, teacher: str, resolution: int
+    ) -> np.ndarray:
+        """Return a teacher's summaries as stored, float32 [n, D]: nothing is read of its patches.
+
+        Args:
+            rows: int64 [n], of `samples`.
+            view_numbers: int64 [n].
+            teacher: whose.
+            resolution: of its input, pixels.
+
+        Raises:
+            StoreError: a store, row or view that is not there.
+        """
+        found = self._store(teacher, resolution).reader.select(rows, view_numbers).summaries
+        return np.asarray(found, np.float32)
+
     def _store(self, teacher: str, resolution: int) -> OpenStore:
         store = self._stores.get((teacher, resolution))
         if store is None:
