@@ -1,25 +1,17 @@
 """Encoders: a network of timm, open_clip or others, read as pixels -> (summary, patches)."""
 
-import difflib
-from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-import open_clip
-import timm
 import torch
 from jaxtyping import Float, Real
-from open_clip.model import _build_vision_tower  # no public way builds a tower without its text
 from torch import Tensor, nn
 
 from eupe import others
 from eupe.errors import BadInput
+from eupe.networks import build_network
 from eupe.others import Other
-from eupe.pixels import RGB, Pixels
 from eupe.spec import EncoderSpec
-
-# The timm families whose positions follow the input's size when asked (dynamic_img_size).
-_RESIZABLE_MODULES = ("timm.models.eva", "timm.models.vision_transformer")
 
 
 class Features(NamedTuple):
@@ -274,77 +266,6 @@ def _weightless(spec: str) -> Encoder:
         return Encoder(EncoderSpec.model_validate_json(spec))
 
 
-def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
-    """Build the network of a spec with fresh weights, drawn from the global random state.
-
-    Args:
-        spec: the encoder.
-        classifier: keep the classifier that the released file of a timm architecture has, which
-            an encoder drops; for matching names of a file.
-
-    Raises:
-        BadInput: an unknown architecture, or model arguments it does not take.
-    """
-    if spec.architecture.startswith(("hf-hub:", "hf_hub:")):
-        raise BadInput(
-            f"architecture {spec.architecture!r}: wants the name of what is built, and "
-            f"weights: hf-hub:{spec.architecture.partition(':')[2]}"
-        )
-    if spec.library == "timm":
-        arguments = dict(spec.model_arguments)
-        if classifier:
-            arguments.pop("num_classes", None)
-        elif spec.summary != "attention_pool":
-            arguments.setdefault("num_classes", 0)
-        return _timm_network(spec.architecture, arguments)
-    if spec.library == "pixels":
-        if spec.architecture != RGB.architecture:
-            raise BadInput(_unknown("pixels", spec.architecture, [RGB.architecture]))
-        return Pixels()
-    if spec.library == "open_clip":
-        return _open_clip_tower(spec.architecture, spec.model_arguments)
-    return others.build(spec)
-
-
-def _timm_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
-    if not timm.is_model(architecture):
-        raise BadInput(_unknown("timm", architecture, timm.list_models()))
-    if timm.model_entrypoint(architecture).__module__ in _RESIZABLE_MODULES:
-        arguments = {"dynamic_img_size": True, **arguments}
-    try:
-        network: nn.Module = timm.create_model(architecture, pretrained=False, **arguments)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise BadInput(f"timm's {architecture} refuses {dict(arguments)}: {error}") from error
-    return network
-
-
-def _open_clip_tower(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
-    config = open_clip.get_model_config(architecture)
-    if config is None:
-        raise BadInput(_unknown("open_clip", architecture, open_clip.list_models()))
-    vision, width = dict(config["vision_cfg"]), config["embed_dim"]
-    bare = vision.get("timm_proj") in (None, "none") and "timm_model_name" in vision
-    if not bare:
-        try:
-            return _tower(width, {**vision, **arguments}, config)
-        except TypeError as error:
-            raise BadInput(
-                f"open_clip's {architecture} refuses {dict(arguments)}: {error}"
-            ) from error
-    # open_clip hands a timm trunk no arguments of ours: its shell is built empty around our trunk.
-    with torch.device("meta"):
-        shell = _tower(width, vision, config)
-    num_classes = 0 if vision["timm_proj"] == "none" else width
-    chosen = {"num_classes": num_classes, "global_pool": vision.get("timm_pool", "avg")}
-    shell.trunk = _timm_network(vision["timm_model_name"], {**chosen, **arguments})
-    return shell
-
-
-def _tower(width: int, vision: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
-    tower: nn.Module = _build_vision_tower(width, dict(vision), config.get("quick_gelu", False))
-    return tower
-
-
 def _layer_index(trunk: Any, spec: EncoderSpec) -> int | None:
     """Return which of the network's intermediates is the spec's layer; None for its last tokens."""
     if spec.layer is None:
@@ -399,9 +320,3 @@ def _check_summary(network: nn.Module, trunk: Any, spec: EncoderSpec) -> None:
     have = {*have, "mean_patches"} - {""}
     if spec.summary not in have:
         raise BadInput(f"{spec.architecture} has no {spec.summary}; it has {sorted(have)}")
-
-
-def _unknown(library: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{library} has no architecture {name!r}{hint}"

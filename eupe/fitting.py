@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eupe import interchange
-from eupe.encoders import build_network
 from eupe.errors import BadInput
+from eupe.networks import build_network
 from eupe.spec import EncoderSpec
 
 _AVERAGED = re.compile(r"(^|[._])(ema|teacher)([._]|$)")

@@ -28,6 +28,8 @@ from pipelines.release import export as exporting
 from pipelines.release import graph, layouts, models
 from pipelines.release.export import Exported, export
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
     "dinov3": small_recipe.vit(),
     "vit": EncoderSpec(

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eupe import interchange
-from eupe.encoders import Encoder, build_network
+from eupe.encoders import Encoder
 from eupe.errors import BadInput
+from eupe.networks import build_network
 from pipelines.records.checkpoint import HEADS, NORMALISERS, Checkpoint
 from pipelines.release.models import WEIGHTS, Model
 
