@@ -40,7 +40,7 @@ class _Attempt(NamedTuple):
     num_missing: int
 
 
-def fit(found: Mapping[str, Tensor], spec: EncoderSpec) -> Fitted:
+def fit(found: Mapping[str, Tensor], spec: EncoderSpec, weights: str = "weights") -> Fitted:
     """Return exactly the tensors that the network of `spec` has, out of all those of a file.
 
     Whatever precedes a network's names is left off (DDP's `module.`, Lightning's `model.`, a
@@ -50,6 +50,7 @@ def fit(found: Mapping[str, Tensor], spec: EncoderSpec) -> Fitted:
     Args:
         found: tensors of the file by dotted name.
         spec: the encoder that is to take them.
+        weights: what a refusal calls them.
 
     Raises:
         BadInput: nothing in the file fits, naming what is left over; or several networks do.
@@ -60,14 +61,14 @@ def fit(found: Mapping[str, Tensor], spec: EncoderSpec) -> Fitted:
     fitting = [each for each in attempts if not each.faults]
     if not fitting:
         best = min(attempts, key=lambda each: each.num_missing)
-        raise BadInput(best.faults)
+        raise BadInput(f"{weights} {best.faults}")
     averaged = [each for each in fitting if _AVERAGED.search(each.prefix)]
     first, *others = averaged or fitting
     if any(not _equal(first.state, other.state) for other in others):
         names = ", ".join(repr(each.prefix) for each in (first, *others))
         raise BadInput(
-            f"hold several networks that fit {spec.architecture}, at {names}: wants a file with "
-            "the one that is meant"
+            f"{weights} hold several networks that fit {spec.architecture}, at {names}: wants a "
+            "file with the one that is meant"
         )
     chosen = ""
     if averaged and len(fitting) > len(averaged):

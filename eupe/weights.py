@@ -65,9 +65,8 @@ def load_state_dict(uri: str, spec: EncoderSpec) -> dict[str, Tensor]:
 def _load(uri: str, spec: EncoderSpec) -> fitting.Fitted:
     scheme, _, place = uri.partition(":")
     if scheme == "random":
-        if not place.lstrip("-").isdigit():
-            raise BadInput(f"weights {uri!r}: wants random:<seed> with a whole number")
-        return fitting.Fitted(dict(Encoder(spec, seed=int(place)).network.state_dict()), "")
+        seed = _seed(uri, place)
+        return fitting.Fitted(dict(Encoder(spec, seed=seed).network.state_dict()), "")
     if scheme == "hub":
         return fitting.Fitted(_from_hub(spec, place), "")
     if scheme == "sha256":
@@ -75,16 +74,31 @@ def _load(uri: str, spec: EncoderSpec) -> fitting.Fitted:
             f"weights {uri!r} of {spec.architecture} are named, not here: computing with them "
             "wants a package:, file:, checkpoint: or hub"
         )
+    files = _named_files(uri)
     try:
-        found = weight_files.read(_files(uri))
+        found = weight_files.read(files)
     except BadInput as error:
         raise BadInput(f"weights {uri!r}: {error}") from error
     if spec.library == "transformers":
         found = others.renamed(found, spec)
-    try:
-        return fitting.fit(found, spec)
-    except BadInput as error:
-        raise BadInput(f"weights {uri!r} {error}") from error
+    return fitting.fit(found, spec, f"weights {uri!r}")
+
+
+def check(uri: str, spec: EncoderSpec) -> None:
+    """Refuse weights that cannot be loaded, as far as that can be told without reading them.
+
+    Raises:
+        BadInput: a URI of another form, a tag that is not known, or a file that is not there.
+    """
+    scheme, _, place = uri.partition(":")
+    if scheme == "sha256":
+        digest(uri, spec)
+    elif scheme == "random":
+        _seed(uri, place)
+    elif scheme == "hub":
+        _pretrained_tag(spec, place, f"{spec.library}'s {spec.architecture}")
+    elif scheme != "hf-hub" or not place:
+        _named_files(uri)
 
 
 def digest(uri: str, spec: EncoderSpec) -> str:
@@ -102,10 +116,7 @@ def digest(uri: str, spec: EncoderSpec) -> str:
         return place
     stamp = list[tuple[int, ...]]()
     if scheme in ON_DISK:
-        try:
-            stats = [path.stat() for path in _files(uri)]
-        except BadInput as error:
-            raise BadInput(f"weights {uri!r}: {error}") from error
+        stats = [path.stat() for path in _named_files(uri)]
         stamp = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
     return _digest(uri, spec.model_dump_json(), tuple(stamp))
 
@@ -126,6 +137,20 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _seed(uri: str, place: str) -> int:
+    if not place.lstrip("-").isdigit():
+        raise BadInput(f"weights {uri!r}: wants random:<seed> with a whole number")
+    return int(place)
+
+
+def _named_files(uri: str) -> list[Path]:
+    """Return the files of a URI, which a refusal names."""
+    try:
+        return _files(uri)
+    except BadInput as error:
+        raise BadInput(f"weights {uri!r}: {error}") from error
 
 
 def _files(uri: str) -> list[Path]:

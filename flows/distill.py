@@ -25,7 +25,7 @@ from flows.ray_jobs import job_cluster, run_job
 from flows.teacher_cache import build
 from pipelines.caching import beforehand
 from pipelines.evaluation import report, tables
-from pipelines.machines import job_folder
+from pipelines.machines import cluster, job_folder
 from pipelines.machines.errors import BAD_INPUT, failure
 from pipelines.machines.progress import followed
 from pipelines.recipe import recipes
@@ -111,9 +111,11 @@ def distill(
     def clock(step: str) -> None:
         seconds[step] = time.monotonic() - started - sum(seconds.values())
 
-    beforehand.check_sources(asked)
+    beforehand.check(asked)
     with job_cluster() as address:  # one Ray for caching and training
         clock("start ray")
+        if asked.workers.use_gpu:
+            cluster.require_gpus(asked.workers.count, "workers.use_gpu = true")
         look_over = partial(beforehand.check_labels, asked)
         build([cache_jobs(asked)], f"Stores of recipe {recipe}", look_over=look_over)
         clock("teacher caches")

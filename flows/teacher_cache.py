@@ -73,7 +73,7 @@ def teacher_cache(
         StoreError: a store that cannot be used or written.
     """
     asked = recipes.get(recipe, overrides)
-    beforehand.check_sources(asked)
+    beforehand.check(asked)
     look_over = partial(beforehand.check_labels, asked)
     return build(job_groups(asked), f"Stores of recipe {recipe}", deep_verify, look_over)
 

@@ -71,7 +71,7 @@ def build(
     from pipelines.caching.precompute import build
     from pipelines.recipe.stores import job_groups
 
-    beforehand.check_sources(asked)
+    beforehand.check(asked)
     built = build(job_groups(asked), deep, look_over=partial(beforehand.check_labels, asked))
     if not as_json:
         print(built)

@@ -1,10 +1,12 @@
 """`eupe recipes`: each recipe with its size and cost, or every field of one."""
 
 import json
+import sys
 from typing import Annotated
 
 import typer
 
+from eupe.errors import BadInput
 from flows.commands.printing import print_json, print_table
 from pipelines.recipe.words import AsJson, Overrides
 
@@ -41,10 +43,19 @@ def show(
     [b]paper[/b]: stated there. [b]paper: X[/b]: stated there as X, and changed here.
     [b]assumed[/b]: ours, since the paper does not say. [b]execution[/b]: where and how fast the
     run works, never what it learns.
+
+    What cannot be built, by whatever machine, is refused; pictures that are not here are said.
     """
+    from pipelines.caching import beforehand
     from pipelines.recipe import paper, recipes
 
-    settings = paper.settings(recipes.get(recipe, overrides or []))
+    asked = recipes.get(recipe, overrides or [])
+    beforehand.check_networks(asked)
+    try:
+        beforehand.check_sources(asked)
+    except BadInput as error:  # of this machine, not of the recipe
+        print(error, file=sys.stderr)
+    settings = paper.settings(asked)
     if as_json:
         print_json([setting._asdict() for setting in settings])
         return

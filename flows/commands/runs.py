@@ -118,7 +118,7 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
     asked = recipes.get(recipe, overrides or [])
     from pipelines.caching import beforehand
 
-    beforehand.check_sources(asked)  # refused before anything is started
+    beforehand.check(asked)  # refused before anything is started
     prefect_settings(recipes.home())
     from flows.distill import distill
     from pipelines.evaluation import tables

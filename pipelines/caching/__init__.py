@@ -1,6 +1,6 @@
 """From images to stores: what is missing is computed by actors and committed as it comes.
 
-    beforehand   what can be refused before a teacher runs: sources, labels
+    beforehand   what can be refused before a teacher runs: sources, labels, networks, GPUs
     precompute   the four steps of a build, each of which looks at what is there
     indexing     images of a source become samples of a dataset
     listing      what indexing has found, until all of it is, and then in order

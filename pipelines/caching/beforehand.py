@@ -1,16 +1,56 @@
 """What can be refused of a recipe before its teachers run, which takes days."""
 
+import os
+from collections.abc import Iterator
+
 import numpy as np
 import polars as pl
+import torch
 
 from cache.samples import Samples
+from eupe import weights
+from eupe.encoders import shapes
 from eupe.errors import BadInput
+from eupe.spec import EncoderSpec
 from pipelines.images import index
 from pipelines.images.labels import check_in_common, labels_of
 from pipelines.recipe.config import DatasetConfig, Recipe
 
 MOST_SAMPLES = 4096
 """Samples of a set whose labels are looked at, spread evenly."""
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what can be told of a recipe before Ray, Prefect or a picture is needed.
+
+    Raises:
+        BadInput: the first fault of its sources or networks, or GPUs that are not there.
+    """
+    check_sources(recipe)
+    if recipe.workers.use_gpu and "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available():
+        raise BadInput(
+            "workers.use_gpu = true: this machine has no GPU that torch sees; set it to false, or "
+            "name a cluster that has GPUs in RAY_ADDRESS"
+        )
+    check_networks(recipe)
+
+
+def check_networks(recipe: Recipe) -> None:
+    """Refuse networks that cannot be built, resolutions they do not take, and unknown weights.
+
+    No weights are read or fetched, no picture is looked at.
+
+    Raises:
+        BadInput: the first fault, with the field that has it.
+    """
+    for field, encoder, uri, resolutions in _networks(recipe):
+        try:
+            for resolution in resolutions:
+                shapes(encoder, resolution)
+            if uri is not None:
+                weights.check(uri, encoder)
+        except BadInput as error:
+            raise BadInput(f"{field}: {error}") from error
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -53,3 +93,16 @@ def _labels(recipe: Recipe, dataset: DatasetConfig, label: str) -> list[str]:
     places = np.unique(np.linspace(0, len(samples) - 1, MOST_SAMPLES).astype(np.int64))
     there = samples.at(places).filter(pl.col("uri").is_not_null())  # not taken out
     return labels_of(there, label)
+
+
+def _networks(recipe: Recipe) -> Iterator[tuple[str, EncoderSpec, str | None, tuple[int, ...]]]:
+    """Yield every network that a run builds: field, spec, weights, resolutions."""
+    for name, teacher in recipe.teachers.items():
+        yield f"teachers.{name}", teacher.encoder, teacher.weights, teacher.resolutions
+    for field in ("proxy", "student"):
+        if (trained := getattr(recipe, field)) is None:
+            continue
+        stages = [each for each in recipe.stages.values() if each.student == field]
+        scales = {scale for stage in stages for scale in stage.student_resolutions}
+        if scales:
+            yield field, trained.encoder, trained.weights, tuple(sorted(scales))

@@ -5,8 +5,9 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,10 @@ from unittest import mock
 from eupe.errors import BadInput
 
 TOKEN_BYTES = 32
+SOCKET_BYTES = 107
+"""Of the path of a Unix socket, at most."""
+RAY_BYTES = len("/ray/session_2026-11-26_08-58-28_750547_4194304/sockets/plasma_store")
+"""That Ray puts behind the folder for temporary files."""
 ANSWER_SECONDS = 10.0
 
 
@@ -40,6 +45,7 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         yield None
         return
     address = os.environ.get("RAY_ADDRESS")
+    kept = ExitStack()
     try:
         if address:
             _check_answers(address)
@@ -51,6 +57,7 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
                     "holds it in RAY_AUTH_TOKEN_PATH, or set RAY_AUTH_MODE=disabled if it has none"
                 ) from error
         else:
+            kept.enter_context(short_folder())  # for as long as that Ray lives
             with _own_agent_port():
                 ray.init(
                     address="local",
@@ -62,6 +69,48 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         yield None if dashboard_port is None else f"http://127.0.0.1:{dashboard_port}"
     finally:
         ray.shutdown()
+        kept.close()
+
+
+@contextmanager
+def short_folder() -> Iterator[str | None]:
+    """Give a Ray that is started inside the block a short name for its folder, if it wants one.
+
+    Below a long TMPDIR, as batch systems make one for a job, Ray's sockets have no room in a path.
+    What it writes still lies there: only a link is made, in /tmp.
+
+    Yields:
+        the name, which is in RAY_TMPDIR; None if the folder's own is short enough.
+    """
+    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(wanted)) + RAY_BYTES <= SOCKET_BYTES:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="eupe-", dir="/tmp") as folder:
+        link = Path(folder) / "t"
+        link.symlink_to(Path(wanted).absolute())
+        with mock.patch.dict(os.environ, RAY_TMPDIR=str(link)):
+            yield str(link)
+
+
+def require_gpus(count: int, field: str) -> None:
+    """Refuse GPUs of which the connected Ray has none: it would wait for them in silence, for ever.
+
+    Args:
+        count: how many are wanted.
+        field: of the recipe, with its value, that wants them.
+
+    Raises:
+        BadInput: no node has one, or a Ray of this machine alone has not so many.
+    """
+    import ray
+
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if count and (not there or (there < count and "RAY_ADDRESS" not in os.environ)):
+        raise BadInput(
+            f"{field}: wants {count} GPUs and Ray has {there} here; name a cluster that has them "
+            "in RAY_ADDRESS, or set workers.use_gpu=false"
+        )
 
 
 def _check_answers(address: str) -> None:

@@ -110,6 +110,11 @@ def train(
         return StageResult(saved, saved.step, 0.0, 0.0, 0.0, 0)
     if recipe.workers.count > 1:
         return _train_distributed(job)
+    if recipe.workers.use_gpu and not torch.cuda.is_available():
+        raise BadInput(
+            "workers.use_gpu = true: this node has no GPU that torch sees; set it to false, or "
+            "train on a node that has one"
+        )
     return job.train(OneProcess(), torch.device("cuda" if recipe.workers.use_gpu else "cpu"))
 
 
@@ -177,11 +182,14 @@ def _check_room(recipe: Recipe) -> None:
     """Refuse workers that a Ray of this machine alone has no room for: they would wait for ever."""
     import ray
 
-    wanted, kind = recipe.workers.count, "GPU" if recipe.workers.use_gpu else "CPU"
-    there = int(ray.cluster_resources().get(kind, 0))
+    wanted = recipe.workers.count
+    if recipe.workers.use_gpu:
+        cluster.require_gpus(wanted, f"workers.use_gpu = true, workers.count = {wanted}")
+        return
+    there = int(ray.cluster_resources().get("CPU", 0))
     if wanted > there and "RAY_ADDRESS" not in os.environ:  # a cluster may grow
         raise BadInput(
-            f"workers.count = {wanted}: Ray has {there} {kind} here; lower it, or name a cluster "
+            f"workers.count = {wanted}: Ray has {there} CPU here; lower it, or name a cluster "
             "in RAY_ADDRESS"
         )
 

@@ -1,0 +1,105 @@
+"""What is refused before Ray, Prefect or a picture is needed, and what a Ray is not left to do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eupe.errors import BadInput
+from flows.commands import recipes as command
+from pipelines.caching import beforehand
+from pipelines.recipe import recipes
+from pipelines.training import launch
+
+TEACHER = "teachers.efficientnet_lite0"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (f"{TEACHER}.encoder.architecture=nope", "timm has no architecture 'nope'"),
+        (f"{TEACHER}.encoder.layer=7", "has no layer of stride 7"),
+        (f"{TEACHER}.weights=file:nope.pth", "there is no file"),
+        (f"{TEACHER}.weights=zip:x", "wants package:"),
+        (f"{TEACHER}.weights=hub:nope", "wants hub:<tag> with one of"),
+        (f"{TEACHER}.weights=random:x", "whole number"),
+        (f"{TEACHER}.weights=sha256:x", "64 hexadecimal digits"),
+        ("student.encoder.summary=attention_pool", "has no attention_pool"),
+        ("student.weights=checkpoint:nope", "there is no file"),
+    ],
+)
+def test_show_refuses_what_a_build_would_refuse(change, says):
+    """And names the field."""
+    field = change.partition(".encoder")[0].partition(".weights")[0]
+    with pytest.raises(BadInput, match=says) as shown:
+        command.show("demo", [change])
+    assert str(shown.value).startswith(f"{field}: ")
+    with pytest.raises(BadInput) as built:
+        beforehand.check(recipes.get("demo", [change, *HERE]))
+    assert str(built.value) == str(shown.value)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "examples/emoji/emoji.parquet"
+HERE = [f"train.emoji-train.source.path={IMAGES}", f"held_out.source.path={IMAGES}"]
+
+
+def test_pictures_that_are_not_there_are_said_and_no_build_begins(capsys):
+    absent = ["held_out.source.path=/no/such/*.tar"]
+    command.show("demo", [HERE[0], *absent])
+    assert "/no/such/*.tar" in capsys.readouterr().err
+    with pytest.raises(BadInput, match=r"^/no/such/\*\.tar: "):
+        beforehand.check(recipes.get("demo", [HERE[0], *absent]))
+    beforehand.check(recipes.get("demo", HERE))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
+def test_a_gpu_that_is_not_here_is_refused(monkeypatch):
+    asked = recipes.get("demo", ["workers.use_gpu=true", *HERE])
+    with pytest.raises(BadInput, match=r"workers\.use_gpu = true: this machine has no GPU"):
+        beforehand.check(asked)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # a cluster's nodes may have some
+    beforehand.check(asked)
+    with pytest.raises(BadInput, match="this node has no GPU that torch sees"):
+        launch.train(asked, asked.stage("stage1"))
+
+
+RAY = """
+from pipelines.machines import cluster
+from eupe.errors import BadInput
+import os
+with cluster.connect():
+    import ray
+    print(ray.get(ray.remote(lambda: 7).remote()))
+    try:
+        cluster.require_gpus(1, "workers.use_gpu = true")
+    except BadInput as error:
+        print(error)
+    print(os.environ["RAY_TMPDIR"])
+print("RAY_TMPDIR" in os.environ)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
+def test_ray_below_a_long_folder_and_asked_for_a_gpu(tmp_path):
+    """A batch system's TMPDIR leaves no room for a socket's name."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", RAY],
+        env={**os.environ, "TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer, refused, link, after = run.stdout.splitlines()
+    assert (answer, after) == ("7", "False")
+    assert refused.startswith("workers.use_gpu = true: wants 1 GPUs and Ray has 0 here")
+    assert (long / "ray").is_dir()  # what Ray writes lies where it was told
+    assert not Path(link).parent.exists()
+    assert len(link) < 40
