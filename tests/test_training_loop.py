@@ -22,9 +22,11 @@ from torch import nn
 from eupe import fingerprint
 from eupe.drop_path import RowDraws
 from eupe.errors import BadInput
+from eupe.spec import EncoderSpec
 from eupe.students import build_student
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import resolutions
+from pipelines.recipe.config import Recipe, StudentConfig
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig
@@ -133,6 +135,69 @@ def test_a_student_that_draws_what_has_no_row_is_refused(tmp_path, rate):
     run = run.model_copy(update={"student": run.student.model_copy(update={"encoder": encoder})})
     with pytest.raises(BadInput, match="of the rates of timm's models drop_path_rate alone"):
         train_stage(run, run.stage("stage2"), small_stage.inputs(run), tmp_path / "stage2")
+
+
+def by_batch(directory: Path, **stage: object) -> Recipe:
+    """Return a run whose student has batch normalisation."""
+    run = small_stage.recipe(directory, **stage)
+    encoder = EncoderSpec(architecture="test_resnet", summary="average_pool", layer=8)
+    return run.model_copy(update={"student": StudentConfig(name="student", encoder=encoder)})
+
+
+SCALED = 8 * 2**2  # a global batch of 8, at 16 px and at 32
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "words"),
+    [
+        ({"micro_batch": SCALED - 1}, 1, f"micro_batch = {SCALED - 1} .* it wants {SCALED}"),
+        ({"micro_batch": SCALED}, 2, "with 2 workers .* workers.count = 1"),
+        (
+            {"micro_batch": SCALED, "activation_checkpointing": True},
+            1,
+            "activation_checkpointing would count each batch twice",
+        ),
+    ],
+)
+def test_a_student_with_batch_normalisation_takes_whole_batches_alone(
+    tmp_path, stage, workers, words
+):
+    run = by_batch(tmp_path, steps=2, **stage)
+    network = build_student(run.student.encoder).network
+    with pytest.raises(BadInput, match=words):
+        start.check_batch_statistics(network, run.stage("stage2"), workers)
+    sound = by_batch(tmp_path, steps=2, micro_batch=SCALED).stage("stage2")
+    start.check_batch_statistics(network, sound, 1)
+    vit = build_student(small_stage.recipe(tmp_path).student.encoder).network
+    start.check_batch_statistics(vit, run.stage("stage2"), workers)
+
+
+def test_a_cut_batch_of_a_student_with_batch_normalisation_is_refused_before_a_step(tmp_path):
+    run = by_batch(tmp_path, micro_batch=4)
+    with pytest.raises(BadInput, match="normalises by batch"):
+        train_stage(run, run.stage("stage2"), small_stage.inputs(run), tmp_path / "stage2")
+    assert checkpoint.latest(tmp_path / "stage2") is None
+
+
+def test_batch_statistics_are_resumed_with_the_rest(tmp_path):
+    """What a student normalises by when it is used is in its checkpoint, to the bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = by_batch(tmp_path, steps=6, micro_batch=SCALED)
+    stage = run.stage("stage2")
+    wanted = train_stage(run, stage, small_stage.inputs(run), whole).checkpoint.encoder()
+    made = small_stage.inputs(run)
+
+    def killed(steps):
+        for batch in made.batches(steps):
+            if batch.step == 4:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(run, stage, dataclasses.replace(made, batches=killed), cut)
+    found = train_stage(run, stage, small_stage.inputs(run), cut).checkpoint.encoder()
+    assert any("running_var" in name for name in wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_batch_without_valid_rows_is_refused(tmp_path):

@@ -68,7 +68,8 @@ class StageConfig(Spec):
     micro_batch: Annotated[int, EXECUTION] = Field(
         ge=1,
         description="views that go through the student at once, at its smallest scale; losses are "
-        "equal up to rounding, since drop path is drawn by row",
+        "equal up to rounding, since drop path is drawn by row and a student with batch "
+        "normalisation takes whole batches alone",
     )
     head_hidden: Annotated[int, IDENTITY] = Field(
         3072, ge=1, description="width inside the adapter heads"

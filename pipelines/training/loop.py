@@ -127,6 +127,7 @@ class _Run:
             network: Any = model.encoder.network  # timm's and open_clip's have it
             network.set_grad_checkpointing(True)
         self.draws = RowDraws(model.encoder.network)
+        start.check_batch_statistics(model.encoder.network, stage, workers.world_size)
         self.address = f"network/{recipe.seed}/{stage.name}"
         self.wrapped = workers.wrap(self.model)
         if stage.compile:
