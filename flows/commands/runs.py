@@ -46,14 +46,14 @@ def train(
 def evaluate(
     recipe: RecipeName = "demo",
     stage: Annotated[
-        str | None, typer.Option(help="Stage whose student is judged. Left out: the last.")
+        str | None, typer.Option(help="Stage whose student is judged. Left out: all of them.")
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge the newest checkpoint of a stage on the held-out images.
+    """Judge the newest checkpoints of a run on the held-out images.
 
-    Every encoder of the stage in one table: kNN in two protocols, a linear probe, likeness to the
+    Every encoder in one table: kNN in two protocols, a linear probe, likeness to the
     cached teachers; beside raw pixels, the student before training, and the best prediction that
     ignores the image. Written into the run directory: evaluation.json and correct.parquet, or with
     --stage files of the stage's own, evaluation-stage1.json.
@@ -61,12 +61,16 @@ def evaluate(
     from pipelines.recipe import recipes
 
     asked = recipes.get(recipe, overrides or [])
-    judged = asked.stage(stage) if stage else asked.last
+    alone = asked.stage(stage) if stage else None
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.evaluation.frozen import FrozenStudent
+    from pipelines.recipe.stores import Opened
 
-    found = evaluation.evaluate([FrozenStudent(asked, judged, evaluation.device(asked))])
-    path = evaluation.write(asked, found, judged if stage else None)
+    judged, opened = [alone] if alone else asked.stages.values(), Opened()
+    found = evaluation.evaluate(
+        [FrozenStudent(asked, each, evaluation.device(asked), opened) for each in judged]
+    )
+    path = evaluation.write(asked, found, alone)
     plain = evaluation.plain(asked, found)
     if as_json:
         print_json(plain)
@@ -103,6 +107,31 @@ def report(
         print_json(found)
     else:
         print(asked.directory / reports.SUMMARY_FILE, asked.directory / reports.REPORT_FILE)
+
+
+@app.command("compare")
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, one a seed.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Compare the final students of several runs with raw pixels and with their initialisations.
+
+    Runs of one recipe under several seeds are pooled: mean, 95 % interval of the paired difference
+    (bootstrap over images and runs), and the p-value of the exact paired test in which an image
+    counts once, with all its runs. And how much of the way from raw pixels to the better expert
+    they have gone, by every probe.
+    """
+    from dataclasses import asdict
+
+    from pipelines.evaluation import pooled
+
+    found = pooled.compare(runs)
+    if as_json:
+        print_json({probe: asdict(each) for probe, each in found.items()})
+    else:
+        print_table(pooled.rows(found))
 
 
 @app.command("run")
