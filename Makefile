@@ -27,10 +27,11 @@ demo: $(INSTALLED)  ## the whole recipe on real images in about ten minutes: two
 test: $(INSTALLED)  ## every test; leaves no process behind
 	$(BIN)/pytest
 
-check: $(INSTALLED)  ## format, lint and types
+check: $(INSTALLED)  ## format, lint (bandit's rules too), types, known vulnerabilities
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py constraints.txt
 
 mutants: $(INSTALLED)  ## plant known faults in a copy, one at a time: a test must notice each
 	$(BIN)/python tests/mutants/run.py

@@ -36,6 +36,7 @@ def closure(name: str, extras: frozenset[str]) -> dict[str, str]:
                     seen.add((needed, each))
                     waiting.append((needed, each))
     versions.pop(name, None)
+    versions.pop("pip", None)  # each environment brings its own
     return versions
 
 

@@ -105,7 +105,8 @@ def campaign(arguments: argparse.Namespace, folder: Path, console: Console) -> l
     start_server()
     asked = [KINDS[name] for name in arguments.kinds or KINDS]
     kinds = [kind for kind in asked if not (arguments.quick and kind.slow)]
-    chosen = drawn(kinds, arguments.rounds, random.Random(f"faults/kinds/{arguments.seed}"))
+    # Draws that are repeatable, not secret.
+    chosen = drawn(kinds, arguments.rounds, random.Random(f"faults/kinds/{arguments.seed}"))  # noqa: S311
     verdicts = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -113,7 +114,7 @@ def campaign(arguments: argparse.Namespace, folder: Path, console: Console) -> l
         work = undisturbed(folder)
         for number, kind in enumerate(chosen):
             progress.update(task, description=kind.name)
-            draws = random.Random(f"faults/round/{arguments.seed}/{number}")
+            draws = random.Random(f"faults/round/{arguments.seed}/{number}")  # noqa: S311
             round = Round(work.reference, folder / f"round-{number}", draws)
             verdict = run_round(kind, work, round)
             verdicts.append(verdict)

@@ -181,7 +181,8 @@ def commit(
         except Busy:
             if time.monotonic() > given:
                 raise
-            time.sleep(random.uniform(0, RETRY_SECONDS))  # two that keep step would meet again
+            # Two that keep step would meet again; nobody gains by guessing.
+            time.sleep(random.uniform(0, RETRY_SECONDS))  # noqa: S311
 
 
 def next_version(there: HeadFile[H] | None) -> int:

@@ -1,6 +1,7 @@
 """What the rooms import is what pyproject.toml declares; constraints.txt has each version."""
 
 import ast
+import json
 import runpy
 import subprocess
 import sys
@@ -19,6 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = [Requirement(line) for line in PROJECT["dependencies"]]
 LOCKED_EXTRAS = ("demo", "dev", "release", "transformers", "bench")  # what `make install` installs
 INSTALL = runpy.run_path(str(ROOT / ".ci/install.py"))
+AUDIT = runpy.run_path(str(ROOT / ".ci/audit.py"))
 LOCK = runpy.run_path(str(ROOT / ".ci/lock.py"))
 
 # Declared though no file imports them, and why.
@@ -159,3 +161,44 @@ def test_a_failed_installation_shows_what_pip_said(tmp_path: Path):
     assert done.returncode == 1
     assert "No matching distribution found for no-such-package-of-eupe" in done.stderr
     assert str(tmp_path / "log") in done.stderr
+
+
+def audited(*vulnerabilities: dict[str, object]) -> str:
+    """Return a report as pip-audit prints it: one package looked up, one that was not found."""
+    found = {"name": "a", "version": "1", "vulns": list(vulnerabilities)}
+    skipped = {"name": "b", "skip_reason": "not found"}
+    return json.dumps({"dependencies": [found, skipped], "fixes": []})
+
+
+def test_a_known_vulnerability_is_a_finding_unless_it_is_answered(monkeypatch):
+    findings = AUDIT["findings"]
+    assert findings(audited()) == ([], 1)
+    known = {"id": "PYSEC-1", "aliases": ["CVE-1"], "fix_versions": ["2"]}
+    assert findings(audited(known)) == (["a 1: PYSEC-1, mended in 2"], 1)
+    monkeypatch.setitem(findings.__globals__["ANSWERED"], "CVE-1", "not called")
+    assert findings(audited(known)) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("report", "code", "says"),
+    [
+        ("", 0, "nothing was audited"),
+        (
+            json.dumps({"dependencies": [{"name": "b", "skip_reason": "x"}]}),
+            0,
+            "nothing was audited",
+        ),
+        (audited({"id": "PYSEC-1", "aliases": [], "fix_versions": []}), 1, "no version yet"),
+        (audited(), 0, "1 packages, 0 vulnerabilities"),
+    ],
+)
+def test_the_audit_fails_on_a_finding_and_says_when_nothing_answers(
+    tmp_path, monkeypatch, capsys, report, code, says
+):
+    """The interpreter in place of pip-audit prints what it is told."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f"#!/bin/sh\ncat <<'END'\n{report}\nEND\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    assert AUDIT["main"](tmp_path / "constraints.txt") == code
+    assert says in capsys.readouterr().out

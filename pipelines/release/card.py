@@ -44,7 +44,7 @@ def render(
     environment = Environment(
         loader=PackageLoader("pipelines", "release"),
         undefined=StrictUndefined,
-        autoescape=False,
+        autoescape=False,  # noqa: S701 (Markdown; no browser reads it as HTML from here)
         keep_trailing_newline=True,
     )
     recipe: Any = saved.recipe
