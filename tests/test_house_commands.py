@@ -98,8 +98,9 @@ def bad_eupe(line: str, words: list[str]) -> str | None:
         elif name in options and not getattr(options[name], "is_flag", False) and "=" not in word:
             value = words.pop(0)
             changes += [value] if name == "--set" else []
-    takes = [each.name for each in command.params if each.param_type_name == "argument"]
-    if len(given) > len(takes):
+    arguments = [each for each in command.params if each.param_type_name == "argument"]
+    takes = [each.name for each in arguments]
+    if len(given) > len(takes) and all(each.nargs == 1 for each in arguments):
         return f"{line}: takes {takes}"
     return bad_recipe(line, *given[:1], changes=changes) if takes == ["recipe"] else None
 
