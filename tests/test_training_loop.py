@@ -182,7 +182,7 @@ def test_a_cut_batch_of_a_student_with_batch_normalisation_is_refused_before_a_s
 def test_batch_statistics_are_resumed_with_the_rest(tmp_path):
     """What a student normalises by when it is used is in its checkpoint, to the bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = by_batch(tmp_path, steps=6, micro_batch=SCALED)
+    run = by_batch(tmp_path, steps=6, micro_batch=8, student_resolutions=(32,))
     stage = run.stage("stage2")
     wanted = train_stage(run, stage, small_stage.inputs(run), whole).checkpoint.encoder()
     made = small_stage.inputs(run)
