@@ -57,6 +57,22 @@ def test_images_in_a_bucket_are_those_on_disk(root, tmp_path, emoji, kind):
     ]
 
 
+@pytest.mark.parametrize("count", [3, place.FEW + 4])  # asked for one by one, and by listing
+def test_a_list_in_braces_names_tars_in_a_bucket(root, tmp_path, emoji, count):
+    pictures = list(small_caches.pictures(emoji, count).items())
+    for number, (name, data) in enumerate(pictures):
+        small_caches.write_tar(tmp_path / f"{number:03}.tar", {name: data})
+    upload(tmp_path, root)
+    path = f"{root}/{{000..{count - 1:03}}}.tar"
+    found = small_caches.index(SourceConfig(kind="webdataset", path=path))
+    assert len(found.records) == count
+    more = SourceConfig(kind="webdataset", path=f"{root}/{{000..{count:03}}}.tar")
+    with pytest.raises(
+        ValueError, match=rf"1 of its {count + 1} names are not there, the first is"
+    ):
+        small_caches.index(more)
+
+
 def test_a_pattern_names_files_in_a_bucket(root, tmp_path, emoji):
     pictures = list(small_caches.pictures(emoji, 6).items())
     for name, part in (("x-0", pictures[:3]), ("x-1", pictures[3:5]), ("y-0", pictures[5:])):

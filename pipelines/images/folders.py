@@ -293,9 +293,11 @@ def _matching(config: SourceConfig, path: Path) -> list[Path]:
     found: dict[Path, None] = {}
     missing = []
     for name in names:
-        matches = _globbed(name) if there is None or _is_pattern(name) else [place.root(name)]
-        if there is not None and not _is_pattern(name) and name not in there:
-            matches = []
+        literal = place.root(name)
+        if literal.is_file() if there is None else name in there:
+            matches = [literal]
+        else:
+            matches = _globbed(name) if there is None or _is_pattern(name) else []
         found.update(dict.fromkeys(matches))
         if not matches:
             missing.append(name)
