@@ -3,13 +3,16 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from eupe.errors import BadInput
 from flows.commands.printing import print_json, print_table
 from pipelines.recipe.words import AsJson, Overrides, RecipeName
+
+if TYPE_CHECKING:
+    from pipelines.recipe.config import Recipe
 
 app = typer.Typer()
 
@@ -48,6 +51,25 @@ def evaluate(
     stage: Annotated[
         str | None, typer.Option(help="Stage whose student is judged. Left out: all of them.")
     ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Judge this beside raw pixels and the recipe's experts, and no run of it: a run "
+            "directory, a folder of [b]eupe export[/b], or a network of timm or open_clip; may be "
+            "given many times. With [b]--stage[/b], that stage of a run.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="With [b]--model[/b]: weights of the network. Left out: its own download.",
+            show_default=False,
+        ),
+    ] = None,
+    named: Annotated[
+        str | None, typer.Option("--recipe", help="The recipe again, for its name at the end.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,7 +82,12 @@ def evaluate(
     """
     from pipelines.recipe import recipes
 
-    asked = recipes.get(recipe, overrides or [])
+    asked = recipes.get(named or recipe, overrides or [])
+    if model:
+        evaluate_models(asked, model, weights, stage, as_json)
+        return
+    if weights is not None:
+        raise BadInput(f"--weights {weights}: wants --model, the network that they are of")
     alone = asked.stage(stage) if stage else None
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.evaluation.frozen import FrozenStudent
@@ -77,6 +104,24 @@ def evaluate(
         return
     print_evaluation(plain)
     print(path)
+
+
+def evaluate_models(
+    recipe: "Recipe", names: Sequence[str], weights: str | None, stage: str | None, as_json: bool
+) -> None:
+    """Judge models by their names, and print the table."""
+    from pipelines.evaluation import anybody, evaluate, tables
+    from pipelines.release import models
+
+    asked = [models.named(name, weights, stage) for name in names]
+    found = anybody.evaluate(recipe, asked, evaluate.device(recipe))
+    if as_json:
+        print_json(found)
+        return
+    print_table(tables.encoder_rows(found))
+    print(tables.table_line(found))
+    for sentence in found["left_out"]:
+        print(sentence)
 
 
 @app.command("report")

@@ -7,6 +7,7 @@ networks.py    every encoder of a run by name, at every resolution, and what it 
 encoders.py    every encoder judged alike: kNN in two protocols, linear probe, likeness
 during.py      the hook that training calls: held-out figures as it goes
 evaluate.py    encoders, and students beside their teachers: evaluation.json, correct.parquet
+anybody.py     anybody's models in the same table, without a run
 pyramid.py     what a stage made of its student, at every resolution
 tables.py      a summary as tables and sentences
 figures.py     loss curves, the dot plot and token pictures

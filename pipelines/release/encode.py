@@ -63,7 +63,7 @@ class Encoded(NamedTuple):
     patches: Path | None
 
 
-class _Shown(NamedTuple):
+class Shown(NamedTuple):
     """A batch of pictures that were read and shown to a model, usable ones only."""
 
     samples: pl.DataFrame
@@ -103,11 +103,11 @@ def encode(
     shape = (rows, columns, teacher.encoder.patch_dim)
     writing = PatchesWriter(patches, shape, batch, _said(model)) if patches else nullcontext()
     with writing as array:
-        for shown in _shown(source, model, teacher, batch, threads, left_out, aside):
-            kept.append(shown.samples)
-            parts.append(shown.features.summary.cpu().numpy())
+        for part in shown(source, model, teacher, batch, threads, left_out, aside):
+            kept.append(part.samples)
+            parts.append(part.features.summary.cpu().numpy())
             if array is not None:
-                array.append(shown.features.patches.cpu().numpy())
+                array.append(part.features.patches.cpu().numpy())
     if not parts:
         raise BadInput(f"{source.path}: not one usable picture of {len(left_out)}; {left_out[:1]}")
     embeddings = np.concatenate(parts)
@@ -143,7 +143,7 @@ def _said(model: Model) -> dict[str, object]:
     return {**model.model_dump(mode="json"), "made_by": made_by.this_code()}
 
 
-def _shown(
+def shown(
     source: SourceConfig,
     model: Model,
     teacher: Teacher,
@@ -151,8 +151,21 @@ def _shown(
     threads: int,
     left_out: list[tuple[str, str]],
     aside: Aside,
-) -> Iterator[_Shown]:
-    """Show a source's pictures to a model, some whole batches after another; list the others."""
+) -> Iterator[Shown]:
+    """Show a source's pictures to a model, batch after batch.
+
+    Args:
+        source: of the pictures.
+        model: whose views and resolution they are shown in.
+        teacher: its network.
+        batch: pictures a forward pass, always as many.
+        threads: that decode pictures.
+        left_out: is given sample_id and reason of what is no usable picture.
+        aside: is told of files that are not looked at.
+
+    Raises:
+        BadInput: no picture is there.
+    """
     reader = ImageReader(walks.base(source))
     with ThreadPoolExecutor(threads) as pool:
         for part in index.look(source, index.pieces(source, aside), threads, aside=aside):
@@ -173,7 +186,7 @@ def _shown(
                             pool.map(lambda c: resize(c, model.resolution), drawn[usable])
                         )
                         features = teacher.features(np.stack(pixels), batch)
-                        yield _Shown(some.filter(pl.Series(usable)), features)
+                        yield Shown(some.filter(pl.Series(usable)), features)
                     progress.advance(len(some))
 
 
