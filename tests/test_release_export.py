@@ -23,9 +23,10 @@ from eupe.spec import EncoderSpec
 from eupe.students import build_student
 from eupe.weights import load_state_dict
 from flows.cli import main
+from pipelines.evaluation import report
 from pipelines.recipe.config import Recipe
+from pipelines.release import card, graph, layouts, models
 from pipelines.release import export as exporting
-from pipelines.release import graph, layouts, models
 from pipelines.release.export import Exported, export
 
 pytestmark = pytest.mark.slow
@@ -166,6 +167,10 @@ def test_the_folder_is_a_model_again_and_names_no_place_of_this_disk(
     assert all(path.stat().st_mode & 0o044 for path in exported.folder.iterdir())
 
 
+def test_the_card_reads_what_a_report_writes():
+    assert report.SUMMARY_FILE == card.SUMMARY
+
+
 def test_the_card_says_what_it_is_and_what_it_may_be_used_for(run: Recipe, exported: Exported):
     text = (exported.folder / "README.md").read_text()
     stage = run.stage("stage2")
@@ -173,7 +178,8 @@ def test_the_card_says_what_it_is_and_what_it_may_be_used_for(run: Recipe, expor
         f"{run.name}: student of stage2",
         f"step {stage.steps} of {stage.steps}",
         "teacher lite0 | tf_efficientnet_lite0 (timm)",
-        "encoders, final, knn_paper, value | 0.4321",
+        "student after stage2, 64 px | knn paper 43.2 % (40.0 to 50.0)",
+        "cosine to the teachers' summary | 0.700; before training 0.200; ignoring the picture 0.1",
         "Not known: the licence of teacher lite0, pictures train",
         f"license: {exported.licence.licence}",
         "local-dir:taken",

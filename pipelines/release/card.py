@@ -76,20 +76,28 @@ def render(
 
 
 def _figures(run: Path) -> Iterator[tuple[str, str]]:
-    """Yield what a run's summary says of its encoders and stages, in words, value."""
+    """Yield what a run's summary says of its encoders and of cosines, in words, value."""
     path = run / SUMMARY
     if not path.is_file():
         return
     summary = json.loads(path.read_text())
-    for group in ("encoders", "knn_top1", "cosine"):
-        yield from _leaves(summary.get(group), group)
+    titles = summary.get("titles", {})
+    for name, found in summary.get("encoders", {}).items():
+        probes = [
+            f"{probe.replace('_', ' ')} {_interval(each)}"
+            for probe, each in found.items()
+            if isinstance(each, Mapping) and {"value", "low", "high"} <= set(each)
+        ]
+        if probes:
+            yield f"{titles.get(name, name)}, {found['resolution']} px", "; ".join(probes)
+    for kind, cosine in (summary.get("cosine") or {}).items():
+        yield (
+            f"cosine to the teachers' {kind}",
+            f"{cosine['final']:.3f}; before training {cosine['init']:.3f}; ignoring the picture "
+            f"{cosine['baseline']:.3f}",
+        )
 
 
-def _leaves(value: object, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}, {key}")
-    elif isinstance(value, float):
-        yield path, f"{value:.4g}"
-    elif value is not None:
-        yield path, str(value)
+def _interval(found: Mapping[str, float]) -> str:
+    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} % ({low:.1f} to {high:.1f})"

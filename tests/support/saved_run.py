@@ -44,6 +44,11 @@ def saved(run: Recipe) -> Checkpoint:
         recipe=run.model_dump(mode="json"),
     )
     found = checkpoint.save(run.stage_directory(stage.name), contents, keep=1)
-    figures = {"encoders": {"final": {"knn_paper": {"value": 0.4321, "low": 0.4, "high": 0.5}}}}
+    probes = {"knn_paper": {"value": 0.4321, "low": 0.4, "high": 0.5}}
+    figures = {
+        "titles": {"student_final": "student after stage2"},
+        "encoders": {"student_final": {"resolution": 64, **probes, "cka": {"lite0": 0.5}}},
+        "cosine": {"summary": {"baseline": 0.1, "init": 0.2, "final": 0.7}},
+    }
     (run.directory / "summary.json").write_text(json.dumps(figures))
     return found
