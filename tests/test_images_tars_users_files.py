@@ -23,6 +23,8 @@ from pipelines.images.aside import Aside
 from pipelines.recipe.config import SourceConfig
 
 Members = dict[str, bytes]
+CHECKSUM_END = 155
+"""Byte of a tar's header that ends its checksum, a zero or a space: it says nothing."""
 
 
 def png(shade: int = 0) -> bytes:
@@ -272,8 +274,11 @@ def test_a_damaged_header_is_not_the_end(small, member, byte):
     damaged = bytearray(whole)
     damaged[1024 * member + byte] ^= 0x55
     path.write_bytes(damaged)
-    with pytest.raises(BadInput, match="no whole uncompressed tar file"):
-        looked(path)
+    if byte == CHECKSUM_END:
+        assert len(looked(path)[0]) == 9
+    else:
+        with pytest.raises(BadInput, match="no whole uncompressed tar file"):
+            looked(path)
 
 
 def test_tars_that_were_joined_are_read_to_the_end(tmp_path):
