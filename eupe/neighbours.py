@@ -13,6 +13,8 @@ from eupe.errors import BadInput
 
 MAX_DISTANCES = 2**26
 """Distances held at once, float32: a quarter of a gibibyte."""
+AT_ONCE = 2**13
+"""Vectors of a bank that are centred at once, in float64."""
 SPARE = 32
 """Candidates of a first shortlist beyond the neighbours wanted."""
 LONGER = 8
@@ -68,9 +70,15 @@ class Shortlist:
 
     def __init__(self, bank: Tensor) -> None:
         self._bank = bank
-        self._centre = bank.double().mean(0)  # the smaller the vectors, the smaller the bound
-        self._centred = (bank - self._centre).float()
-        self._squares = self._centred.double().square().sum(1)
+        parts = torch.split(bank, AT_ONCE)
+        sums = torch.stack([part.double().sum(0) for part in parts])
+        self._centre = sums.sum(0) / len(bank)  # the smaller the vectors, the smaller the bound
+        self._centred = torch.empty(bank.shape, dtype=torch.float32, device=bank.device)
+        for part, own in zip(parts, torch.split(self._centred, AT_ONCE), strict=True):
+            own.copy_(part - self._centre)
+        squares = [own.double().square().sum(1) for own in torch.split(self._centred, AT_ONCE)]
+        self._squares = torch.cat(squares)
+        self._rounded = self._squares.float()
         self._longest = float(self._squares.max().sqrt())
 
     def ranked(self, queries: Tensor, k: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +95,7 @@ class Shortlist:
         """
         centred = (queries - self._centre).float()
         # The squared distance without the query's own square, which is the same for all.
-        scores = torch.addmm(self._squares.float(), centred, self._centred.T, alpha=-2)
+        scores = torch.addmm(self._rounded, centred, self._centred.T, alpha=-2)
         best = scores.topk(length, dim=1, largest=False)
         candidates = best.indices.sort(dim=1).values
         apart = self._bank[candidates].double() - queries[:, None].double()

@@ -270,6 +270,8 @@ def test_every_encoder_of_the_run_is_in_the_summary(run, reported):
     networks = ("proxy_init", "student_init", "student_stage2", "student_final")
     wanted = {f"{name}{side}" for name in (*networks, PROXY) for side in sides}
     assert {*found["encoders"]} == {"pixels", "lite0", "vit8", *wanted}
+    order = list(dict.fromkeys(name.partition("@")[0] for name in found["encoders"]))
+    assert order == ["pixels", "lite0", "vit8", "proxy_init", PROXY, *networks[1:]]
     assert found["encoders"]["student_final@32"]["resolution"] == 32
     assert {*found["knn_top1"]["teacher"]} == {"lite0", "vit8", PROXY}
     assert {stage: {*of} for stage, of in found["agreement"].items()} == {

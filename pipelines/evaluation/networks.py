@@ -94,6 +94,7 @@ def show(students: Sequence[FrozenStudent]) -> Shown:
     """
     recipe, images, device = students[0].recipe, students[0].images, students[0].device
     headline, networks = recipe.evaluation.resolution, _networks(students)
+    order = [*networks]
     cached = {
         teacher: (student.images, sides)
         for student in students
@@ -138,6 +139,12 @@ def show(students: Sequence[FrozenStudent]) -> Shown:
     for network in networks:
         for side in sides:
             encoders[at(network, side, headline)] = vectors(side, network)
+    encoders = {
+        name: encoders[name]
+        for first in (PIXELS, *(each for each in cached if each not in order), *order)
+        for name in encoders
+        if name.partition("@")[0] == first
+    }
     experts = tuple(teacher for teacher in cached if teacher != PROXY)
     return Shown(bank_ids, query_ids, encoders, experts or tuple(cached))
 
