@@ -1,26 +1,37 @@
-"""What a flow shows in Prefect: the progress of its long steps, and tables of results."""
+"""What a flow shows in Prefect: the progress of its long steps, tables of results, why it failed.
 
+`prefect deployment run ... --watch` shows a run's log as it comes, in which are the lines of its
+steps, and of an artifact only that there is one: artifacts are few, and tables are logged too.
+"""
+
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.artifacts import (
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
 
+from pipelines.machines.errors import bad_input
 from pipelines.machines.progress import Reading, set_listener
 
+LONG_SECONDS = 5.0
+"""A step that ends before leaves no artifact."""
+PERCENT = 10.0
+"""Of a step, between two readings of its artifact."""
 PAUSE = 10
 """A server that is gone costs at most one part in so many of the work's time."""
 
 
 @contextmanager
 def progress(key: str) -> Iterator[None]:
-    """Show every step that is tracked inside the block as a progress artifact.
+    """Show every long step that is tracked inside the block as a progress artifact, by tenths.
 
     Prefect's client asks a server that is gone again for a minute before it gives up, and the work
     waits for it: after a failure nothing is told for PAUSE times as long as that took.
@@ -29,6 +40,7 @@ def progress(key: str) -> Iterator[None]:
         key: of the artifacts; lower-case letters, digits and dashes.
     """
     shown: dict[str, UUID] = {}
+    told: dict[str, float] = {}
     silent_until: float | None = None
 
     def listen(reading: Reading) -> None:
@@ -47,13 +59,20 @@ def progress(key: str) -> Iterator[None]:
     def show(reading: Reading) -> None:
         if not reading.total:
             return
+        name = reading.description
         percent = min(100.0, 100.0 * reading.done / reading.total)
+        soon = reading.seconds < LONG_SECONDS or percent - told.get(name, 0.0) < PERCENT
+        if soon and not reading.finished:
+            return
+        if reading.seconds < LONG_SECONDS:
+            return
         if reading.description in shown:
             update_progress_artifact(shown[reading.description], percent, description=str(reading))
         else:
             created = create_progress_artifact(percent, key=key, description=str(reading))
             assert isinstance(created, UUID)  # a coroutine in an event loop, which this is not
             shown[reading.description] = created
+        told[name] = percent
 
     set_listener(listen)
     try:
@@ -65,3 +84,23 @@ def progress(key: str) -> Iterator[None]:
 def table(key: str, rows: Sequence[Mapping[str, object]], description: str) -> None:
     """Leave a table of plain rows with the flow's run."""
     create_table_artifact([dict(row) for row in rows], key=key, description=description)
+    lines = ["  ".join(str(value) for value in row.values()) for row in rows]
+    get_run_logger().info("\n".join([description, "  ".join(rows[0]) if rows else "", *lines]))
+
+
+def _in_short(record: logging.LogRecord) -> bool:
+    """Make what Prefect logs of bad input its sentence; a bug keeps its traceback.
+
+    Returns:
+        False for what the run's own state says once more.
+    """
+    if record.getMessage().startswith("Finished in state"):
+        return False
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    if error is not None and (sentence := bad_input(error)) is not None:
+        record.msg, record.args, record.exc_info = sentence, (), None
+    return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_in_short)

@@ -148,6 +148,10 @@ def settings(home: Path, ports: Sequence[int]) -> dict[str, str]:
         # Else the server writes its pages into the installation.
         "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Whoever watches a run sees its log, the last line of it too.
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+        "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.5",
         "DO_NOT_TRACK": "1",
         # The defaults of ten seconds are for thousands of workers.
         "PREFECT_WORKER_QUERY_SECONDS": "2",
