@@ -15,6 +15,8 @@ MAX_DISTANCES = 2**26
 """Distances held at once, float32: a quarter of a gibibyte."""
 AT_ONCE = 2**13
 """Vectors of a bank that are centred at once, in float64."""
+BLOCK = 2**15
+"""Vectors of a bank that are compared at once: many queries then share what is read of them."""
 SPARE = 32
 """Candidates of a first shortlist beyond the neighbours wanted."""
 LONGER = 8
@@ -48,11 +50,11 @@ def nearest(
     shortlist = Shortlist(bank)
     rows = torch.empty(len(queries), k, dtype=torch.int64, device=bank.device)
     squares = torch.empty(len(queries), k, dtype=torch.float64, device=bank.device)
-    at_once = max(1, MAX_DISTANCES // len(bank))
     waiting, length = torch.arange(len(queries), device=bank.device), min(len(bank), k + SPARE)
     while len(waiting):
         missed = []
-        per_chunk = max(1, min(at_once, MAX_DISTANCES // (length * bank.shape[1])))
+        wide = max(BLOCK, length * bank.shape[1])
+        per_chunk = max(1, MAX_DISTANCES // wide)
         for chunk in torch.split(waiting, per_chunk):
             found, exact, certain = shortlist.ranked(queries[chunk], k, length)
             rows[chunk], squares[chunk] = found, exact
@@ -94,20 +96,35 @@ class Shortlist:
             shortlist can be as near as the k-th within it.
         """
         centred = (queries - self._centre).float()
-        # The squared distance without the query's own square, which is the same for all.
-        scores = torch.addmm(self._rounded, centred, self._centred.T, alpha=-2)
-        best = scores.topk(length, dim=1, largest=False)
-        candidates = best.indices.sort(dim=1).values
+        scores, found = self._best(centred, length)
+        candidates = found.sort(dim=1).values
         apart = self._bank[candidates].double() - queries[:, None].double()
         exact = apart.square().sum(2)
         order = exact.sort(dim=1, stable=True).indices[:, :k]
         rows, squares = candidates.gather(1, order), exact.gather(1, order)
         own = centred.double().square().sum(1)
-        outside = best.values.max(1).values + own - self._bound(own.sqrt())
+        outside = scores.max(1).values + own - self._bound(own.sqrt())
         certain = squares[:, -1] < outside
         if length == len(self._bank):
             certain = torch.ones_like(certain)
         return rows, squares, certain
+
+    def _best(self, centred: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return the lowest scores of centred queries [q, D], and their rows, [q, length] each.
+
+        A score is the squared distance without the query's own square, which is the same for all.
+        """
+        scores = centred.new_empty(len(centred), 0)
+        rows = torch.empty(len(centred), 0, dtype=torch.int64, device=centred.device)
+        for start in range(0, len(self._bank), BLOCK):
+            block = slice(start, start + BLOCK)
+            own = torch.addmm(self._rounded[block], centred, self._centred[block].T, alpha=-2)
+            few = own.topk(min(length, own.shape[1]), dim=1, largest=False)
+            scores = torch.cat([scores, few.values], 1)
+            rows = torch.cat([rows, few.indices + start], 1)
+            best = scores.topk(min(length, scores.shape[1]), dim=1, largest=False)
+            scores, rows = best.values, rows.gather(1, best.indices)
+        return scores, rows
 
     def _bound(self, lengths: Tensor) -> Tensor:
         """Bound the error of a score, twice over, for queries of these lengths [q].

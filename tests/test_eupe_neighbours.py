@@ -70,8 +70,9 @@ def test_coarse_products_are_not_trusted():
     assert not certain.any()
 
 
-@pytest.mark.parametrize("distances", [2**26, 100])
-def test_chunks_change_nothing(monkeypatch, distances):
+@pytest.mark.parametrize(("distances", "block"), [(2**26, 2**15), (100, 2**15), (2**26, 3)])
+def test_chunks_change_nothing(monkeypatch, distances, block):
     monkeypatch.setattr(neighbours, "MAX_DISTANCES", distances)
+    monkeypatch.setattr(neighbours, "BLOCK", block)
     bank, queries = normal(64, 5), normal(33, 5, seed=1)
     assert torch.equal(nearest(bank, queries, 4)[0], plain(bank, queries, 4))
