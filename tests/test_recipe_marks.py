@@ -90,9 +90,9 @@ def test_the_walk_reaches_every_field(name):
 
 
 def test_marks_are_those_of_the_declarations():
-    found = dict(marks(recipes.RECIPES["demo"]()))
+    found = dict(marks(recipes.RECIPES["eupe_vits16_tiny"]()))
     assert found["stages.stage2.optimizer.lr"] is IDENTITY
-    assert found["student.encoder.model_arguments.depth"] is IDENTITY
+    assert found["proxy.encoder.model_arguments.depth"] is IDENTITY
     assert found["views.seed"] is IDENTITY
     assert found["stages.stage2.micro_batch"] is EXECUTION
     assert found["workers.count"] is EXECUTION
