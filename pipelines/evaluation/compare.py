@@ -1,6 +1,6 @@
 """Comparing students with their teachers' cached tokens over a dataset, and with no student."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from eupe.encoders import Encoder, Features
 from eupe.heads import DistillationModel
 from eupe.losses import match_grids
+from pipelines.features.sources import Targets
 from pipelines.training.batches import Batch
 
 BASELINE, INITIAL, FINAL = "baseline", "init", "final"
@@ -86,6 +87,7 @@ def look(
     encoders: Mapping[str, Encoder] = MappingProxyType({}),
     *,
     judge: Constants | None = None,
+    others: Mapping[int, Iterator[Mapping[str, Targets]]] = MappingProxyType({}),
     raw: bool = False,
     device: str | torch.device = "cpu",
     advance: Callable[[int], None] = lambda count: None,
@@ -97,6 +99,8 @@ def look(
         models: name -> student with its heads, on `device`, whose cosines are wanted.
         encoders: name -> network whose summaries are wanted.
         judge: constants whose cosines are wanted too, under the name BASELINE.
+        others: another resolution of the teachers -> their tokens of the same batches there, whose
+            cosines are wanted too, under `teacher_at(teacher, resolution)`.
         raw: True to keep the pictures themselves, small.
         device: to compute on.
         advance: told of every batch's size.
@@ -117,12 +121,17 @@ def look(
                 predicted[BASELINE] = judge.predictions(len(pixels))
             if predicted:
                 valid = torch.from_numpy(batch.valid).to(device)
-                targets = batch.targets(device)
-                for teacher, target in targets.items():
-                    tokens = Features(target.summary[valid], target.patches[valid])
+                targets = dict(batch.targets(device))
+                for resolution, tokens in others.items():
+                    for teacher, target in next(tokens).items():
+                        targets[teacher_at(teacher, resolution)] = target
+                for named, target in targets.items():
+                    held = target.valid[valid]  # a store of another resolution may lack a row
+                    own = Features(target.summary[valid][held], target.patches[valid][held])
                     for who, guesses in predicted.items():
-                        both = _cosines(guesses[teacher], tokens)
-                        cosines.setdefault((who, teacher), []).append(both.cpu())
+                        guess = guesses[named.partition("@")[0]]
+                        both = _cosines(Features(guess.summary[held], guess.patches[held]), own)
+                        cosines.setdefault((who, named), []).append(both.cpu())
             advance(len(batch))
     return Seen(
         ids,
@@ -130,6 +139,11 @@ def look(
         {name: torch.cat(parts) for name, parts in summaries.items()},
         {pair: torch.cat(parts) for pair, parts in cosines.items()},
     )
+
+
+def teacher_at(teacher: str, resolution: int) -> str:
+    """Return the name in `Seen.cosines` of a teacher at one of the other resolutions."""
+    return f"{teacher}@{resolution}"
 
 
 def _small(pixels: Tensor) -> Tensor:

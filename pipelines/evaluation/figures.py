@@ -153,10 +153,8 @@ def token_picture(students: Sequence[FrozenStudent]) -> TokenPicture:
         StoreError: a cache cannot be read.
     """
     last = students[-1]
-    held_out, rows = (
-        last.recipe.held_out.name,
-        last.images.rows(last.recipe.held_out.name, TOKEN_IMAGES),
-    )
+    held_out = last.recipe.held_out.name
+    rows = last.images.rows(held_out, TOKEN_IMAGES)
     models = {"student before": last.initial, "student after": last.final}
     shown: dict[str, np.ndarray] = {}
     taught: dict[str, list[Tensor]] = {}

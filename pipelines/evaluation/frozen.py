@@ -143,7 +143,7 @@ class FrozenStudent:
     @cached_property
     def initial(self) -> DistillationModel:
         """The student before any stage trained it, in evaluation mode on the device."""
-        return self._untrained().eval().to(self.device)
+        return self._still(self._untrained())
 
     @cached_property
     def final(self) -> DistillationModel:
@@ -154,7 +154,14 @@ class FrozenStudent:
         """
         model = self._untrained()
         start.load(model, self.saved)
-        return model.eval().to(self.device)
+        return self._still(model)
+
+    def _still(self, model: DistillationModel) -> DistillationModel:
+        """Put a network to evaluation; channels last, convolutions are half as fast again."""
+        model = model.eval().to(self.device)
+        if torch.device(self.device).type == "cpu":
+            model.to(memory_format=torch.channels_last)
+        return model
 
     def _untrained(self) -> DistillationModel:
         widths = self.images.feeds[self.recipe.held_out.name].source.dims()

@@ -1,10 +1,11 @@
 """What each stage made of its student: losses, and held-out cosine at every pyramid scale."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from pipelines.evaluation.compare import FINAL, look
+from pipelines.evaluation.compare import FINAL, Seen, look, teacher_at
 from pipelines.evaluation.frozen import FrozenStudent, over_pyramid
 from pipelines.machines.progress import track
 from pipelines.recipe.config import PROXY
@@ -50,37 +51,44 @@ def stage_figures(student: FrozenStudent) -> StageFigures:
     recipe, stage, device = student.recipe, student.stage, student.device
     whole, held_out = over_pyramid(recipe, stage), recipe.held_out.name
     rows = student.images.rows(held_out)
-    pairs = {
-        (scale, scale): {who: _nearest(scale, of) for who, of in whole.teacher_resolutions.items()}
-        for scale in whole.student_resolutions
-    }
     drawn = stage.teacher_resolutions.get(PROXY, ())
-    if len(drawn) > 1:
-        pairs |= {(ours, its): {PROXY: its} for ours in stage.student_resolutions for its in drawn}
-    cosine = {}
-    with track(len(rows) * len(pairs), f"Figures of {stage.name}") as progress:
-        for (ours, its), teachers in pairs.items():
+    cosine = dict[str, dict[str, float]]()
+    matrix = dict[str, dict[str, dict[str, float]]]()
+    with track(len(rows) * len(whole.student_resolutions), f"Figures of {stage.name}") as progress:
+        for ours in whole.student_resolutions:
+            at = {who: _nearest(ours, of) for who, of in whole.teacher_resolutions.items()}
+            others = [its for its in drawn if len(drawn) > 1 and its != ours]
             seen = look(
-                student.images.batches(held_out, rows, Resolutions(ours, teachers)),
+                student.images.batches(held_out, rows, Resolutions(ours, at)),
                 {FINAL: student.final},
+                others={
+                    its: student.images.tokens(held_out, rows, {PROXY: its}, device)
+                    for its in others
+                },
                 device=device,
                 advance=progress.advance,
             )
-            both = torch.stack([seen.cosines[FINAL, who].mean(0) for who in stage.teachers])
-            summary, patches = both.mean(0).tolist()
-            cosine[ours, its] = {"summary": summary, "patches": patches}
+            cosine[str(ours)] = _means(seen, stage.teachers)
+            if others and ours in stage.student_resolutions:
+                matrix[str(ours)] = {
+                    str(its): _means(seen, [teacher_at(PROXY, its) if its in others else PROXY])
+                    for its in drawn
+                }
     metrics = recipe.stage_directory(stage.name) / tracking.METRICS_FILE
     losses = [line[LOSS] for line in tracking.read(metrics) if LOSS in line]
     return StageFigures(
         student.saved.step,
         {"before": losses[0], "after": losses[-1]},
-        {str(scale): cosine[scale, scale] for scale in whole.student_resolutions},
-        {
-            str(ours): {str(its): cosine[ours, its] for its in drawn}
-            for ours in stage.student_resolutions
-            if len(drawn) > 1
-        },
+        cosine,
+        matrix,
     )
+
+
+def _means(seen: Seen, teachers: Sequence[str]) -> dict[str, float]:
+    """Return mean cosines over images and teachers, of summaries and of patches."""
+    both = torch.stack([seen.cosines[FINAL, who].mean(0) for who in teachers])
+    summary, patches = both.mean(0).tolist()
+    return {"summary": summary, "patches": patches}
 
 
 def _nearest(scale: int, cached: tuple[int, ...]) -> int:
