@@ -2,16 +2,14 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import hub_child
 from test_eupe_weights import randomised, same_forward
 from torch import Tensor
 
@@ -291,19 +289,6 @@ def test_a_folder_without_weights(tmp_path, files, says):
     assert f"weights 'file:{tmp_path}'" in str(caught.value)
 
 
-HUB = """
-import sys
-from eupe.spec import EncoderSpec
-from eupe.weights import digest
-spec = EncoderSpec(architecture="convnext_atto", summary="average_pool")
-for uri in sys.argv[1:]:
-    try:
-        print(digest(uri, spec))
-    except ValueError as error:
-        print(error)
-"""
-
-
 def test_a_repository_of_the_hub(tmp_path):
     """From a download of huggingface_hub's own, laid out as it lays them out."""
     ours = randomised(ATTO)
@@ -314,14 +299,7 @@ def test_a_repository_of_the_hub(tmp_path):
     (tmp_path / "models--someone--atto" / "refs" / "main").write_text(revision)
     save_file(dict(ours.network.state_dict()), folder / "model.safetensors")
     uris = ["hf-hub:someone/atto", f"hf-hub:someone/atto@{revision}", "hf-hub:someone/else"]
-    run = subprocess.run(
-        [sys.executable, "-c", HUB, *uris],
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second, refused = run.stdout.splitlines()
+    first, second, refused = hub_child.digests(tmp_path, ATTO, uris)
     assert first == second == digest(f"file:{folder}", ATTO)
     assert refused.startswith("weights 'hf-hub:someone/else': cannot be fetched")
 
