@@ -24,8 +24,10 @@ lock: $(INSTALLED)  ## write constraints.txt: the exact versions that .venv has
 demo: $(INSTALLED)  ## the whole recipe on real images in about twenty minutes: two teachers, a proxy, a student
 	$(BIN)/eupe run demo
 
+# Those that start a Ray cluster or a Prefect server want the machine to themselves.
 test: $(INSTALLED)  ## every test; leaves no process behind
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m "not ray and not prefect"
+	$(BIN)/pytest -m "ray or prefect"
 
 check: $(INSTALLED)  ## format, lint (bandit's rules too), types, known vulnerabilities
 	$(BIN)/ruff format --check .

@@ -250,7 +250,16 @@ def native_resolution(spec: EncoderSpec) -> int:
     Raises:
         BadInput: as `Encoder`.
     """
-    return _weightless(spec.model_dump_json()).native_resolution
+    return weightless(spec).native_resolution
+
+
+def weightless(spec: EncoderSpec) -> Encoder:
+    """Return an encoder on the meta device, built once a process: its layers, without weights.
+
+    Raises:
+        BadInput: as `Encoder`.
+    """
+    return _weightless(spec.model_dump_json())
 
 
 @cache

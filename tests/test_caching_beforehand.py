@@ -11,6 +11,7 @@ from support.small_recipe import random_teacher, recipe, stage, vit
 from cache.samples import Samples
 from eupe.errors import BadInput
 from pipelines.caching import beforehand, indexing, precompute
+from pipelines.recipe import recipes
 from pipelines.recipe.config import DatasetConfig, EvaluationConfig, Recipe, SourceConfig
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs
@@ -100,6 +101,14 @@ def test_two_alphabets_are_refused_before_the_teachers_run(tmp_path, sources, em
     with pytest.raises(BadInput, match="have not one in common"):
         beforehand.check_labels(small)
     beforehand.check_labels(indexed(asked(tmp_path / "again", *sources)))
+
+
+def test_a_student_that_wants_whole_batches_is_refused_before_its_teachers_run():
+    cut = recipes.get(recipes.DEFAULT, ["stages.stage3.micro_batch=32"])
+    with pytest.raises(BadInput, match=r"stage3: the student's layer .* normalises by batch"):
+        beforehand.check(cut)
+    with pytest.raises(BadInput, match=r"wants workers.count = 1"):
+        beforehand.check(recipes.get(recipes.DEFAULT, ["workers.count=2"]))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 from eupe.students import build_student
 from pipelines.machines.errors import bad_input
-from pipelines.recipe import resolutions
+from pipelines.recipe import resolutions, whole_batches
 from pipelines.recipe.config import Recipe, StudentConfig
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.named import by_name
@@ -165,11 +165,11 @@ def test_a_student_with_batch_normalisation_takes_whole_batches_alone(
     run = by_batch(tmp_path, steps=2, **stage)
     network = build_student(run.student.encoder).network
     with pytest.raises(BadInput, match=words):
-        start.check_batch_statistics(network, run.stage("stage2"), workers)
+        whole_batches.check(network, run.stage("stage2"), workers)
     sound = by_batch(tmp_path, steps=2, micro_batch=SCALED).stage("stage2")
-    start.check_batch_statistics(network, sound, 1)
+    whole_batches.check(network, sound, 1)
     vit = build_student(small_stage.recipe(tmp_path).student.encoder).network
-    start.check_batch_statistics(vit, run.stage("stage2"), workers)
+    whole_batches.check(vit, run.stage("stage2"), workers)
 
 
 def test_a_cut_batch_of_a_student_with_batch_normalisation_is_refused_before_a_step(tmp_path):

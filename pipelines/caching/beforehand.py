@@ -9,11 +9,12 @@ import torch
 
 from cache.samples import Samples
 from eupe import weights
-from eupe.encoders import shapes
+from eupe.encoders import shapes, weightless
 from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 from pipelines.images import index
 from pipelines.images.labels import check_in_common, labels_of
+from pipelines.recipe import whole_batches
 from pipelines.recipe.config import DatasetConfig, Recipe
 
 MOST_SAMPLES = 4096
@@ -36,7 +37,9 @@ def check(recipe: Recipe) -> None:
 
 
 def check_networks(recipe: Recipe) -> None:
-    """Refuse networks that cannot be built, resolutions they do not take, and unknown weights.
+    """Refuse networks that cannot be built or trained so, and weights that nobody has.
+
+    They are built without weights, at every resolution; batch normalisation wants whole batches.
 
     No weights are read or fetched, no picture is looked at.
 
@@ -51,6 +54,9 @@ def check_networks(recipe: Recipe) -> None:
                 weights.check(uri, encoder)
         except BadInput as error:
             raise BadInput(f"{field}: {error}") from error
+    for stage in recipe.stages.values():
+        network = weightless(recipe.trained_by(stage).encoder).network
+        whole_batches.check(network, stage, recipe.workers.count)
 
 
 def check_sources(recipe: Recipe) -> None:

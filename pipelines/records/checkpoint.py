@@ -197,8 +197,12 @@ def _write(directory: Path, contents: Contents) -> None:
         (HEADS, contents.heads),
         (NORMALISERS, contents.normalisers),
     ):
-        # Cloned: safetensors refuses tensors that share memory, and views of larger ones.
-        owned = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+        # Cloned: safetensors refuses tensors that share memory, are parts of larger ones, or lie
+        # channels last.
+        owned = {
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, value in tensors.items()
+        }
         try:
             save_file(owned, directory / name)
         except SafetensorError as error:

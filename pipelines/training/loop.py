@@ -28,6 +28,7 @@ from eupe.losses import teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
 from pipelines.features.buffers import Crossing
 from pipelines.machines.progress import track
+from pipelines.recipe import whole_batches
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint, tracking, whole_state
@@ -122,12 +123,13 @@ class _Run:
         self.directory, self.workers, self.device = directory, workers, device
         self.identity = start.identity(recipe, stage, inputs)
         model = start.initial_model(recipe, stage, inputs.dims)
-        self.model = model.to(device).train()
+        # Channels last: a convolution takes half the time on a CPU, and is the faster one on a GPU.
+        self.model = model.to(device, memory_format=torch.channels_last).train()
         if stage.activation_checkpointing:
             network: Any = model.encoder.network  # timm's and open_clip's have it
             network.set_grad_checkpointing(True)
         self.draws = RowDraws(model.encoder.network)
-        start.check_batch_statistics(model.encoder.network, stage, workers.world_size)
+        whole_batches.check(model.encoder.network, stage, workers.world_size)
         self.address = f"network/{recipe.seed}/{stage.name}"
         self.wrapped = workers.wrap(self.model)
         if stage.compile:
