@@ -22,9 +22,9 @@ def whole() -> Recipe:
     """Return the demo: three stages on real emoji with two ImageNet teachers, on two cores.
 
     The teachers are Python packages; the pyramid is (64, 96, 128), as small as the emoji are.
-    Proxy and student are small RegNets: in minutes, from nothing, a convolutional network learns
-    what a transformer does not (docs/log.md). Views are mild: a run this short sees each picture
-    some ten times, and with the paper's stronger ones it learns less in the same time.
+    Proxy and student are narrow ResNet-18s: in minutes, from nothing, a convolutional network
+    learns what a transformer does not (docs/log.md). Views are mild: a run this short sees each
+    picture some ten times, and with the paper's stronger ones it learns less in the same time.
     """
     teachers = (family.efficientnet_lite(0, (128,)), family.efficientnet_lite(2, (160,)))
     return Recipe(
@@ -44,9 +44,9 @@ def whole() -> Recipe:
         num_views=2,  # a second view of each picture teaches more than more steps on the first
         held_out_views=CentreView(canvas=160),
         teachers=by_name(*teachers),
-        proxy=StudentConfig(name=PROXY, encoder=_regnet("regnetx_004")),
+        proxy=StudentConfig(name=PROXY, encoder=_resnet(32)),
         proxy_dtype="float32",
-        student=StudentConfig(name="regnet_mini", encoder=_regnet("regnetx_002")),
+        student=StudentConfig(name="resnet_mini", encoder=_resnet(24)),
         stages=by_name(
             _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=600),
             _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=400),
@@ -80,13 +80,20 @@ def stage_2_only() -> Recipe:
     )
 
 
-def _regnet(architecture: str) -> EncoderSpec:
-    """Return a RegNet whose patches are its stride-16 map: a ViT's grid with patch 16.
+def _resnet(width: int) -> EncoderSpec:
+    """Return a ResNet-18, `width` channels wide at first, where ResNet's own is 64.
+
+    Its patches are the stride-16 map: a ViT's grid with patch 16.
 
     Deviation: the family has transformers and ConvNeXts, which learn less in a few hundred steps
     from nothing (docs/log.md).
     """
-    return EncoderSpec(architecture=architecture, summary="average_pool", layer=16)
+    return EncoderSpec(
+        architecture="resnet18",
+        summary="average_pool",
+        layer=16,
+        model_arguments={"channels": (width, 2 * width, 4 * width, 8 * width)},
+    )
 
 
 def _stage(
