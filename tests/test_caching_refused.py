@@ -61,6 +61,9 @@ def test_a_gpu_that_is_not_here_is_refused(monkeypatch):
     asked = recipes.get("demo", ["workers.use_gpu=true", *HERE])
     with pytest.raises(BadInput, match=r"workers\.use_gpu = true: this machine has no GPU"):
         beforehand.check(asked)
+    extracting = recipes.get("demo", ["extraction.gpus_per_actor=0.5", *HERE])
+    with pytest.raises(BadInput, match=r"^extraction\.gpus_per_actor = 0\.5: this machine has"):
+        beforehand.check(extracting)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # a cluster's nodes may have some
     beforehand.check(asked)
     with pytest.raises(BadInput, match="this node has no GPU that torch sees"):

@@ -176,19 +176,27 @@ def test_pictures_without_classes_are_in_no_doubt(tmp_path):
     assert looked(tmp_path)[2] == []
 
 
-def test_a_folder_that_may_not_be_listed_is_refused():
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("", "/dog: this folder cannot be listed (Permission denied)"),
+        ("/dog", "/dog: this folder cannot be listed (Permission denied)"),
+        ("/dog/big", "/dog/big: a folder on the way there may not be entered (Permission denied)"),
+    ],
+)
+def test_a_folder_that_one_may_not_look_into_is_refused(source, words):
     with tempfile.TemporaryDirectory() as name:  # others may look into this one
         Path(name).chmod(0o755)
         write(Path(name, "cat/1.png"))
-        write(Path(name, "dog/1.png")).parent.chmod(0)
+        write(Path(name, "dog/big/1.png")).parents[1].chmod(0)
         code = (
             "import os; from pipelines.images import index, folders\n"
             "from pipelines.recipe.config import SourceConfig\n"
             f"os.getuid() or os.setuid({NOBODY})\n"
-            f"index.pieces(SourceConfig(kind='folder', path={name!r}))"
+            f"index.pieces(SourceConfig(kind='folder', path={name + source!r}))"
         )
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert f"{name}/dog: this folder cannot be listed (Permission denied)" in found.stderr
+        assert f"{name}{words}" in found.stderr
         assert "BadInput" in found.stderr.splitlines()[-1]
 
 

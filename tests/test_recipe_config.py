@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from eupe.errors import BadInput
 from pipelines.recipe import recipes
-from pipelines.recipe.config import Recipe
+from pipelines.recipe.config import Recipe, SourceConfig
 from pipelines.recipe.named import by_name
 from pipelines.recipe.override import override, validated
 from pipelines.recipe.stage import StageConfig
@@ -196,3 +196,17 @@ def test_fewer_steps_alone_keep_the_share_of_the_warm_up():
     assert room.warmup_steps == whole.warmup_steps
     with pytest.raises(BadInput, match="warmup_steps = 600, steps = 500"):
         recipes.get("eupe_vitb16", ["stages.stage2.steps=500", "stages.stage2.warmup_steps=600"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("folder", "label_columns", ("category",)),
+        ("folder", "classes", "tar"),
+        ("webdataset", "key_column", "id"),
+        ("parquet", "image_member", "jpg"),
+    ],
+)
+def test_a_field_that_a_source_of_that_kind_would_drop_is_refused(kind, field, value):
+    with pytest.raises(ValueError, match=f"x: {field} = .* is for .* sources; this one's kind"):
+        SourceConfig(kind=kind, path="x", **{field: value})

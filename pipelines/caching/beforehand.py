@@ -28,9 +28,14 @@ def check(recipe: Recipe) -> None:
         BadInput: the first fault of its sources or networks, or GPUs that are not there.
     """
     check_sources(recipe)
-    if recipe.workers.use_gpu and "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available():
+    asked = []
+    if recipe.workers.use_gpu:
+        asked.append("workers.use_gpu = true")
+    if recipe.extraction.gpus_per_actor:
+        asked.append(f"extraction.gpus_per_actor = {recipe.extraction.gpus_per_actor:g}")
+    if asked and "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available():
         raise BadInput(
-            "workers.use_gpu = true: this machine has no GPU that torch sees; set it to false, or "
+            f"{' and '.join(asked)}: this machine has no GPU that torch sees; ask for none, or "
             "name a cluster that has GPUs in RAY_ADDRESS"
         )
     check_networks(recipe)

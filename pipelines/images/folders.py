@@ -133,7 +133,7 @@ def files_of(config: SourceConfig, suffix: str, aside: Aside) -> list[Path]:
     """
     path = place.root(config.path)
     found: list[Path]
-    if path.is_dir():
+    if _is_folder(config):
         found = _files_below(path, suffix, aside)
     elif path.is_file():
         found = [path]
@@ -160,15 +160,24 @@ def check_there(config: SourceConfig, suffix: str | None) -> None:
     """
     if suffix is None:
         _folder(config)
-    elif not place.root(config.path).is_dir():
+    elif not _is_folder(config):
         files_of(config, suffix, Aside())
 
 
 def _folder(config: SourceConfig) -> Path:
-    root = place.root(config.path)
-    if not root.is_dir():
+    if not _is_folder(config):
         raise BadInput(f"{config.path}: no such folder; source.path wants a folder of images")
-    return root
+    return place.root(config.path)
+
+
+def _is_folder(config: SourceConfig) -> bool:
+    try:
+        return place.root(config.path).is_dir()
+    except PermissionError as error:
+        raise BadInput(
+            f"{config.path}: a folder on the way there may not be entered ({error.strerror}); "
+            "allow it, or name another source.path"
+        ) from error
 
 
 def _walked(root: Path, aside: Aside) -> Iterator[tuple[Path, Listed]]:

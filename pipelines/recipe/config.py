@@ -60,6 +60,12 @@ WEIGHTS = (
 """What the field `weights` takes."""
 
 
+_FIELDS_OF_KIND = {
+    "webdataset": ("key", "image_member", "classes"),
+    "parquet": ("image_column", "key_column", "label_columns"),
+}
+
+
 class SourceConfig(Spec):
     """Where images lie: class folders, WebDataset tars or Parquet files with image bytes."""
 
@@ -99,6 +105,17 @@ class SourceConfig(Spec):
     where: Annotated[dict[str, Annotated[str, BeforeValidator(_as_label)]], IDENTITY] = Field(
         {}, description="keep samples whose labels equal these"
     )
+
+    @model_validator(mode="after")
+    def _nothing_is_dropped(self) -> "SourceConfig":
+        for theirs, fields in _FIELDS_OF_KIND.items():
+            for field in fields if theirs != self.kind else ():
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    raise BadInput(
+                        f"{self.path}: {field} = {getattr(self, field)!r} is for {theirs} sources; "
+                        f"this one's kind is {self.kind}"
+                    )
+        return self
 
 
 class DatasetConfig(Spec):
