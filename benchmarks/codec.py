@@ -133,7 +133,7 @@ def rows_of(
         codec = make_codec(
             default_codec(codec_name), (moments.count, moments.mean, moments.scatter)
         )
-        kept = quality(codec, tokens)
+        kept = quality(codec, tokens[None])
         batch = found[:BATCH].flatten(1, 2).contiguous()
         encoded = encode(codec, batch)
         decode = Decoder(codec, zscore(moments))

@@ -131,11 +131,13 @@ def _of_store(directory: Path, files: list[Path]) -> Unnamed:
         shard = layout.shard_of(path)
         if shard is not None and shard not in committed:
             yield path, "of a shard that was never committed"
-        if path == layout.zarr_file(directory, int(number)) and int(number) not in views:
+        array = layout.zarr_file(directory, int(number)), layout.codec_file(path.parent)
+        if path in array and int(number) not in views:
             yield path, "of an array without a shard"
 
 
 def _never_made(directory: Path, files: list[Path]) -> Unnamed:
-    for path in (layout.spec_file(directory), layout.moments_file(directory)):
+    for named in (layout.spec_file, layout.moments_file, layout.codec_file):
+        path = named(directory)
         if path in files:
             yield path, "of a store that was never made"

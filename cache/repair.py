@@ -13,7 +13,7 @@ Lost for good are other segments of samples, and moments: nothing else holds wha
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import JsonValue, ValidationError
 
+from cache.codec.encoded import Arrays
 from cache.codec.known import stored_codec
 from cache.errors import MissingSamples, StoreError
 from cache.files import atomic
@@ -44,7 +45,7 @@ from cache.segments import (
     write_segment,
 )
 from cache.shard_ranges import Rows
-from cache.store import Store, spec_bytes
+from cache.store import FITTED, Store, read_arrays, spec_bytes
 from cache.verify import Problem, Progress, Report, all_folders, check_shard, unseen
 from eupe import fingerprint as fp
 from eupe.errors import BadInput
@@ -293,7 +294,11 @@ class _StoreMending:
         there = HeadFile(head, b"")
         self.store = Store(self.base, spec, Manifest(self.manifest_directory, there))
         self.store.samples = self.samples
-        self.store.codec = stored_codec(spec.codec, said["codec"])
+        self.store.description = said
+        arrays = self._arrays(said["codec"])
+        if arrays is None:
+            return
+        self.store.codec = stored_codec(spec.codec, said["codec"], arrays)
         records = self._shards(head, shown)
         self._metadata(records)
 
@@ -319,7 +324,8 @@ class _StoreMending:
         try:
             said: dict[str, Any] = part(json.loads(path.read_bytes()))
             spec = StoreSpec.model_validate(said["spec"])
-            stored_codec(spec.codec, said["codec"])
+            if FITTED not in said["codec"]:
+                stored_codec(spec.codec, said["codec"], {})
         except (OSError, ValueError, LookupError, TypeError, ValidationError, BadInput):
             return None
         ours = layout.store_directory(self.base, spec) == self.directory
@@ -328,6 +334,29 @@ class _StoreMending:
         if sha256 is not None and hashlib.sha256(spec_bytes(said)).hexdigest() != sha256:
             return None
         return said
+
+    def _arrays(self, said: Mapping[str, Any]) -> Arrays | None:
+        """Return the codec's fitted values once their files are mended; None if they are lost.
+
+        They lie with the store and with every view, the same.
+        """
+        views = sorted(path.parent for path in self.directory.glob("view-*/zarr.json"))
+        found: dict[Path, Arrays | None] = {}
+        for directory in (self.directory, *views):
+            try:
+                found[directory] = read_arrays(directory, said)
+            except (StoreError, OSError):
+                found[directory] = None
+        whole = next((path for path, arrays in found.items() if arrays is not None), None)
+        for directory in (path for path, arrays in found.items() if arrays is None):
+            path = layout.codec_file(directory)
+            if whole is None:
+                self.mending.lose(path, "damaged or lost, and no view has the same; restore it")
+                return None
+            content = layout.codec_file(whole).read_bytes()
+            what = f"damaged or lost; written anew from {whole.name}/{path.name}"
+            self.mending.mend(path, what, partial(self._write, path, content))
+        return None if whole is None else found[whole]
 
     def _moments(self, head: ManifestHead | None, spec: StoreSpec) -> str | None:
         """Return the sha256 of the store's moments; None if they are lost."""

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from cache.codec.encoded import Codec, Moments
+from cache.codec.encoded import Arrays, Codec, Floats, Moments
 from cache.codec.known import make_codec, stored_codec
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic, place
-from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
+from cache.format import arrow_tables, codec_table, layout, moments_table, rows_table, zarr_shard
 from cache.format.record_table import ShardRecord
 from cache.manifest import Manifest, ManifestHead, Totals, check_same
 from cache.samples import Samples, num_rows_now
@@ -24,6 +25,8 @@ from cache.shard_ranges import Missing
 from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
 
+FITTED = "fitted"
+"""Of a codec in spec.json: name and sha256 of the file of its `arrays`."""
 BUILD = "build it with `eupe cache build` or `prefect deployment run teacher-cache/default`"
 
 
@@ -64,12 +67,23 @@ class Store:
         """The codec, as fitted when the store was created: other code may fit it otherwise.
 
         Raises:
-            Corrupt: spec.json is not what HEAD says.
+            Corrupt: spec.json is not what HEAD says, or codec.arrow not what spec.json says.
+        """
+        said = self.description["codec"]
+        return stored_codec(self.spec.codec, said, read_arrays(self.directory, said))
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What spec.json says.
+
+        Raises:
+            Corrupt: it is not what HEAD says.
         """
         path = layout.spec_file(self.directory)
         content = path.read_bytes()
         check_pinned(path, content, self._spec_sha256)
-        return stored_codec(self.spec.codec, json.loads(content)["codec"])
+        said: dict[str, Any] = json.loads(content)
+        return said
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -171,7 +185,7 @@ class Store:
 
     def attributes(self) -> dict[str, object]:
         """What the patches array says about itself: all of spec.json, which is lost with less."""
-        return {"eupe": description(self.spec, self.codec)}
+        return {"eupe": self.description}
 
     def _write_array_metadata(self, view: int) -> None:
         """Write the zarr.json of the dataset as it is now; once more if it grew meanwhile.
@@ -179,11 +193,16 @@ class Store:
         Samples are only added: who looks again after writing has shortened nobody's array.
         """
         path = layout.zarr_file(self.directory, view)
+        scratch = layout.scratch_directory(self.directory)
+        copy = layout.codec_file(path.parent)
+        if FITTED in self.description["codec"] and not copy.is_file():
+            # Beside every array: what is small is no single point of loss (law 17).
+            atomic.write_once(copy, layout.codec_file(self.directory).read_bytes(), scratch)
         while True:
             content = self.array_metadata(num_rows_now(self.root, self.spec.dataset.name))
             if path.is_file() and path.read_bytes() == content:
                 return
-            atomic.write(path, [content], layout.scratch_directory(self.directory))
+            atomic.write(path, [content], scratch)
 
 
 @dataclass(frozen=True)
@@ -216,6 +235,7 @@ def create_store(
     spec: StoreSpec,
     moments: Mapping[str, Moments],
     provenance: Mapping[str, object],
+    rows: Floats | None = None,
 ) -> Store:
     """Create a store, or open it if it is there: moments and provenance never change afterwards.
 
@@ -227,6 +247,7 @@ def create_store(
         moments: "summary" and "patches": count, mean [D], scatter [D, D], measured on a fixed
             sample of features as the teacher gives them.
         provenance: what later builds must obey and what made the first one; plain data.
+        rows: float32 [r, N, D], whole rows of that sample, where the codec is fitted to them.
 
     Raises:
         ValueError: moments of another width than the spec's.
@@ -242,7 +263,7 @@ def create_store(
     with atomic.only_writer(directory, scratch):
         atomic.sweep(scratch)
         if not layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
-            _create(directory, spec, moments, provenance, scratch)
+            _create(directory, spec, moments, provenance, rows, scratch)
     return open_store(base, spec)
 
 
@@ -251,6 +272,7 @@ def _create(
     spec: StoreSpec,
     moments: Mapping[str, Moments],
     provenance: Mapping[str, object],
+    rows: Floats | None,
     scratch: Path,
 ) -> None:
     """Write the files that HEAD pins, then HEAD.
@@ -260,8 +282,16 @@ def _create(
     """
     path = layout.moments_file(directory)
     measured = atomic.write_once(path, moments_table.to_bytes(moments), scratch)
-    codec = make_codec(spec.codec, moments_table.parse(measured, path)["patches"])
-    content = spec_bytes(description(spec, codec))
+    patches = moments_table.parse(measured, path)["patches"]
+    codec = make_codec(spec.codec, patches, spec.grid, rows)
+    said = codec.to_json_dict()
+    if arrays := codec.arrays():
+        path = layout.codec_file(directory)
+        fitted = atomic.write_once(path, codec_table.to_bytes(arrays), scratch)
+        # Of another builder's file, what its codec says of itself.
+        said = stored_codec(spec.codec, said, codec_table.parse(fitted, path)).to_json_dict()
+        said[FITTED] = {"file": path.name, "sha256": hashlib.sha256(fitted).hexdigest()}
+    content = spec_bytes(description(spec, said))
     described = atomic.write_once(layout.spec_file(directory), content, scratch)
     head = ManifestHead(
         spec_sha256=hashlib.sha256(described).hexdigest(),
@@ -271,13 +301,31 @@ def _create(
     Manifest.create(directory, head)
 
 
-def description(spec: StoreSpec, codec: Codec) -> dict[str, object]:
+def read_arrays(directory: Path, said: Mapping[str, Any]) -> Arrays:
+    """Return a codec's fitted values as its file in a folder has them; none without a file.
+
+    Args:
+        directory: of a store, or of a view.
+        said: of the codec, in spec.json.
+
+    Raises:
+        NotBuilt: the file is missing.
+        Corrupt: it is not the one that spec.json names.
+    """
+    if FITTED not in said:
+        return {}
+    path = layout.codec_file(directory)
+    content = arrow_tables.map_file(path, sha256=said[FITTED]["sha256"])
+    return codec_table.parse(content, path)
+
+
+def description(spec: StoreSpec, codec: Mapping[str, object]) -> dict[str, object]:
     """Return what spec.json, and the attributes of every array, say of a store: plain data."""
     return {
         "format": spec.format,
         "fingerprint": spec.fingerprint(),
         "spec": spec.model_dump(mode="json"),
-        "codec": codec.to_json_dict(),
+        "codec": dict(codec),
     }
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.errors import AGAIN, StoreError
+from cache.errors import AGAIN, Corrupt, StoreError
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.format.record_table import ShardRecord
 from cache.manifest import Manifest
 from cache.samples import DROPPED_REASON, Samples, num_rows_now, segment_files
 from cache.shard_ranges import Rows
-from cache.store import Store, open_store, store_directories, store_info
+from cache.store import FITTED, Store, open_store, store_directories, store_info
 
 READ_BYTES = 1 << 22
 
@@ -155,6 +155,7 @@ def _check_pinned(store: Store) -> tuple[Manifest, Report]:
         pinned = [
             (layout.spec_file(store.directory), manifest.head.spec_sha256),
             (layout.moments_file(store.directory), manifest.head.moments_sha256),
+            *_fitted_files(store, manifest),
             *manifest.segment_files,
             *segment_files(store.root, store.spec.dataset.name),
         ]
@@ -164,6 +165,18 @@ def _check_pinned(store: Store) -> tuple[Manifest, Report]:
                 report.problems.append(problem)
         if not report.problems or store.manifest().version == manifest.version:
             return manifest, report
+
+
+def _fitted_files(store: Store, manifest: Manifest) -> Iterator[tuple[Path, str]]:
+    """List a codec's files of fitted values with their sha256: the store's, and each view's."""
+    try:
+        fitted = store.description["codec"].get(FITTED)
+    except (Corrupt, OSError):
+        return  # spec.json is a finding of its own
+    if fitted is not None:
+        views = [layout.view_directory(store.directory, view) for view in manifest.totals()]
+        for directory in (store.directory, *views):
+            yield layout.codec_file(directory), fitted["sha256"]
 
 
 def _check_metadata(store: Store, ends: Mapping[int, int]) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from eupe.errors import BadInput
 Dtype = Literal["float32", "float16", "bfloat16"]
 Library = Literal["timm", "open_clip", "transformers", "python", "pixels"]
 SummaryKind = Literal["class_token", "attention_pool", "average_pool", "mean_patches"]
-CodecName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+CodecName = Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")]
 """One of `cache.codec.known.KNOWN`, which this room does not know."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", max_length=80)]
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=80)]

@@ -33,7 +33,7 @@ def test_correlation_is_worth_bits_and_no_codec_of_single_tokens_passes_the_boun
     alone = np.diag(np.diag(covariance))
     moments = len(tokens), tokens.mean(0).astype(np.float64), covariance * len(tokens)
     for name in ("rot2", "rot3", "rot4", "int8"):
-        kept = quality(make_codec(default_codec(name), moments), tokens)
+        kept = quality(make_codec(default_codec(name), moments), tokens[None])
         best = bound_r2(covariance, kept.bits_per_coefficient)
         assert kept.r2 < best
         assert bound_r2(alone, kept.bits_per_coefficient) < best

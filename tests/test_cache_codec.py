@@ -186,6 +186,12 @@ def test_hadamard_by_hand():
     np.testing.assert_allclose(hadamard(np.float32([[1, 2, 3, 4]])), [[5, -1, -2, 0]])
 
 
+def test_hadamard_of_any_memory_order():
+    """What a transform gives is seldom contiguous."""
+    turned = np.random.default_rng(0).standard_normal((3, 8, 5)).astype(np.float32).swapaxes(1, 2)
+    np.testing.assert_array_equal(hadamard(turned), hadamard(turned.copy(order="C")))
+
+
 def test_levels_are_those_of_the_literature():
     """Max (1960), Table I: 4 levels 0.4528, 1.510; distortions 0.1175, 0.03454, 0.009497."""
     np.testing.assert_allclose(lloyd_max(2), [-1.510, -0.4528, 0.4528, 1.510], atol=5e-4)
@@ -287,7 +293,7 @@ class Tenths(PlainCodec):
 
 
 def test_another_codec_is_one_file_and_one_line(tmp_path, monkeypatch):
-    tenths = Kind(16, lambda _: Tenths("tenths"), lambda _: Tenths("tenths"), mean_cosine=0.9)
+    tenths = Kind(16, lambda _: Tenths("tenths"), lambda *_: Tenths("tenths"), mean_cosine=0.9)
     monkeypatch.setitem(KNOWN, "tenths", tenths)
     toy = Toy(tmp_path, "tenths")
     toy.add_samples(ids(3))

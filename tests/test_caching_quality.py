@@ -53,7 +53,7 @@ class HandedOut:
 
     def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         assert method == "measure"
-        for number, (_, _, _, outputs, _, _) in enumerate(tasks):
+        for number, (_, _, _, outputs, *_) in enumerate(tasks):
             moments = Moments.of(self._tokens)
             yield number, dict.fromkeys(outputs, Measured(moments, moments, self._tokens))
 
@@ -84,7 +84,7 @@ def test_a_teacher_that_its_codec_serves_badly_is_refused(codec, ratio, serves, 
 def test_quality_of_a_codec_that_keeps_everything_is_perfect():
     tokens = two_kinds(1.0, 40)
     tokens[3] = 0
-    found = quality(make_codec(default_codec("float32")), tokens)
+    found = quality(make_codec(default_codec("float32")), tokens[None])
     assert (found.cosine, found.cosine_worst, found.r2) == pytest.approx((1, 1, 1))
     assert (found.bits_per_coefficient, found.tokens) == (32, 40)
 
@@ -97,7 +97,7 @@ def test_quality_is_what_numpy_says_of_the_oracle():
     got = codec.decode(encoded.data, encoded.escapes)[0].astype(np.float64)
     cosine = (got * tokens).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(tokens, axis=1)
     lost, spread = np.square(got - tokens).sum(), np.square(tokens - moments.mean).sum()
-    found = quality(codec, tokens)
+    found = quality(codec, tokens[None])
     assert found.cosine == pytest.approx(cosine.mean(), abs=1e-5)
     assert found.cosine_worst == pytest.approx(cosine.min(), abs=1e-5)
     assert found.r2 == pytest.approx(1 - lost / spread, abs=1e-5)

@@ -118,6 +118,9 @@ class Halves:
     def to_json_dict(self) -> dict[str, object]:
         return {"name": self.name}
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {}
+
 
 def first_patches(given: inputs.Inputs) -> Tensor:
     """Normalised patches of the first batch, from whatever the inputs take them."""
@@ -130,7 +133,7 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> Kind:
-    kind = Kind(bits=8, fitted=lambda _: Halves(), stored=lambda _: Halves(), mean_cosine=0.98)
+    kind = Kind(bits=8, fitted=lambda _: Halves(), stored=lambda *_: Halves(), mean_cosine=0.98)
     monkeypatch.setitem(KNOWN, "halves", kind)
     return kind
 

@@ -2,7 +2,9 @@
 
     known        the codecs there are, by name; what a codec is
     quantised    int8, rot4, rot3, rot2: fitted to moments, packed, with escapes
+    grid         grid0.5 ... grid4: a picture's patches together, fitted to whole rows
     plain        float32, float16, bfloat16, uint8: rounded
+    grid_transform   of the grid codecs: along the grid and the channels
     rotation     the seeded rotation of the rotated codecs
     encoded      what a codec gives: rows as stored, their validity, escapes
 

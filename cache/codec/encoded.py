@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,21 @@ NOT_FINITE = "patches are not finite"
 Floats = npt.NDArray[np.float32]
 Moments = tuple[int, npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """count, mean [D], scatter [D, D] (sum of outer products of deviations)."""
+Arrays = Mapping[str, npt.NDArray[Any]]
+"""Fitted values by name, each flattened."""
+
+
+class Fitting(NamedTuple):
+    """What a codec may be fitted to: a store's own measurements.
+
+    moments: of the patches; None where nothing was measured.
+    grid: (H, W) of a row's tokens.
+    rows: float32 [r, N, D], whole rows of the sample; None where none were brought along.
+    """
+
+    moments: Moments | None = None
+    grid: tuple[int, int] | None = None
+    rows: Floats | None = None
 
 
 class Escapes(NamedTuple):
@@ -100,7 +115,14 @@ class Codec(Protocol):
         ...
 
     def to_json_dict(self) -> dict[str, object]:
-        """Everything a decoder needs, as plain data; goes into the array's attributes."""
+        """Everything a decoder needs but `arrays`, plain data; goes into the array's attributes."""
+        ...
+
+    def arrays(self) -> Arrays:
+        """Fitted values that are too many for JSON, by name, flattened; mostly none.
+
+        Where there are some they lie in a file beside the moments (`format.codec_table`).
+        """
         ...
 
 
@@ -109,19 +131,24 @@ class Kind:
     """A codec before it knows a store; `cache.codec.known.KNOWN` lists them by name.
 
     Attributes:
-        bits: of one coefficient, scales and escapes left out.
-        fitted: moments of the patches -> codec; without a fit rule the moments may be None.
-        stored: what spec.json says (`Codec.to_json_dict`) -> that codec, to the last bit.
+        bits: of one coefficient; scales and escapes left out, unless they are within.
+        fitted: what a store measured -> codec; without a fit rule nothing may have been.
+        stored: what spec.json says (`Codec.to_json_dict`), `Codec.arrays` -> that codec, to the
+            last bit.
         fit: name of the rule that fits its scaling; None if nothing is fitted.
         mean_cosine: what it documents to keep of tokens, and a build must measure before it makes
             a store; None for a codec that only rounds.
+        row_bytes: (N, D) -> bytes of a row, where that is known more cheaply than by fitting one.
+        of_rows: True if it is fitted to whole rows of the sample too.
     """
 
-    bits: int
-    fitted: Callable[[Moments | None], Codec]
-    stored: Callable[[Mapping[str, object]], Codec]
+    bits: float
+    fitted: Callable[[Fitting], Codec]
+    stored: Callable[[Mapping[str, object], Arrays], Codec]
     fit: str | None = None
     mean_cosine: float | None = None
+    row_bytes: Callable[[int, int], int] | None = None
+    of_rows: bool = False
 
     @property
     def lossy(self) -> bool:

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cache.codec import grid as grids
 from cache.codec import plain, quantised
-from cache.codec.encoded import Codec, Kind, Moments
+from cache.codec.encoded import Arrays, Codec, Fitting, Floats, Kind, Moments
 from eupe.errors import BadInput
 from eupe.spec import CodecSpec
 
-KNOWN: dict[str, Kind] = {**plain.KINDS, **quantised.KINDS}
+KNOWN: dict[str, Kind] = {**plain.KINDS, **quantised.KINDS, **grids.KINDS}
 """Every codec by name."""
 
 
@@ -40,30 +41,44 @@ def default_codec(name: str) -> CodecSpec:
     return CodecSpec(name=name, fit=kind(name).fit)
 
 
-def make_codec(spec: CodecSpec, moments: Moments | None = None) -> Codec:
-    """Build the codec of a spec, fitted to the moments of the patches where it is fitted.
+def make_codec(
+    spec: CodecSpec,
+    moments: Moments | None = None,
+    grid: tuple[int, int] | None = None,
+    rows: Floats | None = None,
+) -> Codec:
+    """Build the codec of a spec, fitted to what was measured of the patches where it is fitted.
 
     Args:
         spec: name and fit rule.
         moments: of the patches: count, mean [D], scatter [D, D]; plain dtypes need none.
+        grid: (H, W) of a row's tokens.
+        rows: float32 [r, N, D], whole rows of the sample; few codecs need them (`Kind.of_rows`).
 
     Raises:
-        ValueError: the fit rule is not the codec's, or moments are needed and not given.
+        ValueError: the fit rule is not the codec's, or what it is fitted to is not given.
     """
     _check_fit(spec)
     if spec.fit is not None and moments is None:
         raise ValueError(f"codec {spec.name}: is fitted to the moments of the patches; give them")
-    return kind(spec.name).fitted(moments)
+    if kind(spec.name).of_rows and (grid is None or rows is None):
+        raise ValueError(f"codec {spec.name}: is fitted to whole rows of patches too; give them")
+    return kind(spec.name).fitted(Fitting(moments, grid, rows))
 
 
-def stored_codec(spec: CodecSpec, said: Mapping[str, object]) -> Codec:
-    """Return the codec that a store was created with, from what its spec.json says of it.
+def stored_codec(spec: CodecSpec, said: Mapping[str, object], arrays: Arrays) -> Codec:
+    """Return the codec that a store was created with, from what its files say of it.
+
+    Args:
+        spec: name and fit rule.
+        said: of it, in spec.json.
+        arrays: `Codec.arrays`, from codec.arrow; none where there is no such file.
 
     Raises:
         ValueError: the fit rule is not the codec's.
     """
     _check_fit(spec)
-    return kind(spec.name).stored(said)
+    return kind(spec.name).stored(said, arrays)
 
 
 def _check_fit(spec: CodecSpec) -> None:
@@ -78,7 +93,9 @@ def row_bytes(name: str, num_tokens: int, dim: int) -> int:
     Raises:
         ValueError: no codec has that name.
     """
-    spec = default_codec(name)
+    spec, cheap = default_codec(name), kind(name).row_bytes
+    if cheap is not None:
+        return cheap(num_tokens, dim)
     unit = None if spec.fit is None else (2, np.zeros(dim), np.eye(dim))
     codec = make_codec(spec, unit)
     return int(np.prod(codec.storage_shape(num_tokens, dim))) * codec.storage_dtype.itemsize

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats, Kind
+from cache.codec.encoded import NOT_FINITE, Arrays, Encoded, Escapes, Floats, Kind
 
 BFLOAT16_NAN = 0x7FC0
 
@@ -70,8 +70,12 @@ class PlainCodec:
         """Name and true dtype."""
         return {"name": self.name, "dtype": self.name}
 
+    def arrays(self) -> Arrays:
+        """Nothing is fitted."""
+        return {}
 
-def _made(name: str, _: object) -> PlainCodec:
+
+def _made(name: str, *_: object) -> PlainCodec:
     return PlainCodec(name)
 
 

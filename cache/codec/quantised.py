@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cache.codec.encoded import NOT_FINITE, Encoded, Escapes, Floats, Kind, Moments
+from cache.codec.encoded import NOT_FINITE, Arrays, Encoded, Escapes, Fitting, Floats, Kind, Moments
 from cache.codec.rotation import Rotation
 from eupe.errors import BadInput
 
@@ -97,29 +97,11 @@ class QuantisedCodec:
 
     @classmethod
     def fitted(cls, name: str, moments: Moments) -> "QuantisedCodec":
-        """Fit mean and standard deviation of each channel.
-
-        A channel that is dead in the sample may fire in other images, and gets the root mean square
-        of all widths. Rotated codecs spread their error over the channels by width: with a far
-        smaller one, a token in which the channel fires has to escape; with the widest, that the
-        z-score takes, every other token has to. With this one a token's relative error stays what
-        it is, whether the channel fires or not and however strongly.
-
-        Raises:
-            ValueError: fewer than two tokens were measured.
-        """
-        count, mean, scatter = moments
-        if count < 2:
-            raise BadInput(f"codec {name}: fitted to {count} tokens, wants at least 2")
-        variance = np.diagonal(scatter) / count
-        std = np.sqrt(variance)
-        of_dead = float(np.sqrt(variance.mean())) or 1.0
-        std = np.where(std < SMALLEST_STD * (std.max() or 1.0), of_dead, std)
-        std = np.maximum(std, np.finfo(np.float32).tiny)
-        return cls(name, mean.astype(np.float32), std.astype(np.float32))
+        """Fit mean and standard deviation of each channel, as `standard` has them."""
+        return cls(name, *standard(name, moments))
 
     @classmethod
-    def from_json_dict(cls, said: Mapping[str, Any]) -> "QuantisedCodec":
+    def from_json_dict(cls, said: Mapping[str, Any], _: Arrays) -> "QuantisedCodec":
         """Undo `to_json_dict`: the same codec, to the last bit."""
         mean, std = (np.array(said[name], np.float32) for name in ("mean", "std"))
         return cls(said["name"], mean, std)
@@ -142,7 +124,7 @@ class QuantisedCodec:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's packed codes."""
-        return sum(-(-len(self.mean) * width // 8) for width in self.how.planes)
+        return packed_bytes(len(self.mean), self.how.planes)
 
     def storage_shape(self, num_tokens: int, dim: int) -> tuple[int, int]:
         """Return (1, bytes of a row)."""
@@ -199,15 +181,13 @@ class QuantisedCodec:
             "std": [float(value) for value in self.std],
         }
         if self.rotation is not None and self.levels is not None:
-            signs = np.packbits(self.rotation.signs > 0).tobytes().hex()
             said["levels"] = [float(level) for level in self.levels]
-            said["rotation"] = {
-                "seed": self.rotation.seed,
-                "cosine": len(self.rotation.dense),
-                "hadamard": self.rotation.block,
-                "signs": signs,
-            }
+            said["rotation"] = self.rotation.to_json_dict()
         return said
+
+    def arrays(self) -> Arrays:
+        """None: JSON holds what is fitted."""
+        return {}
 
     def _encode_tokens(
         self, tokens: Floats
@@ -246,9 +226,32 @@ class QuantisedCodec:
         return z * self.std + self.mean
 
 
-def _fitted(name: str, moments: Moments | None) -> QuantisedCodec:
-    assert moments is not None  # `known.make_codec` asks for them
-    return QuantisedCodec.fitted(name, moments)
+def standard(name: str, moments: Moments) -> tuple[Floats, Floats]:
+    """Return mean and standard deviation of each channel that a codec is fitted with, [D] both.
+
+    A channel that is dead in the sample may fire in other images, and gets the root mean square
+    of all widths. Rotated codecs spread their error over the channels by width: with a far
+    smaller one, a token in which the channel fires has to escape; with the widest, that the
+    z-score takes, every other token has to. With this one a token's relative error stays what
+    it is, whether the channel fires or not and however strongly.
+
+    Raises:
+        BadInput: fewer than two tokens were measured.
+    """
+    count, mean, scatter = moments
+    if count < 2:
+        raise BadInput(f"codec {name}: fitted to {count} tokens, wants at least 2")
+    variance = np.diagonal(scatter) / count
+    std = np.sqrt(variance)
+    of_dead = float(np.sqrt(variance.mean())) or 1.0
+    std = np.where(std < SMALLEST_STD * (std.max() or 1.0), of_dead, std)
+    std = np.maximum(std, np.finfo(np.float32).tiny)
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _fitted(name: str, fitting: Fitting) -> QuantisedCodec:
+    assert fitting.moments is not None  # `known.make_codec` asks for them
+    return QuantisedCodec.fitted(name, fitting.moments)
 
 
 KINDS = {
@@ -274,6 +277,11 @@ def pack(codes: Codes, bits: Sequence[int]) -> Codes:
         planes.append(plane)
         below += width
     return np.concatenate(planes, axis=1)
+
+
+def packed_bytes(count: int, bits: Sequence[int]) -> int:
+    """Return the bytes that so many codes take, packed in planes of so many bits."""
+    return sum(-(-count * width // 8) for width in bits)
 
 
 def unpack(packed: Codes, bits: Sequence[int], dim: int) -> Codes:

@@ -7,6 +7,7 @@ whatever the features' tails are, and one table of levels serves every teacher.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -35,13 +36,22 @@ class Rotation:
         odd = self.dim
         while odd % 2 == 0:
             odd //= 2
-        object.__setattr__(self, "dense", _cosine_transform(odd))
+        object.__setattr__(self, "dense", cosine_transform(odd))
         object.__setattr__(self, "signs", _signs(self.seed, self.dim))
 
     @property
     def block(self) -> int:
         """Side of a Hadamard block, the even part of D."""
         return self.dim // len(self.dense)
+
+    def to_json_dict(self) -> dict[str, object]:
+        """Everything that it takes to undo it elsewhere (docs/store_format.md)."""
+        return {
+            "seed": self.seed,
+            "cosine": len(self.dense),
+            "hadamard": self.block,
+            "signs": np.packbits(self.signs > 0).tobytes().hex(),
+        }
 
     def forward(self, vectors: Floats) -> Floats:
         """Rotate vectors [..., D]."""
@@ -58,7 +68,7 @@ class Rotation:
 def hadamard(vectors: Floats) -> Floats:
     """Multiply vectors [..., 2^k] by the orthonormal Hadamard matrix of Sylvester's order."""
     size = vectors.shape[-1]
-    out = np.array(vectors, np.float32)
+    out = np.array(vectors, np.float32, order="C")  # its reshaping below is a view
     half = 1
     while half < size:
         pairs = out.reshape(-1, size // (2 * half), 2, half)
@@ -70,7 +80,9 @@ def hadamard(vectors: Floats) -> Floats:
     return out
 
 
-def _cosine_transform(size: int) -> Floats:
+@cache
+def cosine_transform(size: int) -> Floats:
+    """Return the orthonormal cosine transform (DCT-II) of so many values, float32 [m, m]."""
     k, n = np.arange(size)[:, None], np.arange(size)[None]
     matrix = np.cos(np.pi * (2 * n + 1) * k / (2 * size)) * np.sqrt(2 / size)
     matrix[0] *= np.sqrt(0.5)

@@ -4,6 +4,7 @@
     record_table     records of committed shards, searched by view and shard
     rows_table       ids, validity, digests, summaries and escapes of a shard's rows
     moments_table    count, mean and scatter of a store's tokens
+    codec_table      fitted values of a codec that has too many for JSON
     arrow_tables     Arrow IPC files: written as bytes, read without a copy
     zarr_shard       patches: zarr.json, and a shard with its index
     layout           which name each file has

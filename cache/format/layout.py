@@ -42,6 +42,11 @@ def moments_file(store: Path) -> Path:
     return store / "moments.arrow"
 
 
+def codec_file(directory: Path) -> Path:
+    """Fitted values of a codec that has too many for JSON, Arrow; of a store or of a view."""
+    return directory / "codec.arrow"
+
+
 def manifest_directory(store: Path) -> Path:
     """Folder of the manifest: segments and HEAD."""
     return store / "manifest"

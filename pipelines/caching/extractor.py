@@ -48,11 +48,13 @@ class Measured(NamedTuple):
         summary: moments; None where no sample gave finite features.
         patches: moments of the patch tokens, or None.
         tokens: float32 [k, D], patch tokens spread evenly over the samples.
+        rows: float32 [r, N, D], patches of whole samples, spread likewise; None: not asked for.
     """
 
     summary: Moments | None
     patches: Moments | None
     tokens: np.ndarray
+    rows: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Extractor:
         outputs: Sequence[Output],
         compute_batch: int,
         num_tokens: int = 0,
+        num_rows: int = 0,
     ) -> dict[Output, Measured]:
         """Measure the moments of view 0 of some samples, in float64.
 
@@ -176,6 +179,7 @@ class Extractor:
             outputs: what to measure.
             compute_batch: pictures a forward pass, padded.
             num_tokens: patch tokens to bring along, at most.
+            num_rows: samples whose patches to bring along whole, at most.
 
         Raises:
             BadInput: weights that cannot be loaded, or images that are out of reach.
@@ -191,7 +195,7 @@ class Extractor:
                     finite = decoded & np.isfinite(summary).all(1)
                     finite &= np.isfinite(patches).all((1, 2))
                     parts[output].append((summary[finite], patches[finite]))
-        return {output: _measured(tokens, num_tokens) for output, tokens in parts.items()}
+        return {output: _measured(tokens, num_tokens, num_rows) for output, tokens in parts.items()}
 
     def extract(
         self, base: str, wanted: Mapping[int, Sequence[Store]], shard: ShardRange
@@ -365,11 +369,20 @@ def _summary_reason(summary: np.ndarray) -> str | None:
     return None if np.isfinite(summary).all() else "the teacher's summary is not finite"
 
 
-def _measured(parts: Sequence[tuple[np.ndarray, np.ndarray]], num_tokens: int) -> Measured:
+def _measured(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], num_tokens: int, num_rows: int
+) -> Measured:
     summary = np.concatenate([part for part, _ in parts])
-    patches = np.concatenate([part.reshape(-1, part.shape[-1]) for _, part in parts])
-    kept = min(num_tokens, len(patches))
-    tokens = patches[np.arange(kept) * len(patches) // max(kept, 1)]
+    whole = np.concatenate([part for _, part in parts])
+    patches = whole.reshape(-1, whole.shape[-1])
+    tokens = _spread(patches, num_tokens)
+    rows = _spread(whole, num_rows) if num_rows else None
     if not len(summary):
-        return Measured(None, None, tokens)
-    return Measured(Moments.of(summary), Moments.of(patches), tokens)
+        return Measured(None, None, tokens, rows)
+    return Measured(Moments.of(summary), Moments.of(patches), tokens, rows)
+
+
+def _spread(values: np.ndarray, count: int) -> np.ndarray:
+    """Return so many of [n, ...], at most, spread evenly."""
+    kept = min(count, len(values))
+    return values[np.arange(kept) * len(values) // max(kept, 1)]

@@ -15,6 +15,7 @@ from itertools import chain
 import numpy as np
 import polars as pl
 
+from cache.codec.known import kind
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
@@ -87,7 +88,8 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
         kept = [quality.check(spec, sample) for spec, sample in zip(absent, own, strict=True)]
         for spec, sample, found in zip(absent, own, kept, strict=True):
             measured = {} if found is None else {"codec_quality": found.to_json_dict()}
-            create_store(job.root, spec, sample.moments, {**made_by, **measured})
+            rows = sample.rows if kind(spec.codec.name).of_rows else None
+            create_store(job.root, spec, sample.moments, {**made_by, **measured}, rows)
     return [open_store(job.root, spec) for spec in specs]
 
 

@@ -81,7 +81,9 @@ class Toy:
     def store(self) -> Store:
         """Create or open the store."""
         given = {"summary": moments(SUMMARY_DIM), "patches": moments(PATCH_DIM)}
-        return create_store(self.root, store_spec(self.codec), given, {"compute_batch": 8})
+        rows = np.stack([features(name, 0)[0] for name in ids(16, "fit")])
+        made_by = {"compute_batch": 8}
+        return create_store(self.root, store_spec(self.codec), given, made_by, rows)
 
     def write(self, store: Store, view: int, shard: ShardRange):
         """Write one shard, commit nothing."""
