@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.smooth_pictures import moments_of, pictures
 from support.toy_stores import Toy, features, ids, store_spec
 
 from cache.codec.encoded import Fitting
@@ -29,33 +30,6 @@ ORTHONORMAL_ATOL = 1e-4
 GAIN_DB = 2.0  # over rotated codecs of a higher rate, of pictures that a grid codec is made for
 
 rates = pytest.mark.parametrize("name", list(RATES))
-
-
-def pictures(grid: tuple[int, int], dim: int, count: int, seed: int = 0) -> np.ndarray:
-    """Rows [count, N, D]: smooth over the grid, few strong directions, channels of all widths."""
-    rng = np.random.default_rng(seed)
-    own = np.random.default_rng(1)  # what every picture of this teacher has in common
-    spread, mean = np.exp(own.standard_normal(dim)), own.standard_normal(dim)
-    turn = np.linalg.qr(own.standard_normal((dim, dim)))[0]
-    i, j = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    power = (1 + np.hypot(i, j)[:, None]) ** -3.0 * (1 + np.arange(dim)) ** -1.5
-    y = rng.standard_normal((count, len(power), dim)) * np.sqrt(power)
-    waves = np.kron(_cosines(grid[0]), _cosines(grid[1]))
-    rows = np.einsum("fn,rfd->rnd", waves, y) @ turn.T
-    return (rows / np.sqrt(power.mean()) * spread + mean).astype(np.float32)
-
-
-def _cosines(size: int) -> np.ndarray:
-    k, n = np.arange(size)[:, None], np.arange(size)[None]
-    matrix = np.cos(np.pi * (2 * n + 1) * k / (2 * size)) * np.sqrt(2 / size)
-    matrix[0] /= np.sqrt(2)
-    return matrix
-
-
-def moments_of(rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    tokens = rows.reshape(-1, rows.shape[-1]).astype(np.float64)
-    centred = tokens - tokens.mean(axis=0)
-    return len(tokens), tokens.mean(axis=0), centred.T @ centred
 
 
 def fitted(name: str, grid: tuple[int, int], rows: np.ndarray) -> GridCodec:

@@ -13,7 +13,7 @@ from cache.codec.plain import PlainCodec
 from cache.codec.quantised import QUANTISATIONS, unpack
 from eupe.moments import Moments
 from eupe.normalise import Normaliser, phi_s, zscore
-from pipelines.features import codec_torch
+from pipelines.features import codec_steps
 from pipelines.features.buffers import Buffers
 from pipelines.features.codec_torch import Decoder, encode
 
@@ -34,7 +34,7 @@ quantised = pytest.mark.parametrize("name", list(QUANTISATIONS))
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks even in a small test."""
-    monkeypatch.setattr(codec_torch, "CPU_CHUNK", 4096)
+    monkeypatch.setattr(codec_steps, "CPU_CHUNK", 4096)
 
 
 def features(dim: int, seed: int = 0, shape: tuple[int, ...] = (3, 10)) -> np.ndarray:
@@ -154,8 +154,8 @@ def test_phi_s_with_a_rotated_codec_is_one_dense_product():
     patches = features(192)
     decode = Decoder(oracle_of("rot4", patches), phi_s(moments_of(patches)))
     assert decode._rows._dequantiser is not None
-    assert decode._rows._dequantiser.butterfly is None
-    assert decode._rows._dequantiser.mix is not None
+    assert decode._rows._dequantiser.turn.butterfly is None
+    assert decode._rows._dequantiser.turn.mix is not None
 
 
 @settings(max_examples=40, deadline=None)

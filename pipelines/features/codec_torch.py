@@ -4,130 +4,47 @@ Equal to the numpy oracles of `cache.codec` to one float16 step. The narrow byte
 device; there they are unpacked, looked up, rotated back and sent through ONE affine map per
 channel, the codec's own and the loss normaliser's multiplied together (docs/design.md, law 9).
 
-The rotation is (C_m (x) H_2^k) (s * x) (`cache.codec.rotation`). Sylvester's H_2^k is H_a (x) H_b
-for any a * b = 2^k, so the whole of it is two small matrix products, L X R with X = x as [m a, b],
-L = C_m (x) H_a and R = H_b: 2 (m a + b) operations a channel, about 4 sqrt(D), in two passes over
-memory where butterflies need k.
-
 Shapes: T tokens, D channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cache.codec.encoded import NOT_FINITE, Codec, Encoded, Escapes
+from cache.codec.grid import GridCodec
 from cache.codec.plain import PlainCodec, unfit
 from cache.codec.quantised import QuantisedCodec
-from cache.codec.rotation import Rotation, hadamard
 from eupe.normalise import Normaliser
 from pipelines.features.buffers import Crossing
-
-CPU_CHUNK = 1 << 18
-"""Coefficients worked on at a time on a CPU, so that intermediate results stay in its caches."""
-
-
-class Butterfly(NamedTuple):
-    """The rotation, signs apart, as two factors: left [m a, m a] and right [b, b], symmetric."""
-
-    left: Tensor
-    right: Tensor
-
-    @classmethod
-    def of(cls, rotation: Rotation) -> "Butterfly":
-        """Split the Hadamard factor where the two products cost least."""
-        odd = len(rotation.dense)
-        sides = [1 << power for power in range(rotation.block.bit_length())]
-        outer = min(sides, key=lambda side: odd * side + rotation.block // side)
-        left = np.kron(rotation.dense, hadamard(np.eye(outer, dtype=np.float32)))
-        right = hadamard(np.eye(rotation.block // outer, dtype=np.float32))
-        return cls(torch.from_numpy(left), torch.from_numpy(right))
-
-    def forward(self, signed: Tensor) -> Tensor:
-        """Rotate [T, D] that the signs have been applied to."""
-        parts = signed.view(len(signed), len(self.left), len(self.right))
-        return (torch.matmul(self.left, parts) @ self.right).view_as(signed)
-
-    def inverse(self, rotated: Tensor) -> Tensor:
-        """Undo `forward`; the signs are still to be applied."""
-        parts = rotated.view(len(rotated), len(self.left), len(self.right))
-        return (torch.matmul(self.left.T, parts) @ self.right).view_as(rotated)
+from pipelines.features.codec_steps import RowDecoder, Turn, chunks, divisor, pack, tensor, unpack
+from pipelines.features.grid_torch import GridRows, encode_grid
 
 
 @dataclass(frozen=True)
 class Dequantiser:
-    """Constants that turn unit codes into normalised tokens, on one device.
-
-    tokens = (inverse rotation of (levels[code] * scale)) @ mix * gain + offset; what a codec or
-    normaliser does not have is None.
-    """
+    """Constants that turn unit codes into normalised tokens, on one device."""
 
     levels: Tensor
-    butterfly: Butterfly | None
-    mix: Tensor | None
-    gain: Tensor | None
-    offset: Tensor
+    turn: Turn
 
     @classmethod
     def of(cls, codec: QuantisedCodec, normaliser: Normaliser | None) -> "Dequantiser":
-        """Multiply the codec's affine map with the normaliser's, in float64."""
-        mean, gain = codec.mean.astype(np.float64), codec.std.astype(np.float64)
+        """Make them of a codec and of what the loss wants done."""
         levels = np.arange(-128, 128, dtype=np.float32) if codec.levels is None else codec.levels
-        butterfly = None
-        if codec.rotation is not None:
-            gain = gain * codec.rotation.signs
-            butterfly = Butterfly.of(codec.rotation)
-        if normaliser is None:
-            return cls(_tensor(levels), butterfly, None, _tensor(gain), _tensor(mean))
-        shift = mean - normaliser.mean.double().cpu().numpy()
-        scale = normaliser.scale.double().cpu().numpy()
-        if normaliser.rotation is None:
-            return cls(
-                _tensor(levels), butterfly, None, _tensor(gain * scale), _tensor(shift * scale)
-            )
-        # A dense rotation swallows the codec's: one product [T, D] x [D, D] for both.
-        rotation = normaliser.rotation.double().cpu().numpy()
-        mix = gain[:, None] * (rotation * scale[:, None]).T
-        if codec.rotation is not None:
-            unrotate = codec.rotation.inverse(np.eye(len(gain), dtype=np.float32))
-            mix = (unrotate * codec.rotation.signs) @ mix
-        offset = (rotation @ shift) * scale
-        return cls(_tensor(levels), None, _tensor(mix), None, _tensor(offset))
+        return cls(tensor(levels), Turn.of(codec.mean, codec.std, codec.rotation, normaliser))
 
     def to(self, device: torch.device) -> "Dequantiser":
         """Copy to a device."""
-        butterfly = self.butterfly and Butterfly(*(part.to(device) for part in self.butterfly))
-        mix, gain = (None if part is None else part.to(device) for part in (self.mix, self.gain))
-        return Dequantiser(self.levels.to(device), butterfly, mix, gain, self.offset.to(device))
+        return Dequantiser(self.levels.to(device), self.turn.to(device))
 
     def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Turn codes uint8 [T, D] and scales float32 [T, 1] into tokens float32 [T, D]."""
-        tokens = torch.take(self.levels, codes.long()).mul_(scales)
-        if self.butterfly is not None:
-            tokens = self.butterfly.inverse(tokens)
-        if self.mix is not None:
-            return torch.addmm(self.offset, tokens, self.mix)
-        assert self.gain is not None  # one of the two is there
-        return torch.addcmul(self.offset, tokens, self.gain, out=tokens)
-
-
-class RowDecoder(Protocol):
-    """The twin of a codec's `decode`: rows of one store to tokens on a device.
-
-    Attributes:
-        apart: the normaliser, where it has not been fused with the codec and is still to be
-            applied.
-    """
-
-    apart: nn.Module | None
-
-    def __call__(self, stored: np.ndarray, device: torch.device) -> Tensor:
-        """Decode [n, *storage_shape], escapes left out, to float32 [n, N, D] on the device."""
-        ...
+        return self.turn(torch.take(self.levels, codes.long()).mul_(scales))
 
 
 class PlainRows:
@@ -172,7 +89,7 @@ class QuantisedRows:
             tokens = dequantise(unpack(packed, codec.how.planes, dim), scales)
             return tokens.view(num_rows, num_tokens, dim)
         tokens = torch.empty(len(packed), dim)
-        for part in _chunks(len(packed), dim):
+        for part in chunks(len(packed), dim):
             tokens[part] = dequantise(unpack(packed[part], codec.how.planes, dim), scales[part])
         return tokens.view(num_rows, num_tokens, dim)
 
@@ -254,7 +171,7 @@ def _encode_quantised(codec: QuantisedCodec, patches: Tensor) -> Encoded:
     shape = (num_rows, *codec.storage_shape(num_tokens, dim))
     tokens = patches.reshape(-1, dim)
     quantise = _Quantiser(codec, patches.device)
-    whole = [slice(None)] if patches.device.type != "cpu" else _chunks(len(tokens), dim)
+    whole = [slice(None)] if patches.device.type != "cpu" else chunks(len(tokens), dim)
     parts = [quantise(tokens[part]) for part in whole]
     packed, scales, good = (torch.cat(column) for column in zip(*parts, strict=True))
     finite = torch.isfinite(patches).all(-1).all(-1)
@@ -279,22 +196,22 @@ class _Quantiser:
     def __init__(self, codec: QuantisedCodec, device: torch.device) -> None:
         self._codec, self._allowed = codec, codec.how.worst_error**2
         self._back = Dequantiser.of(codec, None).to(device)
-        self._mean, self._std = (_tensor(part).to(device) for part in (codec.mean, codec.std))
+        self._mean, self._std = (tensor(part).to(device) for part in (codec.mean, codec.std))
         if codec.rotation is not None and codec.levels is not None:
-            self._signs = _tensor(codec.rotation.signs).to(device)
-            self._edges = _tensor((codec.levels[1:] + codec.levels[:-1]) / 2).to(device)
+            self._signs = tensor(codec.rotation.signs).to(device)
+            self._edges = tensor((codec.levels[1:] + codec.levels[:-1]) / 2).to(device)
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode [T, D]: packed codes, scales float16 [T], and whether the bound holds [T]."""
         z = (tokens - self._mean) / self._std
-        if self._back.butterfly is None:
+        if self._back.turn.butterfly is None:
             scales = (z.abs().amax(1) / 127).half()
-            codes = torch.round(z / _divisor(scales)).clip(-127, 127).nan_to_num()
+            codes = torch.round(z / divisor(scales)).clip(-127, 127).nan_to_num()
             codes = (codes + 128).to(torch.uint8)
         else:
-            z = self._back.butterfly.forward(z * self._signs)
+            z = self._back.turn.butterfly.forward(z * self._signs)
             rms = z.double().square().mean(1).sqrt()
-            codes = torch.bucketize(z / _divisor(rms), self._edges, out_int32=True)
+            codes = torch.bucketize(z / divisor(rms), self._edges, out_int32=True)
             taken = torch.take(self._back.levels, codes.long())
             codes = codes.to(torch.uint8)
             # The scale that serves these codes best, in the least-squares sense.
@@ -344,6 +261,7 @@ class Twin(NamedTuple):
 TWINS: dict[type, Twin] = {
     PlainCodec: Twin(PlainRows, _encode_plain),
     QuantisedCodec: Twin(QuantisedRows, _encode_quantised),
+    GridCodec: Twin(GridRows, encode_grid),
 }
 """Class of codec -> its twin."""
 
@@ -351,49 +269,3 @@ TWINS: dict[type, Twin] = {
 def twin(codec: Codec) -> Twin:
     """Return a codec's twin; the oracle itself, slower and on the host, where it has none."""
     return TWINS.get(type(codec), Twin(OracleRows, _encode_by_oracle))
-
-
-def unpack(packed: Tensor, bits: Sequence[int], dim: int) -> Tensor:
-    """Codes uint8 [T, D] of planes uint8 [T, token_bytes] (layout: `cache.codec.quantised`)."""
-    codes, below, start = None, 0, 0
-    for width in bits:
-        per_byte = 8 // width
-        num_bytes = -(-dim // per_byte)
-        plane, mask = packed[:, start : start + num_bytes], 2**width - 1
-        fields = [(plane >> width * part) & mask for part in range(per_byte)]
-        found = torch.cat(fields, 1)[:, :dim] if per_byte > 1 else plane
-        codes = found if codes is None else codes | (found << below)
-        below, start = below + width, start + num_bytes
-    assert codes is not None
-    return codes
-
-
-def pack(codes: Tensor, bits: Sequence[int]) -> Tensor:
-    """Undo `unpack`."""
-    planes, below = [], 0
-    for width in bits:
-        per_byte = 8 // width
-        num_bytes = -(-codes.shape[1] // per_byte)
-        fields = (codes >> below) & (2**width - 1)
-        fields = nn.functional.pad(fields, (0, per_byte * num_bytes - codes.shape[1]))
-        plane = fields[:, :num_bytes].clone()
-        for part in range(1, per_byte):
-            plane |= fields[:, part * num_bytes : (part + 1) * num_bytes] << width * part
-        planes.append(plane)
-        below += width
-    return torch.cat(planes, 1)
-
-
-def _chunks(num_tokens: int, dim: int) -> list[slice]:
-    size = max(1, CPU_CHUNK // dim)
-    return [slice(start, start + size) for start in range(0, num_tokens, size)] or [slice(0)]
-
-
-def _divisor(scales: Tensor) -> Tensor:
-    """Scales as a column to divide by: 1 where a scale is zero, as the token is then."""
-    column = scales.float()[:, None]
-    return torch.where(column > 0, column, 1.0)
-
-
-def _tensor(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
