@@ -232,10 +232,9 @@ class _Quantiser:
         self._rate, transform = codec.rate, codec.transform
         self.mean, self._std = (tensor(each).to(device) for each in (transform.mean, transform.std))
         self._basis = tensor(transform.basis).to(device)
-        self._signs = self._butterfly = None
-        if transform.rotation is not None:
-            self._signs = tensor(transform.rotation.signs).to(device)
-            self._butterfly = self._decode.turn.butterfly
+        self._butterfly = self._decode.turn.butterfly
+        signs = np.ones(1) if transform.rotation is None else transform.rotation.signs
+        self._signs = tensor(signs).to(device)
         spread = tensor(codec.spread).view(-1)
         self._places = [torch.from_numpy(each.places).to(device) for each in codec.packed]
         self._spread = [spread[each.places].to(device) for each in codec.packed]
