@@ -124,7 +124,7 @@ class _Run:
         self.identity = start.identity(recipe, stage, inputs)
         model = start.initial_model(recipe, stage, inputs.dims)
         # Channels last: a convolution takes half the time on a CPU, and is the faster one on a GPU.
-        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.model = model.to(device).to(memory_format=torch.channels_last).train()
         if stage.activation_checkpointing:
             network: Any = model.encoder.network  # timm's and open_clip's have it
             network.set_grad_checkpointing(True)
