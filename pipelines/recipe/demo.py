@@ -48,9 +48,9 @@ def whole() -> Recipe:
         proxy_dtype="float32",
         student=StudentConfig(name="resnet_mini", encoder=_resnet(24)),
         stages=by_name(
-            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=600),
-            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=400),
-            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=600, lr=2e-3),
+            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=450),
+            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=300),
+            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=450, lr=2e-3),
         ),
         extraction=ExtractionConfig(
             rows_per_shard=256,
