@@ -1,58 +1,68 @@
-"""What codecs keep of real features and what they cost: quality, bits and speed, beside a bound.
+"""What codecs keep of real features and what they cost: quality, bits and speed, beside bounds.
 
-    python -m benchmarks.codec [--images 200] [--resolution 256] [--json FILE]
+    python -m benchmarks.codec [--images 200] [--resolution 256] [--teacher RECIPE:NAME ...]
+                               [--json FILE]
 
 Features are those of held-out emoji: EfficientNet-Lite2's stride-16 map (its ImageNet weights are a
-Python package), and a ViT's patch tokens: the newest student of runs/demo, or where there is none,
-one that is trained here for a minute or two on Lite2's features. Codecs are fitted to other images,
-those of the train split, as a store's are to its sample.
+Python package), and a ViT's patch tokens, one that is trained here for a minute or two on Lite2's
+features; or those of a recipe's teachers, where their weights are to be had. Codecs are fitted to
+other images, those of the train split, as a store's are to its sample.
 
-bound_r2 holds for codes that treat tokens as independent draws of one Gaussian with the measured
-covariance: the best R2 of any of them at as many bits, by rate-distortion theory's reverse
-water-filling (Cover & Thomas, 10.3.3). It is no bound on all codes: neighbours on the grid are
-alike, and a code that uses this may exceed it. Real features are not Gaussian either.
+bpfp are bits per feature point, scales and escapes included. cosine, worst and r2 are of tokens as
+the teacher gives them; z_cosine and snr_db of standardised ones, as the loss sees them. The bounds
+are R2 of Gaussian features at as many bits (benchmarks/codec_bounds.py): real ones are not
+Gaussian, and may be kept better than any bound says.
 
 gb_per_s counts float32 features, in memory to memory, all threads; decoding includes the loss
 normaliser's z-score, encoding the check of every token's bound. step_share is the time to decode a
-batch over that of a ViT-T/16 training step on the same batch, median of interleaved pairs.
+batch over that of a ViT-T/16 training step on the same batch, median of interleaved pairs; the
+rows named "synthetic" measure it on made-up features of 16 x 16 x 1536, whose quality says nothing.
 """
 
 import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from benchmarks import tables
+from benchmarks.codec_bounds import cosines, grid_variances, scalar_r2, tokens_r2, water_filled_r2
 from benchmarks.pairs import Timed, interleave
 from benchmarks.training import TrainingStep, features, pictures, targets_of
-from cache.codec.known import default_codec, make_codec
+from cache.codec.encoded import Codec
+from cache.codec.known import KNOWN, default_codec, make_codec
 from eupe.encoders import Encoder, Features
 from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.spec import EncoderSpec
 from eupe.teachers import load_teacher
+from pipelines.caching.measure import SAMPLE_ROWS
 from pipelines.caching.quality import quality
 from pipelines.features.codec_torch import Decoder, encode
 from pipelines.recipe import family, recipes
-from pipelines.records import checkpoint
 
-CODECS = ("float32", "float16", "bfloat16", "int8", "rot4", "rot3", "rot2")
+CODECS = tuple(name for name in KNOWN if name != "uint8")
 BATCH = 16
 REPEATS = 15
-STEP_CODEC = "rot4"  # whose decoding is set against a training step
-PAIRS, SECONDS = 9, 120.0
+PAIRS, SECONDS = 9, 60.0
+WIDE_SIDE, WIDE_DIM = 16, 1536
 COLUMNS = {
     "teacher": "",
     "codec": "",
-    "bits_per_coefficient": ".3f",
-    "cosine": ".5f",
-    "cosine_worst": ".4f",
-    "r2": ".5f",
-    "bound_r2": ".5f",
+    "bpfp": ".3f",
+    "cosine": ".4f",
+    "worst": ".3f",
+    "r2": ".4f",
+    "z_cosine": ".4f",
+    "snr_db": ".2f",
+    "tokens_r2": ".4f",
+    "grid_r2": ".4f",
+    "scalar_r2": ".4f",
     "encode_gb_per_s": ".2f",
     "decode_gb_per_s": ".2f",
     "step_share": ".2%",
@@ -65,41 +75,15 @@ BRIEF = EncoderSpec(
 )
 
 
-def bound_r2(covariance: np.ndarray, bits: float) -> float:
-    """Return the largest R2 of independent Gaussian tokens at a rate, by reverse water-filling.
-
-    A code that uses what tokens of one grid have in common may exceed it.
-
-    Args:
-        covariance: of the tokens, [D, D].
-        bits: per coefficient.
-    """
-    variances = np.linalg.eigvalsh(covariance).clip(min=0)
-    low, high = 0.0, float(variances.max())
-    for _ in range(200):
-        water = (low + high) / 2
-        rate = 0.5 * np.log2(np.maximum(variances / water, 1)).mean() if water > 0 else np.inf
-        low, high = (low, water) if rate < bits else (water, high)
-    return 1 - float(np.minimum(variances, high).sum() / variances.sum())
-
-
 def lite2(resolution: int) -> Callable[[torch.Tensor], Features]:
     """EfficientNet-Lite2 with ImageNet weights, its stride-16 map as patches."""
     config = family.efficientnet_lite(2, (resolution,))
     return load_teacher(config.name, config.encoder, config.weights)
 
 
-def vit(console: Console) -> tuple[str, Callable[[torch.Tensor], Features]]:
-    """Return the demo's student if it is there, else train one briefly."""
-    recipe = recipes.get("demo")
-    for stage in ("stage3", "stage2"):
-        saved = checkpoint.latest(recipe.stage_directory(stage))
-        if saved is not None:
-            encoder = recipe.student.encoder
-            return f"vit_demo_{stage}", load_teacher(
-                "vit", encoder, f"checkpoint:{saved.directory}"
-            )
-    console.print(f"no student in {recipe.run_directory}: training one for {BRIEF_STEPS} steps")
+def vit(console: Console) -> Callable[[torch.Tensor], Features]:
+    """Train a ViT briefly on Lite2's features."""
+    console.print(f"training a ViT for {BRIEF_STEPS} steps")
     pixels = pictures("train", BRIEF_IMAGES, BRIEF_SIDE)
     tokens = features(lite2(BRIEF_SIDE), pixels)
     dims = {"lite2": (tokens.summary.shape[-1], tokens.patches.shape[-1])}
@@ -112,8 +96,15 @@ def vit(console: Console) -> tuple[str, Callable[[torch.Tensor], Features]]:
         loss = step(batch, {"lite2": chosen})
         if number % 25 == 0 or number == BRIEF_STEPS - 1:
             console.print(f"  step {number}: loss {loss:.3f}")
-    encoder: Encoder = step.model.encoder.eval()
-    return "vit_brief", encoder
+    network: Encoder = step.model.encoder.eval()
+    return network
+
+
+def teacher_of(named: str) -> Callable[[torch.Tensor], Features]:
+    """Load a teacher that is named as RECIPE:NAME."""
+    recipe, _, name = named.partition(":")
+    config = recipes.get(recipe).teachers[name]
+    return load_teacher(name, config.encoder, config.weights, config.dtype)
 
 
 def rows_of(
@@ -122,57 +113,118 @@ def rows_of(
     """Measure every codec on one teacher."""
     fitted_on = features(network, pictures("train", count, resolution)).patches
     found = features(network, pictures("test", count, resolution)).patches
+    return measured(name, fitted_on, found)
+
+
+def measured(name: str, fitted_on: torch.Tensor, found: torch.Tensor) -> list[tables.Row]:
+    """Measure every codec on features [n, H, W, D], fitted to others."""
     moments = Moments.of(fitted_on.flatten(0, 2).numpy())
     tokens = found.flatten(0, 2).numpy()
-    held_out = Moments.of(tokens)
+    held_out, covariance = Moments.of(tokens), Moments.of(tokens).covariance()
     deviation = (tokens - held_out.mean) / np.maximum(held_out.std(), 1e-9)
-    kurtosis = float((deviation**4).mean())
-    step = TrainingStep({name: (1, tokens.shape[1])}) if name.startswith("eff") else None
+    variances = grid_variances(found.numpy(), held_out.mean, covariance)
     rows = []
     for codec_name in CODECS:
-        codec = make_codec(
-            default_codec(codec_name), (moments.count, moments.mean, moments.scatter)
-        )
-        kept = quality(codec, tokens[None])
+        codec = fitted(codec_name, moments, fitted_on)
+        kept = quality(codec, found.flatten(1, 2).numpy())
         batch = found[:BATCH].flatten(1, 2).contiguous()
         encoded = encode(codec, batch)
         decode = Decoder(codec, zscore(moments))
-        num_bytes = batch.numel() * 4
+        num_bytes, bits = batch.numel() * 4, kept.bits_per_coefficient
         row: tables.Row = {
             "teacher": name,
             "codec": codec_name,
-            "bits_per_coefficient": kept.bits_per_coefficient,
+            "bpfp": bits,
             "cosine": kept.cosine,
-            "cosine_worst": kept.cosine_worst,
+            "worst": kept.cosine_worst,
             "r2": kept.r2,
-            "bound_r2": bound_r2(held_out.covariance(), kept.bits_per_coefficient),
-            "encode_gb_per_s": num_bytes / seconds(lambda c=codec, b=batch: encode(c, b)) / 1e9,
+            **standardised(codec, found, moments),
+            "tokens_r2": tokens_r2(covariance, bits),
+            "grid_r2": water_filled_r2(variances, bits),
+            "scalar_r2": scalar_r2(variances, bits),
+            "encode_gb_per_s": num_bytes / seconds(partial(encode, codec, batch)) / 1e9,
             "decode_gb_per_s": num_bytes
-            / seconds(lambda d=decode, e=encoded: d(e.data, e.escapes))
+            / seconds(partial(decode, encoded.data, encoded.escapes))
             / 1e9,
             "tokens": kept.tokens,
             "dim": tokens.shape[1],
-            "kurtosis": kurtosis,
+            "kurtosis": float((deviation**4).mean()),
         }
-        if step is not None and codec_name == STEP_CODEC:
-            pixels = torch.from_numpy(pictures("test", BATCH, resolution))
-            pixels = pixels.permute(0, 3, 1, 2).contiguous()
-            summary = torch.zeros(BATCH, 1)
-            known = targets_of(Features(summary, found[:BATCH]))
-            pairs = interleave(
-                Timed(lambda _, s=step, p=pixels, k=known: s(p, {name: k})),
-                Timed(lambda _, d=decode, e=encoded: d(e.data, e.escapes)),
-                PAIRS,
-                SECONDS,
-            )
-            share = pairs.speed_ratio()  # step over decode, so its inverse, ends swapped
-            row |= {
+        rows.append(row)
+    return rows
+
+
+def fitted(name: str, moments: Moments, rows: torch.Tensor) -> Codec:
+    """Fit a codec as a store's is: to moments, and to as many whole pictures [n, H, W, D]."""
+    chosen = rows[:: max(1, len(rows) // SAMPLE_ROWS)][:SAMPLE_ROWS].flatten(1, 2).numpy()
+    height, width = rows.shape[1:3]
+    stored = moments.count, moments.mean, moments.scatter
+    return make_codec(default_codec(name), stored, (height, width), chosen)
+
+
+def standardised(codec: Codec, found: torch.Tensor, moments: Moments) -> dict[str, object]:
+    """Compare standardised tokens of features [n, H, W, D] with what a codec gives back."""
+    normalise = zscore(moments)
+    features = found.flatten(1, 2)
+    encoded = encode(codec, features)
+    got = Decoder(codec, normalise)(encoded.data, encoded.escapes).double()
+    wanted = normalise(features).double()
+    error = (got - wanted).square().sum()
+    return {
+        "z_cosine": float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).mean()),
+        "snr_db": float(10 * torch.log10(wanted.square().sum() / error.clamp_min(1e-300))),
+    }
+
+
+def synthetic() -> list[tables.Row]:
+    """Measure what decoding costs beside a training step, 16 x 16 x 1536.
+
+    A grid codec is there with directions of the channels (basis), and without (rotation).
+    """
+    generator = torch.Generator().manual_seed(0)
+    i, j = torch.meshgrid(*(torch.arange(float(WIDE_SIDE)),) * 2, indexing="ij")
+    falling = (1 + torch.hypot(i, j))[..., None] ** -1.0 * (1 + torch.arange(WIDE_DIM)) ** -0.5
+    waves = torch.from_numpy(cosines(WIDE_SIDE)).float()
+    y = torch.randn(BATCH, *falling.shape, generator=generator) * falling
+    rows = torch.einsum("ia,jb,nijd->nabd", waves, waves, y)
+    mixed = rows @ torch.linalg.qr(torch.randn(WIDE_DIM, WIDE_DIM, generator=generator)).Q
+    moments = Moments.of(mixed.flatten(0, 2).numpy())
+    few = replace(moments, count=2, scatter=moments.scatter * 2 / moments.count)
+    many = replace(moments, count=10**6, scatter=moments.scatter * 10**6 / moments.count)
+    step = TrainingStep({"wide": (1, WIDE_DIM)})
+    pixels = torch.from_numpy(pictures("test", BATCH, WIDE_SIDE * 16))
+    pixels = pixels.permute(0, 3, 1, 2).contiguous()
+    known = {"wide": targets_of(Features(torch.zeros(BATCH, 1), mixed))}
+    table = []
+    forms = [("rot4", "", moments), ("rot2", "", moments)]
+    forms += [
+        (name, form, own)
+        for name in ("grid0.5", "grid1", "grid2", "grid4")
+        for form, own in (("rotation", few), ("basis", many))
+    ]
+    for name, form, own in forms:
+        codec = fitted(name, own, mixed)
+        encoded = encode(codec, mixed.flatten(1, 2))
+        decode = Decoder(codec, zscore(moments))
+        pairs = interleave(
+            Timed(lambda _: step(pixels, known)),
+            Timed(lambda _, d=decode, e=encoded: d(e.data, e.escapes)),  # type: ignore[misc]
+            PAIRS,
+            SECONDS,
+        )
+        share = pairs.speed_ratio()  # step over decode, so its inverse, ends swapped
+        table.append(
+            {
+                "teacher": f"synthetic {form}".strip(),
+                "codec": name,
+                "bpfp": encoded.bits_per_coefficient(WIDE_SIDE**2, WIDE_DIM),
+                "decode_gb_per_s": 4 * mixed.numel() / float(np.median(pairs.subject)) / 1e9,
                 "step_share": 1 / share.median,
                 "step_share_low": 1 / share.high,
                 "step_share_high": 1 / share.low,
             }
-        rows.append(row)
-    return rows
+        )
+    return table
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -191,16 +243,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = tables.parser("codec", __doc__)
     parser.add_argument("--images", type=int, default=200, help="held-out, and as many to fit to")
     parser.add_argument("--resolution", type=int, default=256, help="pixels")
+    parser.add_argument(
+        "--teacher",
+        nargs="+",
+        metavar="RECIPE:NAME",
+        help="of a recipe, as imagenet1k_vits16:dinov3_h; else Lite2 and a ViT trained here",
+    )
     arguments = parser.parse_args(argv)
     console = tables.console()
-    table = rows_of(
-        "efficientnet_lite2",
-        lite2(arguments.resolution),
-        arguments.images,
-        arguments.resolution,
-    )
-    name, network = vit(console)
-    table += rows_of(name, network, arguments.images, arguments.resolution)
+    count, resolution = arguments.images, arguments.resolution
+    table = []
+    if arguments.teacher:
+        for named in arguments.teacher:
+            table += rows_of(named, teacher_of(named), count, resolution)
+    else:
+        table += rows_of("efficientnet_lite2", lite2(resolution), count, resolution)
+        table += rows_of("vit_brief", vit(console), count, resolution)
+        table += synthetic()
     title = f"held-out images, {torch.get_num_threads()} threads, {platform.machine()}"
     tables.show(table, COLUMNS, title, console, arguments.json)
     return 0

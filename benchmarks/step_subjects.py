@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 
 from benchmarks import proxy_step
-from cache.codec.known import default_codec
+from cache.codec.known import default_codec, make_codec
 from cache.samples import Samples
 from cache.store import Store, create_store
 from cache.writer import write_shard
@@ -145,9 +145,9 @@ def fill(
         summary_dim=summary.shape[-1],
     )
     moments = {"summary": Moments.of(summary), "patches": Moments.of(patches.flatten(0, 1))}
-    store = create_store(
-        root, spec, {kind: (m.count, m.mean, m.scatter) for kind, m in moments.items()}, {}
-    )
+    stored = {kind: (m.count, m.mean, m.scatter) for kind, m in moments.items()}
+    fitted = make_codec(spec.codec, stored["patches"], spec.grid, patches.numpy())
+    store = create_store(root, spec, stored, {}, fitted)
     encoded = encode(store.codec, patches)
     table = pl.DataFrame(
         {

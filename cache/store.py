@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from cache.codec.encoded import Arrays, Codec, Floats, Moments
+from cache.codec.encoded import Arrays, Codec, Moments
 from cache.codec.known import make_codec, stored_codec
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic, place
@@ -235,7 +235,7 @@ def create_store(
     spec: StoreSpec,
     moments: Mapping[str, Moments],
     provenance: Mapping[str, object],
-    rows: Floats | None = None,
+    codec: Codec | None = None,
 ) -> Store:
     """Create a store, or open it if it is there: moments and provenance never change afterwards.
 
@@ -247,7 +247,7 @@ def create_store(
         moments: "summary" and "patches": count, mean [D], scatter [D, D], measured on a fixed
             sample of features as the teacher gives them.
         provenance: what later builds must obey and what made the first one; plain data.
-        rows: float32 [r, N, D], whole rows of that sample, where the codec is fitted to them.
+        codec: of the spec, fitted already; None: it is fitted to the moments.
 
     Raises:
         ValueError: moments of another width than the spec's.
@@ -263,7 +263,7 @@ def create_store(
     with atomic.only_writer(directory, scratch):
         atomic.sweep(scratch)
         if not layout.manifest_directory(directory).joinpath(layout.HEAD).is_file():
-            _create(directory, spec, moments, provenance, rows, scratch)
+            _create(directory, spec, moments, provenance, codec, scratch)
     return open_store(base, spec)
 
 
@@ -272,7 +272,7 @@ def _create(
     spec: StoreSpec,
     moments: Mapping[str, Moments],
     provenance: Mapping[str, object],
-    rows: Floats | None,
+    codec: Codec | None,
     scratch: Path,
 ) -> None:
     """Write the files that HEAD pins, then HEAD.
@@ -282,8 +282,8 @@ def _create(
     """
     path = layout.moments_file(directory)
     measured = atomic.write_once(path, moments_table.to_bytes(moments), scratch)
-    patches = moments_table.parse(measured, path)["patches"]
-    codec = make_codec(spec.codec, patches, spec.grid, rows)
+    if codec is None:
+        codec = make_codec(spec.codec, moments_table.parse(measured, path)["patches"])
     said = codec.to_json_dict()
     if arrays := codec.arrays():
         path = layout.codec_file(directory)

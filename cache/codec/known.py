@@ -19,6 +19,10 @@ from eupe.spec import CodecSpec
 
 KNOWN: dict[str, Kind] = {**plain.KINDS, **quantised.KINDS, **grids.KINDS}
 """Every codec by name."""
+OF = " of "
+"""Between a codec and that of the store that its features were taken from: rot4 of float16."""
+ROUNDED = "rounded"
+"""The fit rule of a derived codec that is fitted to nothing."""
 
 
 def kind(name: str) -> Kind:
@@ -27,18 +31,37 @@ def kind(name: str) -> Kind:
     Raises:
         BadInput: no codec has that name.
     """
-    if name not in KNOWN:
+    own, _, source = name.partition(OF)
+    if own not in KNOWN:
         raise BadInput(f"codec = {name!r}: wants one of {', '.join(KNOWN)}")
-    return KNOWN[name]
+    if source:
+        kind(source)
+    return KNOWN[own]
 
 
 def default_codec(name: str) -> CodecSpec:
     """Return the spec of a codec by name, with the rule that fits its scaling.
 
+    Args:
+        name: of a codec, or of a derived one, as "rot4 of float16".
+
     Raises:
         BadInput: no codec has that name.
     """
-    return CodecSpec(name=name, fit=kind(name).fit)
+    own, of, source = name.partition(OF)
+    rule = kind(name).fit
+    return CodecSpec(name=own, fit=f"{rule or ROUNDED}{of}{source}" if of else rule)
+
+
+def source_of(spec: CodecSpec) -> str | None:
+    """Return the codec that a derived one's features were taken from; None if from the teacher."""
+    return (spec.fit or "").partition(OF)[2] or None
+
+
+def name_of(spec: CodecSpec) -> str:
+    """Return the name that `default_codec` makes a spec of."""
+    source = source_of(spec)
+    return spec.name if source is None else f"{spec.name}{OF}{source}"
 
 
 def make_codec(
@@ -59,7 +82,7 @@ def make_codec(
         ValueError: the fit rule is not the codec's, or what it is fitted to is not given.
     """
     _check_fit(spec)
-    if spec.fit is not None and moments is None:
+    if kind(spec.name).fit is not None and moments is None:
         raise ValueError(f"codec {spec.name}: is fitted to the moments of the patches; give them")
     if kind(spec.name).of_rows and (grid is None or rows is None):
         raise ValueError(f"codec {spec.name}: is fitted to whole rows of patches too; give them")
@@ -82,7 +105,7 @@ def stored_codec(spec: CodecSpec, said: Mapping[str, object], arrays: Arrays) ->
 
 
 def _check_fit(spec: CodecSpec) -> None:
-    rule = default_codec(spec.name).fit
+    rule = default_codec(name_of(spec)).fit
     if spec.fit != rule:
         raise BadInput(f"codec {spec.name}: fit = {spec.fit!r}, this version knows {rule!r}")
 

@@ -167,6 +167,62 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("derive")
+def derive(
+    store: Annotated[Path, typer.Argument(help="Folder of a store, as `eupe cache ls` names it.")],
+    codec: Annotated[
+        str | None,
+        typer.Option(help="What to keep features in. Left out: as the store.", show_default=False),
+    ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option(help="The first so many. Left out: all.", min=1, show_default=False),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="So many, drawn by their ids' hashes. Left out: all.", min=1, show_default=False
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Cache root to put it in. Left out: the store's.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a cheaper store of a richer one, without a pass of the teacher.
+
+    Another codec, fewer views, fewer samples. Kill it whenever you like: the same command goes on.
+
+    From a float32 store comes what a build with that codec would have made, and recipes find it as
+    such. Any other has rounded the features first: the codec is then "rot4 of float16", and so a
+    recipe has to name it: [b]codec: rot4 of float16[/b]. (Grid codecs: "grid1 of float32" too.)
+
+    Fewer views or samples want a root of their own, which --root names.
+    """
+    from pipelines.caching.derive import derive
+
+    here = store.resolve()
+    shown = partial(shards_shown, f"Deriving from {here.parent.name}")
+    asked = here.parents[3] if root is None else root_of(root)
+    done = derive(here, asked, codec, views, samples, shown)
+    if as_json:
+        print_json(
+            {
+                "store": str(done.store.directory),
+                "codec": done.codec,
+                "shards": done.num_shards,
+                "samples": done.num_samples,
+                "bytes": done.num_bytes,
+            }
+        )
+        return
+    print(
+        f"{done.store.directory}: {done.codec}, {done.num_samples} samples, "
+        f"{done.num_bytes} bytes, {done.num_shards} shards written now"
+    )
+
+
 @app.command("drop")
 def drop(
     dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],

@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 import polars as pl
 
-from cache.codec.known import kind
+from cache.codec.known import kind, make_codec, name_of, source_of
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
@@ -23,6 +23,7 @@ from cache.samples import DROPPED_REASON
 from cache.shard_ranges import Rows
 from cache.store import Store, create_store, open_store
 from cache.verify import Report, verify
+from eupe.errors import BadInput
 from eupe.preprocessing import normalisation
 from eupe.spec import StoreSpec
 from pipelines.caching import quality
@@ -78,6 +79,7 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
     """
     specs = store_specs(job)
     absent = [spec for spec in specs if _open(job, spec) is None]
+    _check_built(absent)
     if absent:
         _say_whose_pixels(job)
         batch = job.extraction.compute_batch
@@ -88,8 +90,10 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
         kept = [quality.check(spec, sample) for spec, sample in zip(absent, own, strict=True)]
         for spec, sample, found in zip(absent, own, kept, strict=True):
             measured = {} if found is None else {"codec_quality": found.to_json_dict()}
-            rows = sample.rows if kind(spec.codec.name).of_rows else None
-            create_store(job.root, spec, sample.moments, {**made_by, **measured}, rows)
+            codec = None
+            if kind(spec.codec.name).of_rows:
+                codec = make_codec(spec.codec, sample.moments["patches"], spec.grid, sample.rows)
+            create_store(job.root, spec, sample.moments, {**made_by, **measured}, codec)
     return [open_store(job.root, spec) for spec in specs]
 
 
@@ -297,6 +301,18 @@ def _open(job: CacheJob, spec: StoreSpec) -> Store | None:
         return open_store(job.root, spec)
     except (NotBuilt, FingerprintMismatch):
         return None
+
+
+def _check_built(absent: Sequence[StoreSpec]) -> None:
+    """Refuse to build what is derived from another store."""
+    for spec in absent:
+        source = source_of(spec.codec)
+        if source is not None:
+            raise BadInput(
+                f"teacher {spec.teacher.name} at {spec.resolution} px: codec "
+                f"{name_of(spec.codec)!r} is not built but derived from a store of {source}, by "
+                "`eupe cache derive`"
+            )
 
 
 def _say_whose_pixels(job: CacheJob) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from cache.codec.known import KNOWN, kind
+from cache.codec.known import KNOWN, default_codec
 from eupe.errors import BadInput
 from eupe.spec import (
     CentreView,
@@ -27,7 +27,7 @@ from pipelines.recipe.stage import StageConfig, StageName
 
 
 def _known_codec(name: str) -> str:
-    kind(name)
+    default_codec(name)
     return name
 
 
@@ -37,13 +37,13 @@ def _as_label(value: object) -> object:
 
 
 def _list_codecs(schema: dict[str, object]) -> None:
-    schema["enum"] = list(KNOWN)
+    schema["examples"] = list(KNOWN)
 
 
 CodecName = Annotated[
     str, AfterValidator(_known_codec), OneOf(KNOWN), Field(json_schema_extra=_list_codecs)
 ]
-"""A codec that `cache.codec.known` has."""
+"""A codec that `cache.codec.known` has, or one that is derived, as "rot4 of float16"."""
 PROXY = "proxy"
 """Name under which a stage lists the proxy as its teacher."""
 PIXELS = "pixels"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from cache.codec.known import default_codec
+from cache.codec.known import default_codec, make_codec
 from cache.format import rows_table
 from cache.samples import DROPPED_REASON, Samples
 from cache.shard_ranges import ShardRange
@@ -82,8 +82,9 @@ class Toy:
         """Create or open the store."""
         given = {"summary": moments(SUMMARY_DIM), "patches": moments(PATCH_DIM)}
         rows = np.stack([features(name, 0)[0] for name in ids(16, "fit")])
-        made_by = {"compute_batch": 8}
-        return create_store(self.root, store_spec(self.codec), given, made_by, rows)
+        spec, made_by = store_spec(self.codec), {"compute_batch": 8}
+        codec = make_codec(spec.codec, given["patches"], GRID, rows)
+        return create_store(self.root, spec, given, made_by, codec)
 
     def write(self, store: Store, view: int, shard: ShardRange):
         """Write one shard, commit nothing."""
