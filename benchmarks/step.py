@@ -68,10 +68,10 @@ from pipelines.images.reader import ImageReader
 from pipelines.images.walks import base
 from pipelines.recipe import family
 from pipelines.recipe.config import WorkersConfig
+from pipelines.recipe.draws import TrainingDraw
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.training.batches import Batch, Batches, Feed, Loader
-from pipelines.training.draws import TrainingDraw
 
 PREFETCH = 1
 SETTLE = PREFETCH + 1

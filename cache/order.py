@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from cache.shard_ranges import Rows, ShardRange, ShardRanges
 from eupe.addressed import hashed
@@ -23,6 +24,9 @@ from eupe.errors import BadInput
 
 BUFFER_ROWS = 16_384
 """Rows of the shuffle buffer: 24 shards of 680 rows, or 6.4 GB of ViT-B features in flight."""
+
+LOOKED_AT_ROWS = 1_000_000
+"""Rows of an epoch whose order is looked at together where shards are asked for."""
 
 _FRACTION_BITS = 20
 """Of a row's due time: fractions of a row, so that hardly any two fall together."""
@@ -89,24 +93,83 @@ class EpochOrder:
             start += len(part)
         return np.concatenate(parts)
 
+    def touched(
+        self, epoch: int, bounds: Rows, labels: Rows, num_labels: int
+    ) -> npt.NDArray[np.bool_]:
+        """Say of each shard under which labels rows of it come out, of an epoch that is cut up.
+
+        In the middle of a long stretch that is known without looking at a row: a row at position
+        p >= 2 B of the sequence comes out at a place from p - B to p + B, one before it by 3 B.
+
+        Args:
+            epoch: its number.
+            bounds: where stretches of places begin, and the end of the last, int64 [k + 1], rising.
+            labels: of each stretch, int64 [k], from 0.
+            num_labels: labels there are.
+
+        Returns:
+            bool [num_labels, shards].
+        """
+        order, ends = self._epoch(epoch)
+        found = np.zeros((num_labels, len(order)), bool)  # shards in the order of the sequence
+        edge = 3 * self._buffer
+        starts, stops = bounds[:-1], bounds[1:]
+        long = stops - starts > 2 * edge
+        for start, stop, label in np.stack([starts, stops, labels], axis=1)[long].tolist():
+            low = max(start, self._buffer) + self._buffer if start else 0
+            found[label] |= (ends > low) & (ends - self._lengths[order] < stop - self._buffer)
+        firsts = np.concatenate([starts[~long], starts[long], stops[long] - edge])
+        by_place = np.argsort(firsts)
+        firsts = firsts[by_place]
+        lasts = np.concatenate([stops[~long], starts[long] + edge, stops[long]])[by_place]
+        labels = np.concatenate([labels[~long], labels[long], labels[long]])[by_place]
+        for first in range(0, self.num_rows, LOOKED_AT_ROWS):
+            last = first + LOOKED_AT_ROWS
+            here = slice(
+                *(int(np.searchsorted(*each)) for each in ((lasts, first + 1), (firsts, last)))
+            )
+            if here.start < here.stop:
+                pairs = np.clip(np.stack([firsts[here], lasts[here]]), first, last)
+                self._look(epoch, pairs, labels[here], found)
+        shards = np.empty_like(found)
+        shards[:, order] = found
+        return shards
+
+    def _look(
+        self, epoch: int, stretches: Rows, labels: Rows, found: npt.NDArray[np.bool_]
+    ) -> None:
+        """Mark the shards, as the sequence has them, of the rows in stretches, int64 [2, k]."""
+        begin, end = int(stretches[0, 0]), int(stretches[1, -1])
+        positions = self._positions(epoch, begin, end)
+        low = int(positions.min())
+        ends = self._epoch(epoch)[1]
+        shards = np.searchsorted(ends, np.arange(low, positions.max() + 1), side="right")
+        for start, stop, label in zip(*(stretches - begin).tolist(), labels.tolist(), strict=True):
+            found[label, shards[positions[start:stop] - low]] = True
+
     def _order_block(self, epoch: int, block: int) -> Rows:
-        """Return the rows at places [block B, (block + 1) B).
+        """Return the rows at places [block B, (block + 1) B)."""
+        first = block * self._buffer
+        last = min(first + self._buffer, self.num_rows)
+        return self._rows_at(epoch, self._positions(epoch, first, last))
+
+    def _positions(self, epoch: int, first: int, last: int) -> Rows:
+        """Return the positions in the sequence of what comes out at places [first, last).
 
         Take the rows from some position p >= B on, sorted by when they are due. Every row before p
         is due before p + B, and so before any of these that is due at p + B or later: of those the
         place is p + their number. At most B of these are due before p + B, so places p + B and on
         are right. And the row at place r is due by max(r + B, 2 B): its position is no higher.
         """
-        first = block * self._buffer
         begin = first - self._buffer if first >= 2 * self._buffer else 0
-        end = min(first + 3 * self._buffer, self.num_rows)
+        end = min(last + 2 * self._buffer, self.num_rows)
         positions = np.arange(begin, end)
         hashes = hashed(positions, f"cache.order/{self._seed}/{epoch}/rows")
         waits = hashes % np.uint64(self._buffer << _FRACTION_BITS)
         entered = np.maximum(positions, self._buffer) << _FRACTION_BITS
         order = np.argsort(entered + waits.astype(np.int64), kind="stable")
-        places = order[first - begin : first - begin + self._buffer]
-        return self._rows_at(epoch, positions[places])
+        found: Rows = positions[order[first - begin : last - begin]]
+        return found
 
     def _rows_at(self, epoch: int, positions: Rows) -> Rows:
         """Return the rows at positions of the sequence, shard after shuffled shard."""

@@ -66,7 +66,7 @@ class Reader:
 
         Args:
             store: from `open_store`.
-            views: numbers of the views to read.
+            views: numbers of the views to read; none, where no row will be asked for.
             version: manifest version to read; None is the newest.
             access: "map" for local disks, "read" (positioned reads) where maps are slow.
             threads: threads that copy one batch, the caller's included; numpy copies without the
@@ -74,14 +74,14 @@ class Reader:
 
         Raises:
             NotBuilt: one of the views has no shard in the manifest.
-            ValueError: no view, no thread, or another access.
+            ValueError: no thread, or another access.
         """
         self.store = store
         self.views = sorted(set(views))
-        if not self.views or threads < 1 or access not in ("map", "read"):
+        if threads < 1 or access not in ("map", "read"):
             raise ValueError(
-                f"views = {views}, threads = {threads}, access = {access!r}: wants at least one "
-                f"view and one thread, and access 'map' or 'read'"
+                f"threads = {threads}, access = {access!r}: wants at least one thread, and access "
+                "'map' or 'read'"
             )
         self._manifest = store.manifest()
         self.version = self._manifest.checked(version)

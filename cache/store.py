@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ValidationError
 
@@ -21,7 +22,7 @@ from cache.format.record_table import ShardRecord
 from cache.manifest import Manifest, ManifestHead, Totals, check_same
 from cache.samples import Samples, num_rows_now
 from cache.segments import check_pinned
-from cache.shard_ranges import Missing
+from cache.shard_ranges import Missing, ShardRanges
 from eupe import fingerprint as fp
 from eupe.spec import StoreSpec
 
@@ -121,31 +122,56 @@ class Store:
         content = arrow_tables.map_file(path, sha256=self.moments_sha256)
         return moments_table.parse(content, path)
 
-    def todo(self, num_views: int) -> Missing:
+    def todo(self, wanted: int | npt.NDArray[np.bool_]) -> Missing:
         """Return what is wanted and not there: (view, shard), in view order.
 
         A shard is there when the manifest has it for these rows and both files have the recorded
         size; a deleted or cut file is to do again (law 11). What the files hold is not looked at,
         nor which samples it was made of: readers and `verify` do that, shard by shard.
+
+        Args:
+            wanted: True where a view of a shard is, bool [views, shards]; or the number of views
+                that are wanted of all shards.
         """
         samples, manifest = self.samples, self.manifest()
         shards = samples.shards()
-        missing = np.ones((num_views, len(shards)), bool)
+        every = np.ones((wanted, len(shards)), bool) if isinstance(wanted, int) else wanted
+        missing = every.copy()
         files = layout.patches_file, layout.rows_file
         size_of = place.sizes_below(self.directory, 2 * sum(p.rows for p in manifest.head.segments))
-        for table in manifest.tables(views=range(num_views)):
+        for table in manifest.tables(views=range(len(missing))):
             view, shard, stop, *sizes = (
                 arrow_tables.to_numpy(table[name])
                 for name in ("view", "shard", "stop", "patches_bytes", "rows_bytes")
             )
             places = np.searchsorted(shards.numbers, shard)
-            for at in np.flatnonzero(stop == samples.shard_stops(shard)).tolist():
+            there = stop == samples.shard_stops(shard)
+            there[there] = missing[view[there], places[there]]
+            for at in np.flatnonzero(there).tolist():
                 key = int(view[at]), int(shard[at])
                 missing[key[0], places[at]] = any(
                     size_of(named(self.directory, *key)) != size[at]
                     for named, size in zip(files, sizes, strict=True)
                 )
         return Missing(shards, missing)
+
+    def lacks(
+        self, wanted: npt.NDArray[np.bool_], shards: ShardRanges, version: int | None = None
+    ) -> int:
+        """Count the views of shards that are wanted and not in the manifest.
+
+        Args:
+            wanted: bool [views, shards].
+            shards: of the dataset, those that `wanted` is of.
+            version: of the manifest; None: the newest.
+        """
+        missing = wanted.copy()
+        for table in self.manifest().tables(version, range(len(wanted))):
+            view, shard = (arrow_tables.to_numpy(table[name]) for name in ("view", "shard"))
+            places = np.minimum(np.searchsorted(shards.numbers, shard), len(shards) - 1)
+            there = shards.numbers[places] == shard
+            missing[view[there], places[there]] = False
+        return int(missing.sum())
 
     def commit(self, records: Sequence[ShardRecord]) -> int:
         """Make written shards exist; return the manifest's new version.

@@ -17,9 +17,9 @@ from pipelines.features.cached import CachedSource
 from pipelines.features.sources import Normalisers
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import WorkersConfig
+from pipelines.recipe.draws import Sweep
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.training.batches import Batches, Feed, Loader
-from pipelines.training.draws import Sweep
 
 
 @pytest.fixture(scope="module")

@@ -32,10 +32,10 @@ from pipelines.images import index
 from pipelines.images.reader import ImageReader
 from pipelines.images.walks import base
 from pipelines.recipe.config import SourceConfig, WorkersConfig
+from pipelines.recipe.draws import Sweep
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.recipe.stores import CacheJob, open_stores
 from pipelines.training.batches import Batches, Feed, Loader
-from pipelines.training.draws import Sweep
 
 COUNT = 24
 Move = Callable[[Path, Mapping[str, bytes]], SourceConfig]

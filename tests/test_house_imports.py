@@ -132,7 +132,7 @@ def test_every_folder_of_pipelines_is_a_wing_with_its_floor():
         ("pipelines.recipe", "def late():\n    import pipelines.training.start"),
         ("pipelines.features", "from pipelines import stages"),
         ("pipelines.records", "from pipelines import machines"),
-        ("pipelines.caching", "from pipelines.training.draws import Sweep"),
+        ("pipelines.caching", "from pipelines.training.batches import Batches"),
         ("pipelines.training", "from pipelines.caching import indexing"),
         ("cache.format", "from cache.store import Store"),
         ("cache.codec", "from cache.format import layout"),

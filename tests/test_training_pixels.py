@@ -61,7 +61,7 @@ def test_what_is_read_is_pinned_with_the_rest(run):
     stage = run.stage("stage1")
     pins = inputs.from_caches(run, stage).pins
     assert any("/pixels-" in name for name in pins)
-    assert len(pins) == len(stage.teachers) + 1
+    assert len(pins) == len(stage.teachers) + 2  # and how many rows are drawn from
 
 
 def test_pixels_that_are_wanted_and_not_built_are_named(run):

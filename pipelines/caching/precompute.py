@@ -32,7 +32,6 @@ from pipelines.caching.indexing import REASONS_SHOWN, Indexed, check_share, inde
 from pipelines.caching.measure import measure
 from pipelines.caching.tasks import Tasks
 from pipelines.images.index import check_there
-from pipelines.images.walks import base
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob, store_specs
@@ -133,16 +132,16 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
     for store in stores:
         atomic.sweep(layout.scratch_directory(store.directory))  # of killed builders
         store.mend_metadata()
-    tasks = Tasks(stores, job.num_views, str(base(job.dataset.source)))
+    tasks = Tasks(job, stores)
     num_images = tasks.num_images
     num_shards = 0
     invalid = {id(store): _num_invalid(job, store) for store in stores}
     if tasks:
-        passes = len({str(store.provenance["compute_batch"]) for store in stores})
-        all_images = passes * job.num_views * len(stores[0].samples)
         with (
             _borrowed(pool, job) as workers,
-            track(all_images, f"Extracting {job}", before=all_images - num_images) as progress,
+            track(
+                tasks.all_images, f"Extracting {job}", before=tasks.all_images - num_images
+            ) as progress,
         ):
             for number, records in workers.run("extract", tasks):
                 _, wanted, shard = tasks[number]
@@ -330,13 +329,16 @@ def _say_whose_pixels(job: CacheJob) -> None:
 
 
 def _num_invalid(job: CacheJob, store: Store) -> int:
-    """Count the rows of the job's views that the manifest has as invalid, dropped ones left out."""
-    count = 0
+    """Count the rows that a job wants and the manifest has as invalid, dropped ones left out."""
+    count, wanted, shards = 0, job.wanted_of(store), store.samples.shards()
     for table in store.manifest().tables(views=range(job.num_views)):
-        shard, start, stop, num_valid = (
-            arrow_tables.to_numpy(table[name]) for name in ("shard", "start", "stop", "num_valid")
+        view, shard, start, stop, num_valid = (
+            arrow_tables.to_numpy(table[name])
+            for name in ("view", "shard", "start", "stop", "num_valid")
         )
-        count += int((stop - start - num_valid - _num_dropped(store, shard)).sum())
+        places = np.minimum(np.searchsorted(shards.numbers, shard), len(shards) - 1)
+        own = wanted[view, places] & (shards.numbers[places] == shard)
+        count += int((stop - start - num_valid - _num_dropped(store, shard))[own].sum())
     return count
 
 
@@ -350,7 +352,7 @@ def _num_dropped(store: Store, shards: Rows) -> Rows:
 def _check_invalid(job: CacheJob, stores: Sequence[Store], counts: Sequence[int]) -> None:
     """Refuse more invalid rows than their share of all rows that are wanted."""
     for store, count in zip(stores, counts, strict=True):
-        wanted = len(store.samples) * job.num_views
+        wanted = int(job.wanted_of(store).sum(axis=0) @ store.samples.shards().lengths)
         if count > job.extraction.max_failure_share * wanted:
             check_share(job, count, wanted, _reasons(store))
 

@@ -8,6 +8,9 @@ import numpy as np
 
 from cache.shard_ranges import ShardRange
 from cache.store import Store
+from pipelines.images.walks import base
+from pipelines.recipe.drawn import Mask
+from pipelines.recipe.stores import CacheJob
 
 Task = tuple[str, dict[int, list[Store]], ShardRange]
 """Folder of the images, view -> stores that want it, shard: what an actor is called with."""
@@ -20,22 +23,32 @@ class Tasks(Sequence[Task]):
 
     Stores of one compute batch share a task, and with it one decode of every image for all views.
     Until then a task is 24 bytes, and what is missing a byte a store, view and shard.
+
+    Attributes:
+        num_images: images to compute on, each view and compute batch counted.
+        all_images: likewise, with those whose features are there.
     """
 
-    def __init__(self, stores: Sequence[Store], num_views: int, where: str) -> None:
-        """Look at what the stores have; `where` is the folder of the images."""
-        self._where = where
+    def __init__(self, job: CacheJob, stores: Sequence[Store]) -> None:
+        """Look at what a job wants of its stores and they do not have."""
+        self._where = str(base(job.dataset.source))
         together: dict[str, list[Store]] = defaultdict(list)
         for store in stores:
             together[str(store.provenance["compute_batch"])].append(store)
         self._groups = [together[batch] for batch in sorted(together)]
-        todo = [[store.todo(num_views) for store in group] for group in self._groups]
+        wanted = [[job.wanted_of(store) for store in group] for group in self._groups]
+        todo = [
+            [store.todo(mask) for store, mask in zip(*each, strict=True)]
+            for each in zip(self._groups, wanted, strict=True)
+        ]
         self._shards = todo[0][0].shards
         self._missing = [[each.missing for each in group] for group in todo]
+        self.all_images = self._images(wanted)
+        self.num_images = self._images(self._missing)
         found = []
         for group, masks in enumerate(self._missing):
             counts = np.logical_or.reduce(masks).sum(axis=0)
-            for first in range(0, num_views, VIEWS_TOGETHER):
+            for first in range(0, job.num_views, VIEWS_TOGETHER):
                 shards = np.flatnonzero(counts > first)
                 found.append(np.stack([shards, *np.full((2, len(shards)), [[group], [first]])]))
         listed = np.concatenate(found, axis=1)
@@ -62,9 +75,7 @@ class Tasks(Sequence[Task]):
         }
         return self._where, wanted, self._shards[at]
 
-    @property
-    def num_images(self) -> int:
-        """Images to compute on, each view and compute batch counted."""
-        lengths = self._shards.lengths
-        counts = (np.logical_or.reduce(masks).sum(axis=0) for masks in self._missing)
-        return sum(int((lengths * count).sum()) for count in counts)
+    def _images(self, groups: Sequence[Sequence[Mask]]) -> int:
+        """Count the images of views of shards, each compute batch's apart."""
+        counts = (np.logical_or.reduce(masks).sum(axis=0) for masks in groups)
+        return sum(int(self._shards.lengths @ count) for count in counts)

@@ -158,7 +158,7 @@ def _stored(
         spec for spec in store_specs(job) if spec.teacher.name == name and spec.resolution == side
     )
     store = opened.store(job.root, spec)
-    opened.check_whole(store, 1)
+    opened.check_whole(store, job.wanted_of(store))
     rows = np.asarray(store.samples.rows_of(samples["sample_id"].to_list()))
     reader = opened.reader(store, (0,), None, recipe.workers)
     part = reader.select(rows, np.zeros_like(rows))

@@ -11,13 +11,13 @@ from eupe.heads import DistillationModel
 from pipelines.features.cached import CachedSource
 from pipelines.features.sources import Normalisers, Targets
 from pipelines.recipe.config import PROXY, Recipe
+from pipelines.recipe.draws import Sweep
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import Opened
 from pipelines.records import checkpoint
 from pipelines.training import inputs, start
 from pipelines.training.batches import Batches, Loader
-from pipelines.training.draws import Sweep
 
 
 class CentreViews:

@@ -68,19 +68,29 @@ class FetchedTokens(Fetched):
         return out
 
 
+def samples_pin(samples: Samples) -> str:
+    """Return the name under which a run pins how many rows of a dataset it draws from."""
+    return f"{samples.dataset.name}/samples"
+
+
 class CachedSource(FeatureSource):
     """Tokens from the stores of one dataset and view policy.
 
     Args:
         readers: (teacher, resolution) -> reader of that store.
         normalisers: teacher -> what is done to its tokens.
+        shards: of the dataset, of which the stores have what will be fetched; None: those that
+            every store has whole.
 
     Raises:
         ValueError: no readers, or a teacher without normalisers.
     """
 
     def __init__(
-        self, readers: Mapping[tuple[str, int], Reader], normalisers: Mapping[str, Normalisers]
+        self,
+        readers: Mapping[tuple[str, int], Reader],
+        normalisers: Mapping[str, Normalisers],
+        shards: ShardRanges | None = None,
     ) -> None:
         if not readers:
             raise ValueError("a cached source wants at least one store")
@@ -93,7 +103,7 @@ class CachedSource(FeatureSource):
             )
             for (teacher, resolution), reader in readers.items()
         }
-        self._readers = list(readers.values())
+        self._readers, self._shards = list(readers.values()), shards
         self._buffers = Buffers()
         self.samples: Samples = next(iter(readers.values())).store.samples
 
@@ -103,12 +113,20 @@ class CachedSource(FeatureSource):
         return {name: (spec.summary_dim, spec.patch_dim) for name, spec in specs.items()}
 
     def shards(self) -> ShardRanges:
-        """Return the shards that every store has, with their rows."""
+        """Return the shards that rows are fetched from."""
+        if self._shards is not None:
+            return self._shards
         return reduce(ShardRanges.shared, (reader.shards() for reader in self._readers))
 
     def versions(self) -> dict[str, int]:
-        """Return store directory (below the cache root) -> manifest version that is read."""
-        return {str(reader.store.spec.directory()): reader.version for reader in self._readers}
+        """Return store directory (below the cache root) -> manifest version that is read.
+
+        With its shards given, also sample table -> one past the last row that is drawn from.
+        """
+        versions = {str(each.store.spec.directory()): each.version for each in self._readers}
+        if self._shards is None:
+            return versions
+        return versions | {samples_pin(self.samples): int(self._shards.stops[-1])}
 
     @property
     def mirrored(self) -> bool:

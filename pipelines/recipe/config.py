@@ -128,6 +128,9 @@ class DatasetConfig(Spec):
     share: Annotated[float, IDENTITY] = Field(
         1.0, gt=0, description="of a heterogeneous batch, relative to the other sets"
     )
+    num_views: Annotated[int | None, IDENTITY] = Field(
+        None, ge=1, description="of each image of a train set; null: the recipe's num_views"
+    )
     licence: Annotated[str | None, EXECUTION] = Field(
         None, description="of its images, by SPDX name where there is one; null: not known"
     )
@@ -216,6 +219,9 @@ class ExtractionConfig(Spec):
     decode_threads: Annotated[int, EXECUTION] = Field(
         2, ge=1, description="of each actor, that decode images and draw views"
     )
+    everything: Annotated[bool, EXECUTION] = Field(
+        False, description="all views of all samples, not only those that the stages will draw"
+    )
     max_failure_share: Annotated[float, EXECUTION] = Field(
         0.01, ge=0, le=1, description="of images or features that are unusable; more is an error"
     )
@@ -299,7 +305,7 @@ class Recipe(Spec):
     held_out: DatasetConfig = Field(description="data set that is judged on")
     views: Annotated[ViewPolicy, IDENTITY] = Field(description="of the train sets")
     num_views: Annotated[int, IDENTITY] = Field(
-        1, ge=1, description="of each train image; every one multiplies the cache"
+        1, ge=1, description="of each train image, if its set says no other; more make more cache"
     )
     held_out_views: Annotated[CentreView, IDENTITY] = Field(
         description="of the held-out set, and of the bank"
@@ -360,8 +366,13 @@ class Recipe(Spec):
                     raise BadInput(
                         f"{stage.name}: teacher {name!r} is not cached at {sorted(missing)}"
                     )
-        if self.num_views > 1 and self.views.kind == "centre":
-            raise BadInput(f"num_views = {self.num_views}: a centre view has only view 0")
+        for name in self.train:
+            if self.views_of(name) > 1 and self.views.kind == "centre":
+                raise BadInput(f"num_views = {self.views_of(name)}: a centre view has only view 0")
+        if self.held_out.num_views is not None:
+            raise BadInput(
+                f"held_out.num_views = {self.held_out.num_views}: that set has one centre view"
+            )
         return self
 
     def stage(self, name: str) -> StageConfig:
@@ -378,6 +389,11 @@ class Recipe(Spec):
     def last(self) -> StageConfig:
         """The stage that makes what the recipe is run for."""
         return next(reversed(self.stages.values()))
+
+    def views_of(self, name: DatasetName) -> int:
+        """Return how many views a sample of a train set has."""
+        own = self.train[name].num_views
+        return self.num_views if own is None else own
 
     @property
     def shares(self) -> dict[str, float]:

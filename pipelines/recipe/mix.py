@@ -91,6 +91,16 @@ class Mix:
         total: np.ndarray = self._totals[block] + self._block(block)[:place].sum(axis=0)
         return total
 
+    def stretches(self, dataset: str, steps: int) -> np.ndarray:
+        """Return where each step begins in a dataset's positions, int64 [steps + 1]; its end last.
+
+        Step s takes positions [stretches[s], stretches[s + 1]).
+        """
+        number = self.names.index(dataset)
+        blocks = range(-(-steps // STEPS_PER_BLOCK))
+        counts = [self._block(block)[:, number] for block in blocks]
+        return np.concatenate([[0], *counts]).astype(np.int64).cumsum()[: steps + 1]
+
     def slots(self, step: int) -> Slots:
         """Return the slots of a step, in an order that deals every rank the same mixture."""
         counts, consumed = self.counts(step), self.consumed(step)

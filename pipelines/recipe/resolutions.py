@@ -29,17 +29,24 @@ def draw(stage: StageConfig, seed: int, step: int) -> Resolutions:
         seed: of the run.
         step: global step.
     """
-
-    def choose(who: str, scales: tuple[int, ...]) -> int:
-        return scales[bits(f"scales/{seed}/{stage.name}/{step}/{who}") % len(scales)]
-
     return Resolutions(
-        choose("student", stage.student_resolutions),
-        {
-            name: choose(f"teacher/{name}", stage.teacher_resolutions[name])
-            for name in stage.teachers
-        },
+        student(stage, seed, step),
+        {name: teacher(stage, seed, step, name) for name in stage.teachers},
     )
+
+
+def student(stage: StageConfig, seed: int, step: int) -> int:
+    """Draw the student's scale of a step, as `draw` does."""
+    return _chosen(stage, seed, step, "student", stage.student_resolutions)
+
+
+def teacher(stage: StageConfig, seed: int, step: int, name: str) -> int:
+    """Draw one teacher's scale of a step, as `draw` does."""
+    return _chosen(stage, seed, step, f"teacher/{name}", stage.teacher_resolutions[name])
+
+
+def _chosen(stage: StageConfig, seed: int, step: int, who: str, scales: tuple[int, ...]) -> int:
+    return scales[bits(f"scales/{seed}/{stage.name}/{step}/{who}") % len(scales)]
 
 
 def micro_batch(stage: StageConfig, scale: int, rows: int) -> int:

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cache.codec.known import default_codec, row_bytes
 from cache.errors import NotBuilt
 from cache.reader import Reader
+from cache.shard_ranges import ShardRanges
 from cache.store import Store, open_store
 from eupe.encoders import shapes
 from eupe.errors import BadInput
@@ -22,6 +25,7 @@ from pipelines.recipe.config import (
     TeacherConfig,
     WorkersConfig,
 )
+from pipelines.recipe.drawn import Drawing, Mask
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
 from pipelines.records.checkpoint import Checkpoint
@@ -30,7 +34,11 @@ SHARD_BYTES = 256 * 2**20
 
 
 class CacheJob(Spec):
-    """One dataset under one view policy through some teachers: the unit of cache building."""
+    """One dataset under one view policy through some teachers: the unit of cache building.
+
+    Attributes:
+        drawing: whose draws decide which views of which shards are wanted; None: all are.
+    """
 
     dataset: DatasetConfig
     views: ViewPolicy
@@ -38,26 +46,48 @@ class CacheJob(Spec):
     teachers: tuple[TeacherConfig, ...]
     root: str
     extraction: ExtractionConfig
+    drawing: Drawing | None = None
 
     def __str__(self) -> str:
         teachers = " + ".join(teacher.name for teacher in self.teachers)
         return f"{self.dataset.name}, {self.num_views} {self.views.kind} view(s), {teachers}"
 
+    def wanted(self, teacher: str, resolution: int, shards: ShardRanges) -> Mask:
+        """Say which views of which shards a store of the job shall hold, bool [views, shards].
+
+        Args:
+            teacher: of the store.
+            resolution: of the store, pixels.
+            shards: all of the dataset's.
+        """
+        if self.drawing is None:
+            return np.ones((self.num_views, len(shards)), bool)
+        if teacher == PIXELS:
+            return self.drawing.of_student(self.dataset.name, shards, self.num_views, resolution)
+        return self.drawing.of_teacher(
+            self.dataset.name, shards, self.num_views, teacher, resolution
+        )
+
+    def wanted_of(self, store: Store) -> Mask:
+        """Say which views of which shards a store shall hold, of the samples it knows."""
+        spec = store.spec
+        return self.wanted(spec.teacher.name, spec.resolution, store.samples.shards())
+
 
 def cache_jobs(recipe: Recipe) -> list[CacheJob]:
     """List what a recipe needs of its expert teachers.
 
-    The train sets in their training views, those of the kNN probe's bank in one centre view too,
-    and the held-out set in one centre view. Where the recipe wants its views' pixels cached, they
-    come out of the same pass as the teachers' features.
+    Of the train sets the training views that its stages will draw, those of the kNN probe's bank in
+    one centre view too, and the held-out set in one centre view. Where the recipe wants its views'
+    pixels cached, they come out of the same pass as the teachers' features.
     """
-    return _jobs(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixels)))
+    return _built(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixels)))
 
 
 def pixel_jobs(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
     """List the jobs whose stores hold a stage's pixels at its student's scales, if any do."""
     scales = tuple(scale for scale in recipe.pixels if scale in stage.student_resolutions)
-    return _jobs(recipe, _pixels(recipe, scales)) if scales else []
+    return _jobs(recipe, _pixels(recipe, scales), (stage,)) if scales else []
 
 
 def proxy_jobs(recipe: Recipe) -> list[CacheJob]:
@@ -66,7 +96,7 @@ def proxy_jobs(recipe: Recipe) -> list[CacheJob]:
     Raises:
         BadInput: stage 1 is not trained to its end, or the recipe has no proxy.
     """
-    return _jobs(recipe, (proxy_teacher(recipe),))
+    return _built(recipe, (proxy_teacher(recipe),))
 
 
 def job_groups(recipe: Recipe) -> list[list[CacheJob]]:
@@ -83,8 +113,10 @@ def job_groups(recipe: Recipe) -> list[list[CacheJob]]:
 
 
 def jobs_of(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
-    """List the jobs whose stores a stage reads."""
-    return proxy_jobs(recipe) if PROXY in stage.teachers else cache_jobs(recipe)
+    """List the jobs whose stores a stage reads; of training views, those that it alone draws."""
+    if PROXY in stage.teachers:
+        return _jobs(recipe, (proxy_teacher(recipe),), (stage,))
+    return _jobs(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixels)), (stage,))
 
 
 def proxy_teacher(recipe: Recipe) -> TeacherConfig:
@@ -139,11 +171,28 @@ def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...
     )
 
 
-def _jobs(recipe: Recipe, teachers: tuple[TeacherConfig, ...]) -> list[CacheJob]:
-    wanted = [(dataset, recipe.views, recipe.num_views) for dataset in recipe.train.values()]
-    if recipe.views != recipe.held_out_views:
-        wanted += [(dataset, recipe.held_out_views, 1) for dataset in recipe.bank]
-    wanted.append((recipe.held_out, recipe.held_out_views, 1))
+def _built(recipe: Recipe, teachers: tuple[TeacherConfig, ...]) -> list[CacheJob]:
+    """List the jobs that a build does: what all stages draw, or everything if it is asked for."""
+    stages = None if recipe.extraction.everything else tuple(recipe.stages.values())
+    return _jobs(recipe, teachers, stages)
+
+
+def _jobs(
+    recipe: Recipe,
+    teachers: tuple[TeacherConfig, ...],
+    stages: tuple[StageConfig, ...] | None,
+) -> list[CacheJob]:
+    """List the jobs of some teachers; of training views those that `stages` draw, None: all."""
+    drawing = stages and Drawing(
+        stages=stages, shares=recipe.shares, homogeneous=recipe.homogeneous, seed=recipe.seed
+    )
+    judged = *recipe.bank, recipe.held_out
+    wanted = [
+        (dataset, recipe.views, recipe.views_of(dataset.name), drawing)
+        for dataset in recipe.train.values()
+        if recipe.views != recipe.held_out_views or dataset not in judged
+    ]
+    wanted += [(dataset, recipe.held_out_views, 1, None) for dataset in judged]
     return [
         CacheJob(
             dataset=dataset,
@@ -152,8 +201,9 @@ def _jobs(recipe: Recipe, teachers: tuple[TeacherConfig, ...]) -> list[CacheJob]
             teachers=teachers,
             root=recipe.cache_root,
             extraction=recipe.extraction,
+            drawing=own,
         )
-        for dataset, policy, num_views in wanted
+        for dataset, policy, num_views, own in wanted
     ]
 
 
@@ -181,7 +231,7 @@ class Opened:
     def __init__(self) -> None:
         self._stores: dict[tuple[str, str], Store] = {}
         self._readers: dict[tuple[Path, tuple[int, ...], int | None, str, int], Reader] = {}
-        self._whole: set[tuple[Path, int]] = set()
+        self._whole: set[tuple[Path, bytes]] = set()
 
     def store(self, root: str, spec: StoreSpec) -> Store:
         """Return the store of a spec.
@@ -194,21 +244,22 @@ class Opened:
             self._stores[key] = open_store(root, spec)
         return self._stores[key]
 
-    def check_whole(self, store: Store, num_views: int) -> None:
-        """Refuse a store with shards missing among its first views.
+    def check_whole(self, store: Store, wanted: Mask) -> None:
+        """Refuse a store that lacks shards.
+
+        Args:
+            store: from `store`.
+            wanted: views of shards that will be read, bool [views, shards].
 
         Raises:
             NotBuilt: naming how many.
         """
-        if (store.directory, num_views) in self._whole:
+        key = store.directory, wanted.tobytes()
+        if key in self._whole:
             return
-        if missing := store.todo(num_views):
-            wanted = len(store.samples.shards()) * num_views
-            raise NotBuilt(
-                f"{store.directory}: half built, {len(missing)} of {wanted} shards are missing; "
-                "run `eupe cache build` (it computes only those)"
-            )
-        self._whole.add((store.directory, num_views))
+        if missing := store.todo(wanted):
+            raise half_built(store, len(missing), wanted)
+        self._whole.add(key)
 
     def reader(
         self, store: Store, views: Sequence[int], version: int | None, workers: WorkersConfig
@@ -231,6 +282,14 @@ class Opened:
         return self._readers[key]
 
 
+def half_built(store: Store, num_missing: int, wanted: Mask) -> NotBuilt:
+    """Return the error of a store that lacks some of the shards that are wanted of it."""
+    return NotBuilt(
+        f"{store.directory}: half built, {num_missing} of {int(wanted.sum())} shards are missing; "
+        "run `eupe cache build` (it computes only those)"
+    )
+
+
 def open_stores(job: CacheJob, resuming: bool = False, opened: Opened | None = None) -> list[Store]:
     """Open a job's stores for training: every wanted shard must be there.
 
@@ -248,7 +307,7 @@ def open_stores(job: CacheJob, resuming: bool = False, opened: Opened | None = N
     stores = [opened.store(job.root, spec) for spec in store_specs(job)]
     if not resuming:
         for store in stores:
-            opened.check_whole(store, job.num_views)
+            opened.check_whole(store, job.wanted_of(store))
     return stores
 
 

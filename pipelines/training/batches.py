@@ -28,8 +28,8 @@ from pipelines.features.buffers import Buffers
 from pipelines.features.sources import FeatureSource, Fetched, Targets
 from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import WorkersConfig
+from pipelines.recipe.draws import Draw, Drawn
 from pipelines.recipe.resolutions import Resolutions
-from pipelines.training.draws import Draw, Drawn
 
 HINTED_BATCHES = 32
 """Micro-batches whose shards and images are asked of a bucket ahead of those being made."""

@@ -5,26 +5,36 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial, reduce
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from cache.reader import Reader
+from cache.shard_ranges import ShardRanges
 from cache.store import Store
 from eupe.errors import BadInput
 from eupe.moments import Moments, merge
 from eupe.normalise import Normaliser, phi_s, zscore
-from pipelines.features.cached import CachedSource
+from pipelines.features.cached import CachedSource, samples_pin
 from pipelines.features.sources import Normalisers
 from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader
 from pipelines.images.walks import base
 from pipelines.recipe import resolutions
 from pipelines.recipe.config import Recipe
+from pipelines.recipe.drawn import Mask
+from pipelines.recipe.draws import TrainingDraw
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.stage import StageConfig
-from pipelines.recipe.stores import CacheJob, Opened, jobs_of, open_stores, pixel_jobs
+from pipelines.recipe.stores import (
+    CacheJob,
+    Opened,
+    half_built,
+    jobs_of,
+    open_stores,
+    pixel_jobs,
+)
 from pipelines.records import checkpoint
 from pipelines.training.batches import Batch, Batches, Feed, Loader
-from pipelines.training.draws import TrainingDraw
 
 NORMALISERS: dict[str, Callable[[Moments], Normaliser]] = {"zscore": zscore, "phi-s": phi_s}
 
@@ -38,7 +48,8 @@ class Inputs:
         dims: teacher -> (summary width, patch width).
         normalisers: teacher -> what its tokens went through; kept in checkpoints.
         identity: what the tokens depend on, plain data; a run goes on only with the same.
-        pins: store directory -> manifest version that is read.
+        pins: store directory -> manifest version that is read; and sample table -> one past the
+            last row that is drawn from.
         opened: the stores it reads, for an evaluation beside the training.
     """
 
@@ -153,7 +164,7 @@ def of_feeds(
             recipe.seed,
         ),
         {name: feed.source.shards() for name, feed in feeds.items()},
-        dict.fromkeys(feeds, recipe.num_views),
+        {name: recipe.views_of(name) for name in feeds},
         recipe.seed,
     )
 
@@ -261,32 +272,48 @@ def _feed(
     resuming: bool,
     opened: Opened,
 ) -> Feed:
-    def reader(store: Store) -> Reader:
+    shards = None if job.drawing is None else _drawn_from(stores[0], pins)
+
+    def reader(store: Store, wanted: Mask | None) -> Reader:
         version = pins.get(str(store.spec.directory()))
-        return opened.reader(store, range(job.num_views), version, recipe.workers)
+        if shards is None or wanted is None:
+            return opened.reader(store, range(job.num_views), version, recipe.workers)
+        if version is not None and store.lacks(wanted, shards, version):
+            version = None  # more steps are asked for, and what they draw was built since
+        if missing := store.lacks(wanted, shards, version):
+            raise half_built(store, missing, wanted)
+        views = np.flatnonzero(wanted.any(axis=1)).tolist()
+        return opened.reader(store, views, version, recipe.workers)
+
+    def drawn(of: CacheJob, store: Store) -> Mask | None:
+        spec = store.spec
+        return None if shards is None else of.wanted(spec.teacher.name, spec.resolution, shards)
 
     readers = {
-        (store.spec.teacher.name, store.spec.resolution): reader(store)
+        (store.spec.teacher.name, store.spec.resolution): reader(store, drawn(job, store))
         for store in stores
         if store.spec.resolution in stage.teacher_resolutions[store.spec.teacher.name]
     }
-    pixels = {
-        store.spec.resolution: reader(store)
-        for other in pixel_jobs(recipe, stage)
-        if (other.dataset, other.views) == (job.dataset, job.views)
-        for store in open_stores(other, resuming, opened)
-    }
-    source = CachedSource(readers, normalisers)
-    shards = source.shards()
-    whole = {
-        resolution: found
-        for resolution, found in pixels.items()
-        if shards == shards.shared(found.shards())
-    }
+    source = CachedSource(readers, normalisers, shards)
+    pixels = dict[int, Reader]()
+    for other in pixel_jobs(recipe, stage):
+        if (other.dataset, other.views) != (job.dataset, job.views):
+            continue
+        for store in open_stores(other, resuming, opened):
+            wanted = drawn(other, store)
+            every = np.ones((job.num_views, len(source.shards())), bool)
+            if not store.lacks(every if wanted is None else wanted, source.shards()):
+                pixels[store.spec.resolution] = reader(store, wanted)
     max_lost = int(job.extraction.max_failure_share * len(source.samples))
     return Feed(
-        source, ImageReader(base(job.dataset.source), row_groups(), max_lost), job.views, whole
+        source, ImageReader(base(job.dataset.source), row_groups(), max_lost), job.views, pixels
     )
+
+
+def _drawn_from(store: Store, pins: Mapping[str, int]) -> ShardRanges:
+    """Return the shards of a dataset that a run draws from: those there were when it began."""
+    shards = store.samples.shards()
+    return shards.where(shards.stops <= pins.get(samples_pin(store.samples), shards.stops[-1]))
 
 
 @cache

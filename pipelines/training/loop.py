@@ -311,7 +311,8 @@ class _Run:
                 f"{self.stage.steps}, its learning rate's schedule begun anew",
                 file=sys.stderr,
             )
-        if saved.pins != dict(self.inputs.pins):
+        moved = any(self.inputs.pins.get(name, pin) != pin for name, pin in saved.pins.items())
+        if moved and self.schedule_start != saved.step:
             raise BadInput(
                 f"{saved.directory} reads manifest versions {saved.pins}, this run "
                 f"{dict(self.inputs.pins)}; open the stores at the checkpoint's versions"

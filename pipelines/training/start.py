@@ -89,9 +89,15 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         "train": [[*share] for share in recipe.shares.items()],  # in order: the mix draws by it
         "homogeneous": dict(recipe.homogeneous),
         "views": recipe.views.model_dump(mode="json"),
-        "num_views": recipe.num_views,
+        "num_views": _num_views(recipe),
         "teachers": dict(inputs.identity),
     }
+
+
+def _num_views(recipe: Recipe) -> int | dict[str, int]:
+    """Return the views of each train set, or how many all of them have."""
+    each = {name: recipe.views_of(name) for name in recipe.train}
+    return each if set(each.values()) != {recipe.num_views} else recipe.num_views
 
 
 def schedule_start(saved: Checkpoint, identity: Mapping[str, object]) -> int:

@@ -72,8 +72,7 @@ class TrainingDraw:
         self.names = mix.names
         self._mix, self._seed = mix, seed
         self._orders = [  # every dataset of the mix has an order of its own
-            EpochOrder.of(shards[name], bits(f"pipelines.draws/order/{seed}/{name}"))
-            for name in mix.names
+            order_of(shards[name], seed, name) for name in mix.names
         ]
         self._shards = [ShardRanges.of(shards[name]).starts for name in mix.names]
         self._num_views = [num_views[name] for name in mix.names]
@@ -122,6 +121,11 @@ class Sweep:
         """Return the rows of a step."""
         rows = self._rows[step * self._batch : (step + 1) * self._batch]
         return Drawn(np.zeros_like(rows), rows, np.full_like(rows, self._view))
+
+
+def order_of(shards: Sequence[ShardRange], seed: int, dataset: str) -> EpochOrder:
+    """Return the order in which a run of that seed walks over a dataset's shards."""
+    return EpochOrder.of(shards, bits(f"pipelines.draws/order/{seed}/{dataset}"))
 
 
 def view_numbers(seed: int, epochs: np.ndarray, shards: np.ndarray, num_views: int) -> np.ndarray:

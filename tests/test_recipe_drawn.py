@@ -1,0 +1,129 @@
+"""What will be drawn is what the draws draw: by counting, row by row."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import small_recipe
+
+from cache.order import EpochOrder
+from cache.shard_ranges import ShardRange, ShardRanges
+from eupe.addressed import bits
+from pipelines.recipe import drawn, draws, resolutions
+from pipelines.recipe.drawn import Drawing
+from pipelines.recipe.draws import TrainingDraw
+from pipelines.recipe.mix import Mix
+
+shard_lists = st.lists(st.integers(1, 9), min_size=1, max_size=40).map(
+    lambda lengths: [ShardRange(n, 9 * n, 9 * n + length) for n, length in enumerate(lengths)]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(shards=shard_lists, buffer=st.integers(1, 20), seed=st.integers(0, 99), data=st.data())
+def test_shards_touched_under_each_label_are_those_of_its_rows(shards, buffer, seed, data):
+    order = EpochOrder.of(shards, seed, buffer)
+    cuts = data.draw(
+        st.lists(st.integers(0, order.num_rows), min_size=2, max_size=8, unique=True).map(sorted)
+    )
+    labels = data.draw(st.lists(st.integers(0, 2), min_size=len(cuts) - 1, max_size=len(cuts) - 1))
+    touched = np.zeros((3, len(shards)), bool)
+    for start, stop, label in zip(cuts[:-1], cuts[1:], labels, strict=True):
+        touched[label, order.rows(2, start, stop) // 9] = True
+    found = order.touched(2, np.array(cuts), np.array(labels), 3)
+    assert found.tolist() == touched.tolist()
+
+
+@pytest.mark.parametrize("rows_together", [1_000_000, 37])
+def test_a_long_stretch_is_known_but_for_its_ends(monkeypatch, rows_together):
+    monkeypatch.setattr("cache.order.LOOKED_AT_ROWS", rows_together)
+    shards = [ShardRange(n, 4 * n, 4 * n + 4) for n in range(500)]
+    for cuts in ((0, 1999), (3, 1500), (40, 1000, 1400), (700, 2000), (11, 80), (0, 9, 1900)):
+        order = EpochOrder.of(shards, 1, 16)
+        touched = np.zeros((2, 500), bool)
+        for label, pair in enumerate(pairwise(cuts)):
+            touched[label, order.rows(0, *pair) // 4] = True
+        found = order.touched(0, np.array(cuts), np.arange(len(cuts) - 1), 2)
+        assert found.tolist() == touched.tolist()
+
+
+SHARDS = ShardRanges.of([ShardRange(n, 10 * n, 10 * n + (10 if n % 7 else 3)) for n in range(60)])
+OTHERS = ShardRanges.of([ShardRange(n, 10 * n, 10 * n + 10) for n in range(5)])
+
+
+def stage(steps: int, teachers, students, name="stage3"):
+    return small_recipe.stage(teachers, students, name=name, steps=steps, global_batch=8)
+
+
+def by_counting(drawing: Drawing, views: dict[str, int]):
+    """Return (dataset, teacher, resolution) -> what every step of every stage reads."""
+    shards = {"a": SHARDS, "b": OTHERS}
+    found = {}
+    for each in drawing.stages:
+        mix = Mix(drawing.shares, drawing.homogeneous, each.global_batch, drawing.seed)
+        draw = TrainingDraw(mix, {n: shards[n] for n in mix.names}, views, drawing.seed)
+        for step in range(each.steps):
+            batch, at = draw(step), resolutions.draw(each, drawing.seed, step)
+            who = [*at.teachers.items(), ("student", at.student)]
+            for number, name in enumerate(mix.names):
+                own = batch.datasets == number
+                for pair in who:
+                    empty = np.zeros((views[name], len(shards[name])), bool)
+                    mask = found.setdefault((name, *pair), empty)
+                    mask[batch.view_numbers[own], batch.rows[own] // 10] = True
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 9, 60, 333])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_what_is_drawn_is_what_the_steps_read(steps, seed, monkeypatch):
+    def little_buffer(shards, seed, dataset):
+        return EpochOrder.of(shards, bits(f"pipelines.draws/order/{seed}/{dataset}"), 32)
+
+    for module in (draws, drawn):
+        monkeypatch.setattr(module, "order_of", little_buffer)
+    drawn._answer.cache_clear()
+    views = {"a": 3, "b": 2}
+    drawing = Drawing(
+        stages=(
+            stage(steps, {"one": (32,), "two": (32, 64, 96)}, (32, 48)),
+            stage(max(1, steps // 2), {"two": (64,)}, (48,), name="stage2"),
+        ),
+        shares={"a": 1.0, "b": 1.0},
+        homogeneous={"b": 0.3},
+        seed=seed,
+    )
+    counted = by_counting(drawing, views)
+    assert steps > 60 or not all(mask.all() for mask in counted.values())  # something is left out
+    for (name, who, resolution), mask in counted.items():
+        shards = {"a": SHARDS, "b": OTHERS}[name]
+        if who == "student":
+            found = drawing.of_student(name, shards, views[name], resolution)
+        else:
+            found = drawing.of_teacher(name, shards, views[name], who, resolution)
+        np.testing.assert_array_equal(found, mask)
+    assert not drawing.of_teacher("a", SHARDS, 3, "one", 999).any()
+    drawn._answer.cache_clear()
+
+
+def test_hundreds_of_thousands_of_steps_are_not_walked(monkeypatch):
+    """Whole epochs draw every shard of their views: their order is not asked for."""
+    asked = []
+    touched = EpochOrder.touched
+
+    def counted(self, epoch, *cut_up):
+        asked.append(epoch)
+        return touched(self, epoch, *cut_up)
+
+    monkeypatch.setattr(EpochOrder, "touched", counted)
+    monkeypatch.setattr(EpochOrder, "rows", lambda *_: pytest.fail("an epoch was walked"))
+    shards = ShardRanges(*(np.arange(2000) * 640 + add for add in (0, 0, 640)))
+    shards = ShardRanges(np.arange(2000), shards.starts, shards.stops)
+    long = stage(390_000, {"proxy": (256,)}, (256,), name="stage2")
+    long = long.model_copy(update={"global_batch": 8192})
+    drawing = Drawing(stages=(long,), shares={"a": 1.0}, homogeneous={}, seed=0)
+    drawn._answer.cache_clear()
+    assert drawing.of_teacher("a", shards, 4, "proxy", 256).all()
+    assert len(asked) == 4
