@@ -38,10 +38,19 @@ def build(
         bool,
         typer.Option("--deep", help="At the end compare every byte with its recorded checksum."),
     ] = False,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="All views of all samples, not only those that the stages will draw."
+        ),
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute what is missing of a recipe's caches, the proxy's too once stage 1 is done.
+
+    Of the training views those are computed that the recipe's stages will draw, which is known
+    before: on few pictures all of them, on a hundred million a part.
 
     Kill it whenever you like: the same command goes on with the shards that are missing, and
     gives the same bytes.
@@ -66,7 +75,8 @@ def build(
     """
     from pipelines.recipe import recipes
 
-    asked = recipes.get(recipe, overrides or [])
+    whole = ["extraction.everything=true"] if everything else []
+    asked = recipes.get(recipe, [*(overrides or []), *whole])
     from pipelines.caching import beforehand
     from pipelines.caching.precompute import build
     from pipelines.recipe.stores import job_groups

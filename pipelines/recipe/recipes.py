@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from eupe.errors import BadInput
-from pipelines.recipe import demo, family
+from pipelines.recipe import demo, family, one_node
 from pipelines.recipe.config import DatasetConfig, Recipe, SourceConfig, StudentConfig
 from pipelines.recipe.override import changed, override
 
@@ -26,6 +26,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     STAGE_2_ONLY: demo.stage_2_only,
     **{name: partial(family.full, name) for name in family.STUDENTS},
     "proxy_vitg": family.proxy,
+    "imagenet1k_vits16": partial(one_node.imagenet1k, "eupe_vits16"),
+    "imagenet1k_convnext_tiny": partial(one_node.imagenet1k, "eupe_convnext_tiny"),
+    "permissive": one_node.permissive,
 }
 
 

@@ -1,6 +1,5 @@
-"""From stores to a student: what is drawn, the batches of it, the one loop, its workers.
+"""From stores to a student: batches of what is drawn, the one loop, its workers.
 
-    draws         the global batch of a step, a pure function of it
     batches       pixels joined with teacher tokens by (sample, view), made ahead of need
     inputs        what a stage trains on, opened from a recipe's caches
     start         how a stage begins: model, optimizer, identity
