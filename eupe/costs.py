@@ -33,7 +33,8 @@ def cost(spec: EncoderSpec, resolution: int) -> Cost:
         BadInput: an unknown architecture, or a resolution that it does not take.
     """
     with torch.device("meta"):
-        encoder = Encoder(spec).eval()
+        # Frozen: the counter wants the gradient's functions of whatever could be trained.
+        encoder = Encoder(spec).eval().requires_grad_(False)
         pixels = torch.empty(1, 3, resolution, resolution)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(pixels)

@@ -403,3 +403,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(named, capsys, stage, argumen
     assert printed.out == ""
     assert sentence in printed.err
     assert len(printed.err.strip().splitlines()) == 1
+
+
+def test_constants_are_fitted_to_images_spread_over_the_bank():
+    few, many = [str(n) for n in range(1420)], [str(n) for n in range(9000)]
+    assert evaluate.spread(few) == few
+    chosen = [int(each) for each in evaluate.spread(many)]
+    assert len(chosen) == evaluate.CONSTANT_IMAGES
+    assert chosen[0] == 0
+    assert max(np.diff(chosen)) == 5

@@ -44,6 +44,9 @@ def build(
             "--all", help="All views of all samples, not only those that the stages will draw."
         ),
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin though the disk has no room for all of it.")
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,12 +80,19 @@ def build(
 
     whole = ["extraction.everything=true"] if everything else []
     asked = recipes.get(recipe, [*(overrides or []), *whole])
-    from pipelines.caching import beforehand
+    from pipelines.caching import beforehand, planning
     from pipelines.caching.precompute import build
     from pipelines.recipe.stores import job_groups
 
     beforehand.check(asked)
-    built = build(job_groups(asked), deep, look_over=partial(beforehand.check_labels, asked))
+    groups = job_groups(asked)
+
+    def look_over() -> None:
+        beforehand.check_labels(asked)
+        if not force:
+            planning.check_room(asked, groups)
+
+    built = build(groups, deep, look_over=look_over)
     if not as_json:
         print(built)
         return

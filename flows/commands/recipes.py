@@ -44,9 +44,11 @@ def show(
     [b]assumed[/b]: ours, since the paper does not say. [b]execution[/b]: where and how fast the
     run works, never what it learns.
 
+    Last come bytes and hours, where it is known how many pictures there are: [b]eupe plan[/b].
+
     What cannot be built, by whatever machine, is refused; pictures that are not here are said.
     """
-    from pipelines.caching import beforehand
+    from pipelines.caching import beforehand, planning
     from pipelines.recipe import paper, recipes
 
     asked = recipes.get(recipe, overrides or [])
@@ -71,3 +73,4 @@ def show(
             for each in settings
         ]
     )
+    print(planning.in_short(asked))

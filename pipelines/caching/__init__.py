@@ -1,5 +1,11 @@
 """From images to stores: what is missing is computed by actors and committed as it comes.
 
+    plan         what stores and stages will take: bytes, images, FLOPs
+    sizes        bytes of a store before there is one
+    rates        what is assumed of machines and prices, with its source
+    outlook      a plan on a machine: hours, money, bottlenecks, break-even
+    planning     a plan as it is asked for, and a build's room
+    calibrate    rates as this machine has them
     beforehand   what can be refused before a teacher runs: sources, labels, networks, GPUs
     precompute   the four steps of a build, each of which looks at what is there
     indexing     images of a source become samples of a dataset
@@ -8,7 +14,7 @@
     quality      what a lossy codec costs that teacher, before its store is made
     extractor    the actor: holds the teachers, turns shards of images into shard files
 
-Nothing here knows of students, stages or losses.
+Nothing here but plans knows of students, stages or losses.
 
 Imports features, images, recipe and machines; imported by evaluation, stages and flows.
 It and training do not import each other: they meet in the stores alone.

@@ -30,6 +30,9 @@ from pipelines.machines.progress import track
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 
+CONSTANT_IMAGES = 2000
+"""Images of a bank's set that the best constants are fitted to: a mean of so many unit vectors is
+known to a hundredth, and of ImageNet-1k the patches of all are terabytes."""
 EVALUATION_FILE, CORRECT_FILE = "evaluation.json", "correct.parquet"
 
 
@@ -158,7 +161,7 @@ def agree(student: FrozenStudent, shown: Shown) -> Agreement:
     at, held_out = evaluation_resolutions(recipe, student.stage), recipe.held_out.name
     constants = Constants(student.final.encoder.grid(recipe.evaluation.resolution))
     for name, ids in shown.bank_ids.items():
-        rows = np.asarray(images.feeds[name].source.samples.rows_of(ids))
+        rows = np.asarray(images.feeds[name].source.samples.rows_of(spread(ids)))
         for targets in images.tokens(name, rows, at.teachers, device):
             constants.add(
                 {who: Features(each.summary, each.patches) for who, each in targets.items()}
@@ -186,6 +189,12 @@ def agree(student: FrozenStudent, shown: Shown) -> Agreement:
     ]
     summary, patches = (_cosine([each[:, column] for each in mean]) for column in (0, 1))
     return Agreement(summary, patches, per_teacher)
+
+
+def spread(sample_ids: Sequence[str]) -> list[str]:
+    """Return CONSTANT_IMAGES of some samples, spread evenly; all where there are no more."""
+    count = min(len(sample_ids), CONSTANT_IMAGES)
+    return [sample_ids[each * len(sample_ids) // count] for each in range(count)]
 
 
 def device(recipe: Recipe) -> str:

@@ -22,6 +22,7 @@ from pipelines.recipe.config import (
     DatasetConfig,
     ExtractionConfig,
     Recipe,
+    StudentConfig,
     TeacherConfig,
     WorkersConfig,
 )
@@ -112,6 +113,17 @@ def job_groups(recipe: Recipe) -> list[list[CacheJob]]:
     return groups
 
 
+def planned_groups(recipe: Recipe) -> list[list[CacheJob]]:
+    """List all that a recipe will ever want built, a group for each set of teachers.
+
+    The proxy's jobs are there though stage 1 is not done; its weights are not to be read.
+    """
+    groups = [cache_jobs(recipe)]
+    if recipe.proxy is not None and any(PROXY in s.teachers for s in recipe.stages.values()):
+        groups.append(_built(recipe, (_as_teacher(recipe, recipe.proxy, "random:0"),)))
+    return groups
+
+
 def jobs_of(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
     """List the jobs whose stores a stage reads; of training views, those that it alone draws."""
     if PROXY in stage.teachers:
@@ -132,6 +144,10 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
         raise BadInput(f"recipe {recipe.name} has no proxy")
     directory = recipe.stage_directory("stage1")
     done = checkpoint.finished(directory, _proxy_steps(recipe, checkpoint.require(directory)))
+    return _as_teacher(recipe, recipe.proxy, f"checkpoint:{done.directory}")
+
+
+def _as_teacher(recipe: Recipe, proxy: StudentConfig, weights: str) -> TeacherConfig:
     scales = {
         scale
         for stage in recipe.stages.values()
@@ -139,8 +155,8 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
     }
     return TeacherConfig(
         name=PROXY,
-        encoder=recipe.proxy.encoder,
-        weights=f"checkpoint:{done.directory}",
+        encoder=proxy.encoder,
+        weights=weights,
         dtype=recipe.proxy_dtype,
         resolutions=tuple(sorted(scales)),
         codec=recipe.proxy_codec,
