@@ -79,10 +79,10 @@ def test_what_two_recipes_share_is_planned_once(tmp_path):
 def test_a_build_without_room_is_refused_with_both_figures(tmp_path, monkeypatch):
     run = small_run.recipe(tmp_path)
     small_run.build(run, tmp_path)
-    monkeypatch.setattr(planning, "free_bytes", lambda recipe: 1000.0)
+    monkeypatch.setattr(planning, "free_bytes", lambda recipe: 1e6)
     planning.check_room(run, job_groups(run))  # all is there
     more = override(run, ["num_views=40", "stages.stage2.steps=2000"])
-    with pytest.raises(BadInput, match=r"want 0\.\d+ GB more and 0\.000 GB are free; .*--force"):
+    with pytest.raises(BadInput, match=r"want 0\.\d+ GB more and 0\.001 GB are free; .*--force"):
         planning.check_room(more, job_groups(more))
     assert cache_jobs(more)[0].num_views == 40
 

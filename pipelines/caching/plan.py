@@ -60,6 +60,7 @@ class StorePlan:
         images: rows, each view counted.
         share: of all views of all samples that its dataset has, what is built.
         num_bytes: on disk.
+        fixed_bytes: of what there is of the store beside its shards.
         row_bytes: of one row's patches in their file.
         files: objects, each written by one request.
         config: the job's dataset and views through this teacher alone, at this resolution.
@@ -74,6 +75,7 @@ class StorePlan:
     images: int
     share: float
     num_bytes: int
+    fixed_bytes: int
     row_bytes: int
     files: int
     config: CacheJob
@@ -131,9 +133,17 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def __add__(self, other: "Plan") -> "Plan":
-        """Return the plan of both: what they share is there once."""
+        """Return the plan of both: what they share is there once.
+
+        Of a store that both draw from it is the larger: of one seed, more steps draw what fewer do.
+        """
+        larger = {
+            key: store
+            for key, store in other.stores.items()
+            if key not in self.stores or store.num_bytes > self.stores[key].num_bytes
+        }
         return Plan(
-            {**self.stores, **other.stores},
+            {**self.stores, **larger},
             {**self.stages, **other.stages},
             {**self.decoded, **other.decoded},
             tuple(dict.fromkeys((*self.notes, *other.notes))),
@@ -264,6 +274,7 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates, group: int) -> Plan:
                 images=rows,
                 share=float(wanted.mean()),
                 num_bytes=size.num_bytes,
+                fixed_bytes=size.fixed_bytes,
                 row_bytes=size.row_bytes,
                 files=size.num_files,
                 config=job.model_copy(

@@ -146,5 +146,5 @@ def _there(recipe: Recipe, wanted: plan.Plan) -> dict[str, int]:
                 spec.codec.name,
             )
             if asked == has and teacher.name == spec.teacher.name:
-                found[name] = found.get(name, 0) + info.num_bytes
+                found[name] = found.get(name, each.fixed_bytes) + info.num_bytes
     return found

@@ -32,6 +32,7 @@ from pipelines.caching.indexing import REASONS_SHOWN, Indexed, check_share, inde
 from pipelines.caching.measure import measure
 from pipelines.caching.tasks import Tasks
 from pipelines.images.index import check_there
+from pipelines.images.walks import base
 from pipelines.machines.pool import Pool
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob, store_specs
@@ -132,7 +133,8 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
     for store in stores:
         atomic.sweep(layout.scratch_directory(store.directory))  # of killed builders
         store.mend_metadata()
-    tasks = Tasks(job, stores)
+    wanted = [job.wanted_of(store) for store in stores]
+    tasks = Tasks(stores, wanted, str(base(job.dataset.source)))
     num_images = tasks.num_images
     num_shards = 0
     invalid = {id(store): _num_invalid(job, store) for store in stores}
@@ -144,14 +146,14 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
             ) as progress,
         ):
             for number, records in workers.run("extract", tasks):
-                _, wanted, shard = tasks[number]
-                theirs = [store for of_view in wanted.values() for store in of_view]
+                _, of_shard, shard = tasks[number]
+                theirs = [store for of_view in of_shard.values() for store in of_view]
                 for store, record in zip(theirs, records, strict=True):
                     store.commit([record])
                     num_shards += 1
                     num_dropped = _num_dropped(store, np.array([record.shard]))[0]
                     invalid[id(store)] += record.num_invalid - int(num_dropped)
-                progress.advance(len(wanted) * len(shard))
+                progress.advance(len(of_shard) * len(shard))
                 _check_invalid(job, theirs, [invalid[id(store)] for store in theirs])
     counts = [_num_invalid(job, store) for store in stores]
     _check_invalid(job, stores, counts)

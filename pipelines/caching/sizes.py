@@ -34,11 +34,13 @@ class Size(NamedTuple):
 
     Attributes:
         num_bytes: of all its files.
+        fixed_bytes: of those that hold no shard, manifest included.
         row_bytes: of one row's patches in their file.
         num_files: objects in a bucket.
     """
 
     num_bytes: int
+    fixed_bytes: int
     row_bytes: int
     num_files: int
 
@@ -80,16 +82,13 @@ def of_store(
     fitted = 4 * shape.patch_dim**2 + 6 * num_tokens * shape.patch_dim  # basis, bits and spread
     spec, metadata = _description_bytes(job, teacher, resolution)
     moments = sum(8 * (dim * dim + dim) for dim in (shape.summary_dim, shape.patch_dim))
-    whole = (
-        num_rows * (stored + per_row)
-        + num_shards * (zarr_shard.index_bytes(rows_per_shard) + table + RECORD_BYTES)
-        + num_views * metadata
-        + spec
-        + moments
-        + (fitted if kind(teacher.codec).of_rows else 0)
-        + 1024
+    fixed = num_shards * RECORD_BYTES + num_views * metadata + spec + moments + 1024
+    if kind(teacher.codec).of_rows:
+        fixed += fitted
+    own = num_rows * (stored + per_row) + num_shards * (
+        zarr_shard.index_bytes(rows_per_shard) + table
     )
-    return Size(round(whole), stored, 2 * num_shards + num_views + 4)
+    return Size(round(own) + fixed, fixed, stored, 2 * num_shards + num_views + 4)
 
 
 @lru_cache(maxsize=64)

@@ -8,9 +8,7 @@ import numpy as np
 
 from cache.shard_ranges import ShardRange
 from cache.store import Store
-from pipelines.images.walks import base
 from pipelines.recipe.drawn import Mask
-from pipelines.recipe.stores import CacheJob
 
 Task = tuple[str, dict[int, list[Store]], ShardRange]
 """Folder of the images, view -> stores that want it, shard: what an actor is called with."""
@@ -29,26 +27,29 @@ class Tasks(Sequence[Task]):
         all_images: likewise, with those whose features are there.
     """
 
-    def __init__(self, job: CacheJob, stores: Sequence[Store]) -> None:
-        """Look at what a job wants of its stores and they do not have."""
-        self._where = str(base(job.dataset.source))
-        together: dict[str, list[Store]] = defaultdict(list)
-        for store in stores:
-            together[str(store.provenance["compute_batch"])].append(store)
-        self._groups = [together[batch] for batch in sorted(together)]
-        wanted = [[job.wanted_of(store) for store in group] for group in self._groups]
-        todo = [
-            [store.todo(mask) for store, mask in zip(*each, strict=True)]
-            for each in zip(self._groups, wanted, strict=True)
-        ]
+    def __init__(self, stores: Sequence[Store], wanted: Sequence[Mask], where: str) -> None:
+        """Look at what the stores have.
+
+        Args:
+            stores: of one job.
+            wanted: views of shards that each shall hold, bool [views, shards].
+            where: folder of the images.
+        """
+        self._where = where
+        together: dict[str, list[tuple[Store, Mask]]] = defaultdict(list)
+        for store, mask in zip(stores, wanted, strict=True):
+            together[str(store.provenance["compute_batch"])].append((store, mask))
+        groups = [together[batch] for batch in sorted(together)]
+        self._groups = [[store for store, _ in group] for group in groups]
+        todo = [[store.todo(mask) for store, mask in group] for group in groups]
         self._shards = todo[0][0].shards
         self._missing = [[each.missing for each in group] for group in todo]
-        self.all_images = self._images(wanted)
+        self.all_images = self._images([[mask for _, mask in group] for group in groups])
         self.num_images = self._images(self._missing)
         found = []
         for group, masks in enumerate(self._missing):
             counts = np.logical_or.reduce(masks).sum(axis=0)
-            for first in range(0, job.num_views, VIEWS_TOGETHER):
+            for first in range(0, len(wanted[0]), VIEWS_TOGETHER):
                 shards = np.flatnonzero(counts > first)
                 found.append(np.stack([shards, *np.full((2, len(shards)), [[group], [first]])]))
         listed = np.concatenate(found, axis=1)
