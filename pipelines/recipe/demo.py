@@ -48,9 +48,9 @@ def whole() -> Recipe:
         proxy_dtype="float32",
         student=StudentConfig(name="resnet_mini", encoder=_resnet(24)),
         stages=by_name(
-            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=450),
-            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=300),
-            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=450, lr=2e-3),
+            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=600),
+            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=400),
+            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=600, lr=2e-3),
         ),
         extraction=ExtractionConfig(
             rows_per_shard=256,
@@ -117,7 +117,7 @@ def _stage(
         optimizer=OptimizerConfig(lr=lr, weight_decay=0.05, betas=(0.9, 0.95), clip_norm=3.0),
         warmup_steps=steps // 10,
         precision="float32",  # a CPU without bfloat16 units is many times slower at it
-        evaluate_every=250,
-        checkpoint_every=250,
+        evaluate_every=300,
+        checkpoint_every=300,
         initial="stage2" if name == "stage3" else None,
     )
