@@ -18,7 +18,7 @@ from pipelines.features.codec_torch import Decoder, encode
 FLOAT16_STEP = 2.0**-10
 """Relative; of the token's root mean square, as rounding errors of a transform spread over it."""
 FUSED_RTOL = 1e-4
-SAME_BYTES = 0.999  # coefficients within float32 rounding of an edge between two codes are rare
+OTHER_BYTES = 0.001  # coefficients within float32 rounding of an edge between two codes are rare
 BOUND_RTOL = 1e-4
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -61,7 +61,7 @@ def test_the_twin_is_the_oracle(name, measured, grid, dim, device):
     ours = encode(oracle, torch.from_numpy(rows).to(device))
     assert ours.data.shape == theirs.data.shape
     assert ours.data.dtype == theirs.data.dtype
-    assert (ours.data == theirs.data).mean() >= SAME_BYTES
+    assert (ours.data != theirs.data).sum() <= max(2, OTHER_BYTES * theirs.data.size)
     for field in ("row", "token", "values"):
         np.testing.assert_array_equal(getattr(ours.escapes, field), getattr(theirs.escapes, field))
     decoded = Decoder(oracle)(theirs.data, theirs.escapes, device).cpu().numpy()

@@ -11,6 +11,7 @@ Shapes: n rows, N = H W tokens or frequencies, D channels.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -204,7 +205,7 @@ def encode_grid(codec: GridCodec, patches: Tensor) -> Encoded:
     """Encode patches float32 [n, N, D] on the device they are on (see `codec_torch.encode`)."""
     num_rows, num_tokens, dim = patches.shape
     shape = num_rows, *codec.storage_shape(num_tokens, dim)
-    quantise = _Quantiser(codec, patches.device)
+    quantise = _quantiser(codec, patches.device)
     finite = torch.isfinite(patches).all(-1).all(-1)
     whole = torch.where(finite[:, None, None], patches, quantise.mean)
     parts = [slice(None)] if patches.device.type != "cpu" else chunks(num_rows, num_tokens * dim)
@@ -222,6 +223,11 @@ def encode_grid(codec: GridCodec, patches: Tensor) -> Encoded:
             patches[row, token].cpu().numpy(),
         ),
     )
+
+
+@lru_cache(maxsize=8)
+def _quantiser(codec: GridCodec, device: torch.device) -> "_Quantiser":
+    return _Quantiser(codec, device)
 
 
 class _Quantiser:
@@ -242,6 +248,7 @@ class _Quantiser:
             tensor((each.levels[1:] + each.levels[:-1]) / 2).to(device) for each in codec.packed
         ]
         self._bands = [torch.from_numpy(each.band).to(device) for each in codec.packed]
+        self._runs = [_runs(each.band) for each in codec.packed]
         counts = sum(np.bincount(each.band, minlength=codec.num_bands) for each in codec.packed)
         self._count = torch.as_tensor(np.maximum(counts, 1)).to(device)
 
@@ -271,6 +278,11 @@ class _Quantiser:
         above = rest > self._rate.worst_row_error**2 * size.sum(1, keepdim=True)
         return data, bad | torch.zeros_like(bad).scatter_(1, worst_first, above)
 
+    def _add(self, into: Tensor, at: int, values: Tensor) -> None:
+        """Add values [n, k] of one width up by band, into sums float64 [n, bands]."""
+        for band, run in self._runs[at]:
+            into[:, band] += values[:, run].sum(1, dtype=torch.float64)
+
     def _coefficients(self, z: Tensor) -> Tensor:
         """Transform standardised rows [n, N, D] along channels and grid: [n, N D]."""
         if self._butterfly is None:
@@ -291,10 +303,10 @@ class _Quantiser:
             y.index_select(1, places) / spread
             for places, spread in zip(self._places, self._spread, strict=True)
         ]
-        sums = torch.zeros(4, *shape, dtype=torch.float64, device=y.device)
-        power, least, scales, _ = sums
-        for band, unit in zip(self._bands, units, strict=True):
-            power.index_add_(1, band, unit.double().square())
+        sums = torch.zeros(3, *shape, dtype=torch.float64, device=y.device)
+        power, least, scales = sums
+        for at, unit in enumerate(units):
+            self._add(power, at, unit.double().square())
         rms = (power / self._count).sqrt().float()
         divisor = torch.where(rms > 0, rms, 1.0)
         codes = [torch.zeros_like(unit, dtype=torch.uint8) for unit in units]
@@ -305,10 +317,9 @@ class _Quantiser:
                 band, section = self._bands[at], self._decode.sections[at]
                 scaled = unit / (wider * divisor)[:, band]
                 new = torch.bucketize(scaled, self._edges[at], out_int32=True)
-                level = torch.take(section.levels, new.long()).double()
-                weight = self._spread[at].double().square()
-                along.index_add_(1, band, weight * level * unit)
-                size.index_add_(1, band, weight * level * level)
+                weighted = torch.take(section.levels, new.long()).mul_(self._spread[at])
+                self._add(size, at, weighted.square())
+                self._add(along, at, weighted.mul_(self._spread[at]).mul_(unit))
                 found.append(new.to(torch.uint8))
             # The scale that serves these codes best, in the least-squares sense.
             best = along / torch.where(size > 0, size, 1.0)
@@ -329,6 +340,16 @@ class _Quantiser:
             own = pack(kept.masked_fill(lost, 0), PLANES[each.width])
             data[:, each.start : each.start + each.num_bytes] = own
         return data
+
+
+def _runs(band: np.ndarray) -> list[tuple[int, slice]]:
+    """Return where each band lies among bands [k], which rise."""
+    starts = np.flatnonzero(np.diff(band, prepend=-1))
+    ends = [*starts[1:].tolist(), len(band)]
+    return [
+        (int(band[start]), slice(start, end))
+        for start, end in zip(starts.tolist(), ends, strict=True)
+    ]
 
 
 def _median(energy: Tensor) -> Tensor:
