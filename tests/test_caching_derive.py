@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import toy_stores
+from support import small_caches, toy_stores
 from support.smooth_pictures import pictures
 from support.toy_stores import DATASET, Toy, features, files_under, ids
 
@@ -160,3 +160,28 @@ def test_a_derived_codec_has_a_name_and_an_identity_of_its_own(name):
     assert spec != default_codec(own)
     with pytest.raises(BadInput, match="wants one of"):
         default_codec(f"{own} of nothing")
+
+
+def test_a_teacher_is_cached_by_a_grid_codec_and_what_is_derived_is_not_built(tmp_path, emoji):
+    """Real features, 4 x 4 tokens, through the device's encoder; the rate is kept to."""
+    images = small_caches.pictures(emoji, 24)
+    source = small_caches.write_parquet(tmp_path / "images.parquet", images)
+    kept = {}
+    for codec in ("float32", "grid4"):
+        teachers = (small_caches.teacher((128,), codec),)
+        job = small_caches.job(tmp_path / codec, source, teachers=teachers)
+        (store,) = small_caches.build(job)
+        assert verify(store).problems == []
+        kept[codec] = Reader(store).select(range(24)).decoded()
+        provenance = store.provenance
+    worst = np.linalg.norm(kept["grid4"] - kept["float32"], axis=-1)
+    worst /= np.linalg.norm(kept["float32"], axis=-1)
+    assert worst.max() <= store.codec.rate.worst_error
+    assert provenance["codec_quality"]["cosine"] >= store.codec.rate.mean_cosine
+    assert provenance["codec_quality"]["bits_per_coefficient"] <= store.codec.rate.bits
+    derived = small_caches.teacher((128,), "rot4 of grid4")
+    job = small_caches.job(tmp_path / "grid4", source, teachers=(derived,))
+    with pytest.raises(BadInput, match="'rot4 of grid4' is not built but derived from a store of"):
+        small_caches.build(job)
+    made = derive(store.directory, tmp_path / "grid4", "rot4")
+    assert small_caches.build(job)[0].directory == made.store.directory

@@ -85,6 +85,10 @@ DISTORTION = np.array(
     [1, 0.363380, 0.117482, 0.0345478, 0.00950101, 0.00250467, 0.000644240, 0.000163478, 4.11983e-5]
 )
 """Of a unit Gaussian, by Lloyd-Max levels of 0 to 8 bits (`quantised.lloyd_max`)."""
+NEIGHBOURS = 4
+"""Directions on either side whose variances a variance leans on."""
+PRIOR_ROWS = 8
+"""That the neighbours count for."""
 WIDER = (1.0, 1.5, 2.25)
 """Of a band's root mean square: scales that codes are looked for by, so that few large coefficients
 among small ones do not leave the range of their levels. The decoder knows nothing of it."""
@@ -149,6 +153,7 @@ class GridCodec:
         variance = power / len(rows)
         if not np.isfinite(variance).all():
             raise BadInput(f"codec {name}: the rows that it is fitted to are not finite")
+        variance = steadied(variance, len(rows), transform.rotation is None)
         bits = codec._allotted(variance)
         wide = np.sqrt(variance)
         spread = np.maximum(wide, SMALLEST_SPREAD * (wide.max() or 1.0)).astype(np.float32)
@@ -381,6 +386,25 @@ class GridCodec:
 def row_bytes(name: str, num_tokens: int, dim: int) -> int:
     """Return the bytes of a row of N tokens [D]; one scale and one code at least."""
     return max(3, int(num_tokens * dim * RATES[name].bits * (1 - FOR_ESCAPES) / 8))
+
+
+def steadied(
+    variance: npt.NDArray[np.float64], num_rows: int, by_direction: bool
+) -> npt.NDArray[np.float64]:
+    """Lean variances [N, D] that few rows were measured for on their neighbours.
+
+    Args:
+        variance: mean squares over the rows.
+        num_rows: that were measured.
+        by_direction: True if the D directions fall in variance, so that a neighbour's is about as
+            large; else all are draws of one.
+    """
+    if not by_direction:
+        return np.repeat(variance.mean(axis=1, keepdims=True), variance.shape[1], axis=1)
+    around = np.pad(variance, ((0, 0), (NEIGHBOURS, NEIGHBOURS)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(around, 2 * NEIGHBOURS + 1, axis=1)
+    near = windows.mean(axis=2)
+    return np.asarray((num_rows * variance + PRIOR_ROWS * near) / (num_rows + PRIOR_ROWS))
 
 
 def allot(variance: npt.NDArray[np.float64], num_bits: int) -> Codes:
