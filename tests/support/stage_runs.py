@@ -117,7 +117,10 @@ def three_stages(directory: Path, emoji: Path) -> Recipe:
         proxy_dtype="float32",
         proxy_codec="float32",
         student=StudentConfig(name="student", encoder=vit()),
-        extraction=ExtractionConfig(rows_per_shard=8, moments_samples=14, compute_batch=8),
+        # Everything: tests ask the same caches for more steps than the stages have.
+        extraction=ExtractionConfig(
+            rows_per_shard=8, moments_samples=14, compute_batch=8, everything=True
+        ),
         workers=WorkersConfig(loader_threads=2, prefetch_batches=3),
         evaluation=EvaluationConfig(label="label", k=3, resolution=64, batch=8),
     )
