@@ -5,8 +5,8 @@
 Each stage is a Ray job, and so are evaluation and report together; a recipe without a proxy has
 stage 2 alone.
 
-A step whose output is there already does nothing: caches by their manifests, a stage by its last
-checkpoint, evaluation and report by the fingerprint of what they were made of.
+A step whose output is there already does nothing: caches by their manifests, a stage by its
+address, evaluation and report by the fingerprint of what they were made of. What is old is said.
 """
 
 import os
@@ -31,6 +31,7 @@ from pipelines.machines.progress import followed
 from pipelines.recipe import recipes
 from pipelines.recipe.config import PROXY
 from pipelines.recipe.stores import cache_jobs, proxy_jobs
+from pipelines.training import outputs
 
 
 @task(name="train", task_run_name="train {stage}", cache_policy=NO_CACHE)
@@ -106,10 +107,11 @@ def distill(
     arguments = [recipe, *(word for item in overrides for word in ("--set", item))]
     gpus = int(asked.workers.use_gpu)
     seconds: dict[str, float] = {}
-    started = time.monotonic()
+    last = time.monotonic()
 
     def clock(step: str) -> None:
-        seconds[step] = time.monotonic() - started - sum(seconds.values())
+        nonlocal last
+        seconds[step], last = time.monotonic() - last, time.monotonic()
 
     beforehand.check(asked)
     with job_cluster() as address:  # one Ray for caching and training
@@ -120,11 +122,17 @@ def distill(
         build([cache_jobs(asked)], f"Stores of recipe {recipe}", look_over=look_over)
         clock("teacher caches")
         cached = False
+        for stands in outputs.standing(asked):
+            print(stands, file=sys.stderr)
         for stage in asked.stages.values():
             if PROXY in stage.teachers and not cached:
                 build([proxy_jobs(asked)], f"Stores of the proxy of recipe {recipe}")
                 cached = True
                 clock("proxy caches")
+            if (output := outputs.asked(asked, stage)).judged():
+                outputs.begin(asked, output)
+                seconds[stage.name] = output.seconds()
+                continue
             own = gpus if asked.workers.count == 1 else 0
             train(stage.name, arguments, asked.directory, address, own)
             clock(stage.name)

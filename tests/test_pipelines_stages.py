@@ -98,7 +98,7 @@ def test_the_proxy_is_cached_at_every_scale_and_normalised_over_all(trained):
 def test_the_proxys_caches_can_be_built_once_stage_1_is_done(trained, tmp_path):
     experts, proxys = job_groups(trained)
     assert (experts, proxys) == (cache_jobs(trained), proxy_jobs(trained))
-    untrained = trained.model_copy(update={"proxy_directory": str(tmp_path)})
+    untrained = trained.model_copy(update={"run_directory": str(tmp_path)})
     assert job_groups(untrained) == [experts]
 
 
@@ -142,16 +142,19 @@ def test_another_proxy_has_other_stores_and_nothing_goes_on_from_it(trained, tmp
         for run in (trained, other)
     )
     assert ours.isdisjoint(theirs)
-    stage = other.stage("stage2").model_copy(update={"steps": 6})
+    stage = other.stage("stage2")
     with pytest.raises(FingerprintMismatch, match=r"teacher\.weights"):
         inputs.from_caches(other, stage)
     build(training_job(other, stage))
-    with pytest.raises(ValueError, match=r"of another run .*teachers\.proxy"):
-        launch.train(other, stage)  # would go on from the student of the first proxy
+    launch.train(other, stage)
+    first, second = (run.stage_directory("stage2").resolve() for run in (trained, other))
+    assert first != second
+    assert first.parent == second.parent  # one folder has the outputs of both
 
 
 def changed(run: Recipe, directory: Path) -> Recipe:
-    """Return a run in the same place whose proxy is another one, trained two steps less."""
+    """Return a run beside another one whose proxy is another one, trained two steps less."""
     first, *rest = run.stages.values()
     stages = by_name(first.model_copy(update={"steps": first.steps - 2}), *rest)
-    return run.model_copy(update={"stages": stages, "proxy_directory": str(directory)})
+    places = {"run_directory": str(directory), "stage_root": str(run.outputs)}
+    return run.model_copy(update={"stages": stages, **places})

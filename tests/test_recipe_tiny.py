@@ -33,7 +33,10 @@ def home(tmp_path_factory, emoji) -> Iterator[Path]:
         for job in cache_jobs(run):
             build(job)
         launch.train(run, run.stage("stage1"))
-        for job in proxy_jobs(short(TINY[0])):
+        student = short(TINY[0])
+        launch.train(student, student.stage("stage1"))
+        assert student.stage_directory("stage1").samefile(run.stage_directory("stage1"))
+        for job in proxy_jobs(student):
             build(job)
         yield home
 

@@ -17,7 +17,7 @@ from pipelines.evaluation import during, report
 from pipelines.recipe.stores import cache_jobs
 from pipelines.records import checkpoint, tracking
 from pipelines.training import inputs, launch, start
-from pipelines.training.loop import SCORE
+from pipelines.training.loop import SCORE, train_stage
 
 pytestmark = pytest.mark.slow
 
@@ -119,8 +119,12 @@ def test_a_finished_stage_is_looked_at_and_no_network_is_built(built, tmp_path, 
     done = launch.train(run, stage, make_evaluate=during.hook)
     assert (done.first_step, done.checkpoint.step) == (8, 8)
     hotter = stage.optimizer.model_copy(update={"lr": 1.0})
+    other, there = stage.model_copy(update={"optimizer": hotter}), run.stage_directory("stage2")
     with pytest.raises(ValueError, match=r"of another run .*stage\.optimizer\.lr: 1\.0 != 0\.003"):
-        launch.train(run, stage.model_copy(update={"optimizer": hotter}))
+        start.schedule_start(
+            checkpoint.require(there),
+            start.identity(run, other, inputs.from_caches(run, other)),
+        )
 
 
 def rates(run, stage) -> dict[int, float]:
@@ -167,8 +171,9 @@ def test_a_checkpoint_of_another_length_is_refused(built, tmp_path, trained, cha
             launch.train(run, stage, make_evaluate=stop)
     else:
         launch.train(run, stage, make_evaluate=during.hook)
+    other = stage.model_copy(update=changes)
     with pytest.raises(BadInput, match=sentence):
-        launch.train(run, stage.model_copy(update=changes), make_evaluate=during.hook)
+        train_stage(run, other, inputs.from_caches(run, other), run.stage_directory(stage.name))
     assert checkpoint.require(run.stage_directory(stage.name)).step == trained
 
 

@@ -32,7 +32,7 @@ ABANDONED_SECONDS = 24 * 3600.0
 """A temporary file that nobody has written to for so long is swept, whoever began it."""
 
 
-def _host() -> str:
+def host() -> str:
     """Name who can tell whether a process lives: this host, in containers this pid namespace."""
     name = socket.gethostname().replace("~", "-")
     with suppress(OSError):
@@ -40,7 +40,7 @@ def _host() -> str:
     return name
 
 
-_HOST = _host()
+_HOST = host()
 
 
 @dataclass(frozen=True)

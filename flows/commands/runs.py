@@ -1,6 +1,7 @@
 """`eupe train`, `evaluate`, `report` and `run`: what is done with a recipe."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -185,7 +186,7 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
 
     As the Prefect flow [b]distill[/b], on the server that PREFECT_API_URL names and the Ray
     cluster that RAY_ADDRESS names; without them on temporary ones of this machine. Steps whose
-    output is there already are not repeated.
+    output is there already are not repeated; of those that are, it says what has changed.
     """
     from pipelines.recipe import recipes
 
@@ -193,11 +194,16 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
     from pipelines.caching import beforehand
 
     beforehand.check(asked)  # refused before anything is started
-    prefect_settings(recipes.home())
-    from flows.distill import distill
-    from pipelines.evaluation import tables
+    from pipelines.evaluation import finished, tables
 
-    found = distill(recipe, overrides or [])
+    found = finished.summary(asked)
+    if found is None:
+        prefect_settings(recipes.home())
+        from flows.distill import distill
+
+        found = distill(recipe, overrides or [])
+    else:
+        print("nothing to do: all of it is there, of this recipe and these images", file=sys.stderr)
     if as_json:
         print_json(found)
         return

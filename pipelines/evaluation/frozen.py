@@ -179,11 +179,7 @@ def over_pyramid(recipe: Recipe, stage: StageConfig) -> StageConfig:
     """Return a stage that learns from the proxy as if it drew from all of the proxy's scales."""
     if PROXY not in stage.teachers:
         return stage
-    scales = tuple(
-        sorted(
-            {side for s in recipe.stages.values() for side in s.teacher_resolutions.get(PROXY, ())}
-        )
-    )
+    scales = recipe.scales_of_proxy
     return stage.model_copy(
         update={"teacher_resolutions": {PROXY: scales}, "student_resolutions": scales}
     )

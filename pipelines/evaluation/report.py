@@ -57,7 +57,7 @@ def caches(recipe: Recipe, opened: Opened | None = None) -> Caches:
     """
     images: dict[str, int] = {}
     rows = num_bytes = 0
-    for store in _stores(recipe, opened):
+    for store in stores(recipe, opened):
         images[store.spec.dataset.name] = len(store.samples)
         total = store.manifest().total()
         rows += total.num_rows
@@ -86,7 +86,7 @@ def fingerprint(recipe: Recipe, opened: Opened | None = None) -> str:
             "weights": [each.weights_digest() for each in saved],
             "stores": {
                 str(store.spec.directory()): store.manifest().version
-                for store in _stores(recipe, opened)
+                for store in stores(recipe, opened)
             },
         }
     )
@@ -148,7 +148,8 @@ def read(recipe: Recipe) -> dict[str, object]:
     return found
 
 
-def _stores(recipe: Recipe, opened: Opened | None) -> list[Store]:
+def stores(recipe: Recipe, opened: Opened | None = None) -> list[Store]:
+    """Open all stores of a recipe; arguments and errors as `caches`."""
     opened = opened or Opened()
     jobs = (job for group in job_groups(recipe) for job in group)
     return [store for job in jobs for store in open_stores(job, opened=opened)]

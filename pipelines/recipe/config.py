@@ -281,7 +281,7 @@ class Recipe(Spec):
 
     name: Annotated[Name, EXECUTION] = Field(description="of the recipe, in reports")
     run_directory: Annotated[str, EXECUTION] = Field(
-        description="everything but caches is written below it"
+        description="reports are written below it, and its stages are linked"
     )
     cache_root: Annotated[str, EXECUTION] = Field(
         description="folder or bucket of the caches; recipes may share it"
@@ -289,9 +289,10 @@ class Recipe(Spec):
     pixels: Annotated[tuple[int, ...], EXECUTION] = Field(
         (), description="student scales at which the views themselves are cached too, as uint8"
     )
-    proxy_directory: Annotated[str | None, EXECUTION] = Field(
+    stage_root: Annotated[str | None, EXECUTION] = Field(
         None,
-        description="where stage 1 is kept, for recipes that share a proxy; null: with the run",
+        description="folder of the outputs of stages, each at the address of what made it, so that "
+        "runs share them; null: the folder `stages` beside the run directory",
     )
     seed: Annotated[int, IDENTITY] = Field(
         0, description="of networks, order, mix and scales; views have their own"
@@ -321,6 +322,12 @@ class Recipe(Spec):
     )
     proxy_codec: Annotated[CodecName, IDENTITY] = Field(
         "float16", description="the proxy's features are stored in"
+    )
+    proxy_resolutions: Annotated[tuple[int, ...] | None, IDENTITY] = Field(
+        None,
+        min_length=1,
+        description="the proxy's features are cached and normalised over these, pixels; null: "
+        "those that the stages draw",
     )
     student: StudentConfig = Field(description="network of stages 2 and 3")
     stages: Named[StageName, StageConfig] = Field(
@@ -358,6 +365,11 @@ class Recipe(Spec):
             earlier.append(stage.name)
             for name in stage.teachers:
                 if name == PROXY:
+                    if "stage1" not in earlier:
+                        raise BadInput(
+                            f"{stage.name}: learns from the proxy, and no stage 1 is "
+                            f"trained before it, of {list(self.stages)}"
+                        )
                     continue
                 if name not in cached:
                     raise BadInput(f"{stage.name}: teacher {name!r} is none of {sorted(cached)}")
@@ -366,6 +378,11 @@ class Recipe(Spec):
                     raise BadInput(
                         f"{stage.name}: teacher {name!r} is not cached at {sorted(missing)}"
                     )
+        if not self._drawn_of_proxy <= {*self.scales_of_proxy}:
+            raise BadInput(
+                f"proxy_resolutions = {self.proxy_resolutions}: the stages draw from "
+                f"{sorted(self._drawn_of_proxy)}"
+            )
         for name in self.train:
             if self.views_of(name) > 1 and self.views.kind == "centre":
                 raise BadInput(f"num_views = {self.views_of(name)}: a centre view has only view 0")
@@ -419,11 +436,28 @@ class Recipe(Spec):
         return tuple(each for each in self.train.values() if wanted is None or each.name in wanted)
 
     @property
+    def scales_of_proxy(self) -> tuple[int, ...]:
+        """The resolutions at which the proxy's features are cached, pixels."""
+        return tuple(sorted(self.proxy_resolutions or self._drawn_of_proxy))
+
+    @property
+    def _drawn_of_proxy(self) -> set[int]:
+        return {
+            scale
+            for stage in self.stages.values()
+            for scale in stage.teacher_resolutions.get(PROXY, ())
+        }
+
+    @property
     def directory(self) -> Path:
         """The run directory as a path."""
         return Path(self.run_directory)
 
+    @property
+    def outputs(self) -> Path:
+        """The folder of the outputs of stages, which runs share."""
+        return Path(self.stage_root) if self.stage_root else self.directory.parent / "stages"
+
     def stage_directory(self, name: StageName) -> Path:
-        """Return where a stage writes checkpoints and figures."""
-        shared = self.proxy_directory is not None and name == "stage1"
-        return Path(self.proxy_directory or "" if shared else self.run_directory) / name
+        """Return where a run finds the output of its stage: a link to its address."""
+        return self.directory / name

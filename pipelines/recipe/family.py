@@ -98,7 +98,6 @@ def full(name: str) -> Recipe:
         name=name,
         run_directory=f"runs/{name}",
         cache_root="runs/cache",
-        proxy_directory="runs/proxy_vitg",
         train=by_name(
             DatasetConfig(
                 name="lvd1689m", source=SourceConfig(kind="webdataset", path="data/lvd1689m/*.tar")
@@ -214,7 +213,6 @@ def tiny(recipe: Recipe) -> Recipe:
             "name": f"{recipe.name}_tiny",
             "run_directory": f"runs/{recipe.name}_tiny",
             "cache_root": "runs/cache_tiny",
-            "proxy_directory": "runs/proxy_vitg_tiny",
             "train": by_name(emoji("train")),
             "homogeneous": {},
             "held_out": emoji("test"),

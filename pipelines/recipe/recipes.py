@@ -121,12 +121,11 @@ def _placed(recipe: Recipe, home: Path) -> Recipe:
         source: SourceConfig = config.source.model_copy(update={"path": placed(config.source.path)})
         return config.model_copy(update={"source": source})
 
-    shared = recipe.proxy_directory
     return recipe.model_copy(
         update={
             "run_directory": placed(recipe.run_directory),
             "cache_root": placed(recipe.cache_root),
-            "proxy_directory": shared and placed(shared),
+            "stage_root": recipe.stage_root and placed(recipe.stage_root),
             "train": {name: dataset(config) for name, config in recipe.train.items()},
             "held_out": dataset(recipe.held_out),
             "teachers": {

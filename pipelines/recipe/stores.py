@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,6 @@ from pipelines.recipe.config import (
 from pipelines.recipe.drawn import Drawing, Mask
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
-from pipelines.records.checkpoint import Checkpoint
 
 SHARD_BYTES = 256 * 2**20
 
@@ -108,7 +106,7 @@ def job_groups(recipe: Recipe) -> list[list[CacheJob]]:
     groups = [cache_jobs(recipe)]
     taught = any(PROXY in stage.teachers for stage in recipe.stages.values())
     saved = checkpoint.latest(recipe.stage_directory("stage1"))
-    if taught and saved is not None and saved.step >= _proxy_steps(recipe, saved):
+    if taught and saved is not None and saved.step >= recipe.stage("stage1").steps:
         groups.append(proxy_jobs(recipe))
     return groups
 
@@ -143,33 +141,19 @@ def proxy_teacher(recipe: Recipe) -> TeacherConfig:
     if recipe.proxy is None:
         raise BadInput(f"recipe {recipe.name} has no proxy")
     directory = recipe.stage_directory("stage1")
-    done = checkpoint.finished(directory, _proxy_steps(recipe, checkpoint.require(directory)))
+    done = checkpoint.finished(directory, recipe.stage("stage1").steps)
     return _as_teacher(recipe, recipe.proxy, f"checkpoint:{done.directory}")
 
 
 def _as_teacher(recipe: Recipe, proxy: StudentConfig, weights: str) -> TeacherConfig:
-    scales = {
-        scale
-        for stage in recipe.stages.values()
-        for scale in stage.teacher_resolutions.get(PROXY, ())
-    }
     return TeacherConfig(
         name=PROXY,
         encoder=proxy.encoder,
         weights=weights,
         dtype=recipe.proxy_dtype,
-        resolutions=tuple(sorted(scales)),
+        resolutions=recipe.scales_of_proxy,
         codec=recipe.proxy_codec,
     )
-
-
-def _proxy_steps(recipe: Recipe, saved: Checkpoint) -> int:
-    """Return how long stage 1 trains: here, or in the recipe whose proxy this one shares."""
-    if "stage1" in recipe.stages:
-        return recipe.stages["stage1"].steps
-    theirs: Any = saved.recipe
-    steps: int = theirs["stages"]["stage1"]["steps"]
-    return steps
 
 
 def _pixels(recipe: Recipe, scales: tuple[int, ...]) -> tuple[TeacherConfig, ...]:

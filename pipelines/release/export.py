@@ -23,7 +23,7 @@ from pipelines.release.models import Model
 
 NUM_PICTURES = 4
 """That a student is compared with itself on."""
-PLACES = ("path", "run_directory", "cache_root", "proxy_directory")
+PLACES = ("path", "run_directory", "cache_root", "stage_root")
 """Fields of a recipe that name places on somebody's disk, and stay at home."""
 
 

@@ -65,11 +65,7 @@ def sources(recipe: Mapping[str, Any]) -> tuple[Source, ...]:
     The proxy hands on what its own teachers are; a teacher that no stage names is left out.
     """
     named = {name for stage in recipe["stages"].values() for name in stage["teachers"]} - {PROXY}
-    taught = {
-        name: teacher
-        for name, teacher in recipe["teachers"].items()
-        if name in named or not named  # the proxy is shared, and stage 1 is another recipe's
-    }
+    taught = {name: teacher for name, teacher in recipe["teachers"].items() if name in named}
     found = [Source("teacher", name, _of_weights(teacher)) for name, teacher in taught.items()]
     begun = [(role, recipe.get(role)) for role in ("proxy", "student")]
     found += [

@@ -7,6 +7,7 @@
     meters        means between two logs, and the pace of the data
     workers       what the loop needs of the processes that train together
     distributed   those of a torch process group
+    outputs       where a stage's output lies: at the address of what made it
     launch        a stage in this process or under Ray Train
 
 Imports features, images, recipe, machines and records; imported by evaluation, stages and flows.

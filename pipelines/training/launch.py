@@ -14,16 +14,16 @@ import torch
 
 from eupe.errors import BadInput
 from eupe.heads import DistillationModel
-from pipelines.machines import cluster, job_folder
+from pipelines.machines import cluster, job_folder, lease
 from pipelines.machines.errors import bad_input, keeping_traceback
 from pipelines.machines.progress import followed
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
-from pipelines.records import checkpoint
-from pipelines.training import distributed, start
+from pipelines.training import distributed, outputs, start
 from pipelines.training.batches import Loader
 from pipelines.training.inputs import Inputs, from_caches
 from pipelines.training.loop import Evaluate, StageResult, train_stage
+from pipelines.training.outputs import Output
 from pipelines.training.workers import OneProcess, Workers
 
 MakeInputs = Callable[[Recipe, StageConfig, Mapping[str, int] | None, Loader], Inputs]
@@ -46,16 +46,19 @@ class _Job:
     make_evaluate: MakeEvaluate | None
     pins: Mapping[str, int] | None
     resume: bool
+    output: Output
     folder: Path | None = None
 
     @property
     def directory(self) -> Path:
-        return self.recipe.stage_directory(self.stage.name)
+        return self.output.directory
 
     def train(self, workers: Workers, device: torch.device) -> StageResult:
         """Do one worker's share."""
         loader = Loader(self.recipe.workers, workers.rank, workers.world_size)
         inputs = self.make_inputs(self.recipe, self.stage, self.pins, loader)
+        if workers.rank == 0:  # what could be refused was: what the run has is left for this
+            outputs.begin(self.recipe, self.output)
         evaluate = None
         if self.make_evaluate is not None:  # all workers pause for it, one does it
             make = self.make_evaluate if workers.rank == 0 else _on_rank_0
@@ -100,14 +103,38 @@ def train(
         StoreError: a cache cannot be read.
         WorkerGroupError: of Ray Train: a worker raised anything else; its notes say all of it.
     """
-    saved = checkpoint.latest(recipe.stage_directory(stage.name))
+    outputs.check_earlier(recipe, stage)
+    output = outputs.asked(recipe, stage)
+    with lease.held(output.directory):
+        return _train(recipe, stage, output, make_inputs, make_evaluate, resume)
+
+
+def _train(
+    recipe: Recipe,
+    stage: StageConfig,
+    output: Output,
+    make_inputs: MakeInputs,
+    make_evaluate: MakeEvaluate | None,
+    resume: bool,
+) -> StageResult:
+    """Train a stage where its output lies; whatever is there of it is not trained again."""
+    saved = output.newest()
     pins = None if saved is None else saved.pins
-    job = _Job(recipe, stage, make_inputs, make_evaluate, pins, resume)
+    job = _Job(recipe, stage, make_inputs, make_evaluate, pins, resume, output)
     judged = make_evaluate is None or (saved is not None and saved.score is not None)
     if saved is not None and saved.step >= stage.steps and judged and resume:
         alone = make_inputs(recipe, stage, pins, Loader(recipe.workers))
         start.schedule_start(saved, start.identity(recipe, stage, alone))  # refuses another run
+        outputs.begin(recipe, output)
         return StageResult(saved, saved.step, 0.0, 0.0, 0.0, 0)
+    done = _trained(job)
+    output.add_seconds(done.seconds)
+    return done
+
+
+def _trained(job: _Job) -> StageResult:
+    """Train here, or with Ray Train."""
+    recipe = job.recipe
     if recipe.workers.count > 1:
         return _train_distributed(job)
     if recipe.workers.use_gpu and not torch.cuda.is_available():

@@ -11,14 +11,12 @@ from eupe.heads import DistillationModel
 from eupe.students import build_student
 from eupe.weights import digest
 from pipelines.recipe import marks
+from pipelines.recipe.addresses import DRAWS
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint, whole_state
 from pipelines.records.checkpoint import Checkpoint
 from pipelines.training.inputs import Inputs
-
-DRAWS = 2
-"""Version of order, mix and view numbers: a run goes on only with the draws it began with."""
 
 
 def initial_model(

@@ -1,0 +1,112 @@
+"""Leases: one holder at a time, and a dead one holds nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cache.errors import Busy
+from pipelines.machines import lease
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from pipelines.machines import lease
+with lease.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def child(tmp_path):
+    """Another process that holds the lease on a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "stage2-1")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_who_holds_it_is_known_and_nobody_else_gets_it(child, tmp_path):
+    path = tmp_path / "stage2-1"
+    found = lease.holder(path)
+    assert found is not None
+    assert found.pid == child.pid
+    busy = pytest.raises(Busy, match=rf"stage2-1 is in work on .*, process {child.pid}")
+    with busy, lease.held(path, wait=False):
+        raise AssertionError("two hold it")
+    assert lease.holder(tmp_path / "stage2-2") is None
+
+
+def test_what_a_killed_holder_held_is_taken_over_at_once(child, tmp_path, capsys):
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    started = time.monotonic()
+    with lease.held(tmp_path / "stage2-1", wait=False):
+        found = lease.holder(tmp_path / "stage2-1")
+        assert found is not None
+        assert found.pid == os.getpid()
+    assert time.monotonic() - started < lease.DEAD_SECONDS
+    assert lease.holder(tmp_path / "stage2-1") is None
+
+
+def test_a_holder_on_another_machine_is_dead_when_its_beats_have_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "stage2-1"
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.atomic, "host", lambda: "another")
+        block = lease.held(path)
+        block.__enter__()
+    file = path.with_name("stage2-1.lease")
+    with pytest.raises(Busy, match="another"), lease.held(path, wait=False):
+        pass
+    long_ago = time.time() - 2 * lease.DEAD_SECONDS
+    os.utime(file, (long_ago, long_ago))
+    with lease.held(path, wait=False):
+        block.__exit__(None, None, None)  # the old holder wakes up: the lease is not its own
+        assert lease.holder(path) is not None
+
+
+def test_a_holder_says_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    path = tmp_path / "stage2-1"
+    file = path.with_name("stage2-1.lease")
+    with lease.held(path):
+        os.utime(file, (0, 0))
+        deadline = time.monotonic() + 30
+        while file.stat().st_mtime < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert file.stat().st_mtime > 1
+
+
+def test_of_many_that_wait_one_at_a_time_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.001)
+    inside, most = list[int](), list[int]()
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            with lease.held(tmp_path / "stage2-1"):
+                inside.append(number)
+                most.append(len(inside))
+                inside.remove(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 20
+
+
+def test_a_lease_that_cannot_be_read_is_nobodys(tmp_path: Path):
+    (tmp_path / "stage2-1.lease").write_text("{")
+    with lease.held(tmp_path / "stage2-1", wait=False):
+        assert lease.holder(tmp_path / "stage2-1") is not None
