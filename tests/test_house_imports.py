@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("eupe", "cache", "pipelines", "flows")
 WINGS = (
+    "sweeps",
     "evaluation",
     "release",
-    "sweeps",
     "caching",
     "training",
     "features",

@@ -42,10 +42,24 @@ class Pooled:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Judgement:
+    """What a run was judged by, image by image.
+
+    Attributes:
+        directory: of the run.
+        summary: the contents of its summary.json.
+        correct: on which image which encoder is right, by each probe.
+    """
+
     directory: Path
     summary: dict[str, Any]
     correct: pl.DataFrame
+
+    @property
+    def final(self) -> str:
+        """Name of the encoder that the last stage made."""
+        name: str = self.summary["student"]["final"]
+        return name
 
     def right(self, encoder: str, probe: Probe) -> np.ndarray:
         """Return on which images an encoder is right, bool [q], by sample id."""
@@ -71,12 +85,22 @@ def compare(directories: Sequence[Path]) -> dict[Probe, Pooled]:
         BadInput: a folder without summary and correct.parquet, no labels, or runs that were judged
             on other images or by another label.
     """
-    runs = [_read(directory) for directory in directories]
-    first = runs[0]
-    ids = _ids(first)
+    runs = [read(directory) for directory in directories]
     for number, run in enumerate(runs):
         if run.directory.resolve() in {each.directory.resolve() for each in runs[:number]}:
             raise BadInput(f"{run.directory}: named twice; each run counts once")
+    check_same(runs)
+    return {probe: _pooled(runs, probe) for probe in PROBES}
+
+
+def check_same(runs: Sequence[Judgement]) -> None:
+    """Refuse runs that were judged on different images, or by another label.
+
+    Raises:
+        BadInput: naming the run.
+    """
+    first, ids = runs[0], _ids(runs[0])
+    for run in runs:
         for key in ("label", "k"):
             if run.summary[key] != first.summary[key]:
                 raise BadInput(
@@ -88,7 +112,6 @@ def compare(directories: Sequence[Path]) -> dict[Probe, Pooled]:
                 f"{run.directory}: judged on other held-out images than {first.directory}; runs "
                 "that are pooled are judged on the same ones"
             )
-    return {probe: _pooled(runs, probe) for probe in PROBES}
 
 
 def described(pooled: Pooled) -> list[dict[str, str]]:
@@ -123,7 +146,12 @@ def rows(found: dict[Probe, Pooled]) -> list[dict[str, str]]:
     ]
 
 
-def _read(directory: Path) -> _Run:
+def read(directory: Path) -> Judgement:
+    """Read what a run was judged by.
+
+    Raises:
+        BadInput: a folder without summary and correct.parquet, or judged without labels.
+    """
     for name in (SUMMARY_FILE, CORRECT_FILE):
         if not (directory / name).is_file():
             raise BadInput(
@@ -135,14 +163,14 @@ def _read(directory: Path) -> _Run:
         raise BadInput(f"{directory / SUMMARY_FILE} is of an older version: make its report anew")
     if summary["label"] is None:
         raise BadInput(f"{directory}: judged without labels (evaluation.label is null)")
-    return _Run(directory, summary, pl.read_parquet(directory / CORRECT_FILE))
+    return Judgement(directory, summary, pl.read_parquet(directory / CORRECT_FILE))
 
 
-def _ids(run: _Run) -> list[str]:
+def _ids(run: Judgement) -> list[str]:
     return run.correct["sample_id"].unique().sort().to_list()
 
 
-def _pooled(runs: Sequence[_Run], probe: Probe) -> Pooled:
+def _pooled(runs: Sequence[Judgement], probe: Probe) -> Pooled:
     def right(name: str) -> np.ndarray:
         return np.stack([run.right(name, probe) for run in runs])
 

@@ -63,7 +63,7 @@ def made_of(
         "train": [[*share] for share in recipe.shares.items()],  # in order: the mix draws by it
         "sources": {name: marks.identity(each.source) for name, each in recipe.train.items()},
         "homogeneous": dict(recipe.homogeneous),
-        "samples": {name: _samples(recipe.cache_root, name) for name in recipe.train},
+        "samples": {name: samples(recipe.cache_root, name) for name in recipe.train},
         "views": recipe.views.model_dump(mode="json"),
         "num_views": recipe.num_views,
         "teachers": {
@@ -117,9 +117,10 @@ def _proxy(recipe: Recipe, weights: str) -> dict[str, Any]:
     }
 
 
-def _samples(root: str, dataset: str) -> dict[str, int] | None:
+def samples(root: str, dataset: str) -> dict[str, int] | None:
+    """Say how many samples of a dataset are indexed, and how they are laid out; None: it is not."""
     try:
-        samples = Samples.open(root, dataset)
+        found = Samples.open(root, dataset)
     except NotBuilt:
         return None
-    return {"count": len(samples), "rows_per_shard": samples.rows_per_shard}
+    return {"count": len(found), "rows_per_shard": found.rows_per_shard}

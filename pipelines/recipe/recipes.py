@@ -52,7 +52,7 @@ def get(name: str, overrides: Sequence[str] = ()) -> Recipe:
         BadInput: there is none, naming the nearest; or a change does not fit.
     """
     named = _from_file(home() / name) if name.endswith(FILES) else _named(name)
-    return _placed(override(named, overrides), home())
+    return placed(override(named, overrides))
 
 
 def _from_file(path: Path) -> Recipe:
@@ -91,6 +91,15 @@ def _named(name: str) -> Recipe:
 def home() -> Path:
     """Return the folder that relative paths mean: EUPE_HOME, or the working folder."""
     return Path(os.environ.get("EUPE_HOME") or ".").resolve()
+
+
+def placed(recipe: Recipe) -> Recipe:
+    """Return a recipe whose relative paths are absolute, below `home`.
+
+    Raises:
+        BadInput: a variable of the environment that a path names and that is not set.
+    """
+    return _placed(recipe, home())
 
 
 def _expanded(path: str) -> str:

@@ -89,13 +89,17 @@ def pixel_jobs(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
     return _jobs(recipe, _pixels(recipe, scales), (stage,)) if scales else []
 
 
-def proxy_jobs(recipe: Recipe) -> list[CacheJob]:
+def proxy_jobs(recipe: Recipe, stage1: Path | None = None) -> list[CacheJob]:
     """List what a recipe needs of its proxy, once stage 1 is done: every scale that is drawn.
+
+    Args:
+        recipe: the run.
+        stage1: folder of stage 1's output; None: the run's own.
 
     Raises:
         BadInput: stage 1 is not trained to its end, or the recipe has no proxy.
     """
-    return _built(recipe, (proxy_teacher(recipe),))
+    return _built(recipe, (proxy_teacher(recipe, stage1),))
 
 
 def job_groups(recipe: Recipe) -> list[list[CacheJob]]:
@@ -129,18 +133,22 @@ def jobs_of(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
     return _jobs(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixels)), (stage,))
 
 
-def proxy_teacher(recipe: Recipe) -> TeacherConfig:
+def proxy_teacher(recipe: Recipe, stage1: Path | None = None) -> TeacherConfig:
     """Return the proxy as a teacher like any other, its weights those of stage 1.
 
     EUPE (arXiv:2603.22387), stages 2 and 3: the frozen proxy teaches, at every scale of the
     pyramid; its adapter heads stay behind.
+
+    Args:
+        recipe: the run.
+        stage1: folder of stage 1's output; None: the run's own.
 
     Raises:
         BadInput: stage 1 is not trained to its end, or the recipe has no proxy.
     """
     if recipe.proxy is None:
         raise BadInput(f"recipe {recipe.name} has no proxy")
-    directory = recipe.stage_directory("stage1")
+    directory = stage1 or recipe.stage_directory("stage1")
     done = checkpoint.finished(directory, recipe.stage("stage1").steps)
     return _as_teacher(recipe, recipe.proxy, f"checkpoint:{done.directory}")
 

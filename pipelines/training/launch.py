@@ -84,6 +84,7 @@ def train(
     make_inputs: MakeInputs = from_caches,
     make_evaluate: MakeEvaluate | None = None,
     resume: bool = True,
+    wait: bool = True,
 ) -> StageResult:
     """Train a stage with the workers that the recipe asks for.
 
@@ -94,6 +95,7 @@ def train(
             at the manifest versions of the checkpoint that is resumed.
         make_evaluate: likewise, of what judges the model as it goes.
         resume: as in `train_stage`.
+        wait: for another process that trains it; False: do not.
 
     Returns:
         what was done, as rank 0 saw it; images per second are those of all workers.
@@ -101,11 +103,12 @@ def train(
     Raises:
         BadInput: as for `train_stage`, or more workers than there is room for.
         StoreError: a cache cannot be read.
+        Busy: another process trains it, and `wait` is False.
         WorkerGroupError: of Ray Train: a worker raised anything else; its notes say all of it.
     """
     outputs.check_earlier(recipe, stage)
     output = outputs.asked(recipe, stage)
-    with lease.held(output.directory):
+    with lease.held(output.directory, wait):
         return _train(recipe, stage, output, make_inputs, make_evaluate, resume)
 
 

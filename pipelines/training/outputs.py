@@ -171,13 +171,22 @@ def begin(recipe: Recipe, output: Output) -> None:
         _go_on_from(output)
         text = json.dumps(output.made_of, indent=2) + "\n"
         atomic.write(output.directory / MADE_OF_FILE, [text.encode()], scratch)
-    link = recipe.stage_directory(output.stage)
+    point(recipe.stage_directory(output.stage), output.directory)
+
+
+def point(link: Path, folder: Path) -> None:
+    """Let a link name a folder, relative to its own, so that both may be moved together.
+
+    Raises:
+        BadInput: a folder is where the link would be.
+        StoreError: it cannot be written.
+    """
     if link.is_dir() and not link.is_symlink():
         raise BadInput(
-            f"{link}: is a folder, and wants to be a link to {output.directory}; move it away, or "
-            "give another run_directory"
+            f"{link}: is a folder, and wants to be a link to {folder}; move it away, or give "
+            "another run_directory"
         )
-    there = Path(os.path.relpath(output.directory.resolve(), _made(link.parent)))
+    there = Path(os.path.relpath(folder.resolve(), _made(link.parent)))
     if link.is_symlink() and link.readlink() == there:
         return
     temporary = link.with_name(f".{link.name}-{secrets.token_hex(4)}")
@@ -246,10 +255,11 @@ def standing(recipe: Recipe) -> list[Standing]:
 
 def first_difference(asked: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     """Return the first field in which two outputs differ, with both values."""
-    return next(
+    lines = (
         f"{field} is {addresses.said(new)}, was {addresses.said(old)}"
         for field, new, old in differing(asked, there)
     )
+    return next(lines, "files of it are missing")
 
 
 def known(root: Path) -> list[Output]:

@@ -1,0 +1,71 @@
+"""`eupe ablate`: a sweep of runs from one set of caches."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.printing import print_json, print_table
+from pipelines.recipe.words import AsJson, Overrides
+
+if TYPE_CHECKING:
+    from pipelines.sweeps.results import Compared
+
+app = typer.Typer()
+
+
+@app.command("ablate")
+def ablate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, YAML.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is there and what would be computed.")
+    ] = False,
+    only_table: Annotated[
+        bool, typer.Option("--table", help="Compute nothing: the figures that are there.")
+    ] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a base recipe under every setting of some axes, sharing all that is equal.
+
+    Caches, stages and evaluations of all runs are one graph, in which equal ones are there once;
+    what is there already is not computed again. The same command may run many times at once, on
+    machines that share the folder: they share the work. What fails stops only what is made from
+    it. [b]results.parquet[/b] beside the runs has every figure of every run.
+    """
+    from pipelines.sweeps import describe, results, work
+    from pipelines.sweeps.file import read, runs
+
+    asked = runs(read(file), overrides or [])
+    if dry_run:
+        graph, found = describe.told(asked)
+        if as_json:
+            print_json(describe.plain(graph, found))
+        else:
+            print_table(describe.rows(found))
+            print("\n".join(describe.lines(graph, found)))
+        return
+    if only_table:
+        print_comparison(results.compare(describe.laid_out(asked)), as_json)
+        return
+    done = work.work(work.prepare(asked))
+    print(results.write(done.graph), file=sys.stderr)
+    print("\n".join(describe.ended(done)), file=sys.stderr)
+    if results.has_base(done.graph):
+        print_comparison(results.compare(done.graph), as_json)
+    if done.failed:
+        raise typer.Exit(1)
+
+
+def print_comparison(found: "Sequence[Compared]", as_json: bool) -> None:
+    """Print each setting beside the base."""
+    from dataclasses import asdict
+
+    from pipelines.sweeps import results
+
+    if as_json:
+        print_json([asdict(each) for each in found])
+    else:
+        print_table(results.rows(found))

@@ -1,0 +1,221 @@
+"""Working a sweep: once and never again, by many processes, through failures and kill -9."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import pytest
+from support import toy_sweep
+
+from eupe.errors import BadInput
+from eupe.teachers import Teacher
+from pipelines.caching import precompute
+from pipelines.recipe import recipes
+from pipelines.sweeps import describe, results, work
+from pipelines.sweeps.work import Done
+from pipelines.training import loop
+
+pytestmark = pytest.mark.slow
+PATIENCE_SECONDS = 400
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Return what installs the toy recipe below a folder, in this process."""
+    monkeypatch.setattr(precompute, "extractors", precompute.extractors)
+    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
+    return toy_sweep.install
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Let teachers and training raise."""
+
+    def refuse(*arguments, **named):
+        raise AssertionError("something is computed")
+
+    def go() -> None:
+        monkeypatch.setattr(Teacher, "forward", refuse)
+        monkeypatch.setattr(loop._Run, "_step", refuse)
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory) -> Path:
+    """A folder in which the toy sweep is worked to its end, by one process."""
+    folder = tmp_path_factory.mktemp("sweep")
+    child(folder, toy_sweep.sweep(folder)).communicate(timeout=PATIENCE_SECONDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> pl.DataFrame:
+    """The figures of a sweep over widths, worked by one process."""
+    folder = tmp_path_factory.mktemp("widths")
+    child(folder, widths(folder)).communicate(timeout=PATIENCE_SECONDS)
+    return figures(folder)
+
+
+def widths(folder: Path) -> Path:
+    """Write a sweep of three runs of one stage each."""
+    return toy_sweep.sweep(folder, axes={"width": toy_sweep.WIDTHS})
+
+
+def child(folder: Path, sweep: Path, **names: str) -> "subprocess.Popen[str]":
+    """Start a process that works a sweep."""
+    environment = {**os.environ, "COUNT": str(folder / "begun.txt"), **names}
+    return subprocess.Popen(
+        [sys.executable, "-m", "support.toy_sweep", str(folder), str(sweep)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def go(path: Path) -> Done:
+    return work.work(work.prepare(toy_sweep.asked(path)))
+
+
+def figures(folder: Path) -> pl.DataFrame:
+    return pl.read_parquet(folder / "toy_stages" / results.FILE)
+
+
+def begun(folder: Path) -> Counter[str]:
+    lines = (folder / "begun.txt").read_text().splitlines()
+    return Counter(line.split()[0] for line in lines)
+
+
+def test_a_sweep_computes_every_node_once_and_leaves_its_figures(worked):
+    assert set(begun(worked).values()) == {1}
+    assert len(begun(worked)) == 11  # 5 stages, 4 evaluations, experts and proxy
+    found = figures(worked)
+    assert found.columns == ["run", "stages", "seed", "encoder", "metric", "value", "low", "high"]
+    assert found["stages"].unique().sort().to_list() == ["1-2", "1-2-3", "1-3", "2"]
+    knn = found.filter(encoder="student_final", metric="knn_paper")
+    assert len(knn) == 4
+    for name in found["run"].unique():
+        link = worked / "toy_stages" / name
+        assert link.is_symlink()
+        for file in ("summary.json", "report.html", "correct.parquet"):
+            assert (link / file).is_file()
+
+
+def test_the_same_again_computes_nothing(worked, toys, idle):
+    toys(worked)
+    idle()
+    done = go(toy_sweep.sweep(worked))
+    assert (done.computed, done.failed) == ([], {})
+    assert len(done.found) == 12
+    graph, found = describe.told(toy_sweep.asked(toy_sweep.sweep(worked)))
+    assert {each.state for each in found} == {"reuse"}
+    assert [*graph.nodes] == [*done.graph.nodes]
+    assert all(each.num_bytes for each in found)
+
+
+def test_each_setting_is_compared_with_the_base_by_the_same_images(worked, toys):
+    toys(worked)
+    graph, _ = describe.told(toy_sweep.asked(toy_sweep.sweep(worked)))
+    found = results.compare(graph)
+    knn = {each.values["stages"]: each for each in found if each.probe == "knn_paper"}
+    assert [*knn] == ["1-2-3", "1-2", "1-3", "2"]
+    assert knn["1-2-3"].versus is None
+    shares = figures(worked).filter(encoder="student_final", metric="knn_paper")
+    own = dict(zip(shares["stages"], shares["value"], strict=True))
+    for name, each in knn.items():
+        assert each.share.value == pytest.approx(own[name])
+        if each.versus is not None:
+            assert each.versus.difference.value == pytest.approx(own[name] - own["1-2-3"])
+            assert 0 < each.versus.p_value <= 1
+    assert len(results.rows(found)) == len(found)
+
+
+def test_a_value_that_is_added_computes_only_what_is_new(worked, tmp_path, toys):
+    folder = copied(worked, tmp_path)
+    toys(folder)
+    wide = {**toy_sweep.STAGES["1-2"], "stages.stage2.head_hidden": 16}
+    more = toy_sweep.sweep(folder, axes={"stages": {**toy_sweep.STAGES, "wide": wide}})
+    _, found = describe.told(toy_sweep.asked(more))
+    new = [each for each in found if each.state != "reuse"]
+    assert [each.node.kind for each in new] == ["stage", "evaluation"]
+    assert new[0].why == "stage.head_hidden is 16, was 32"
+    done = go(more)
+    assert done.computed == [each.node.address for each in new]
+
+
+def test_to_be_judged_otherwise_trains_nothing(worked, tmp_path, toys):
+    folder = copied(worked, tmp_path)
+    toys(folder)
+    judged = toy_sweep.sweep(folder, set={"evaluation.k": 1})
+    _, found = describe.told(toy_sweep.asked(judged))
+    new = [each.node for each in found if each.state == "compute"]
+    assert [node.kind for node in new] == ["evaluation"] * 4
+    assert {each.why for each in found if each.why} == {"evaluation.k is 1, was 3"}
+
+
+def test_what_fails_stops_only_what_is_made_from_it(tmp_path, toys, capsys):
+    toys(tmp_path)
+    path = toy_sweep.sweep(tmp_path)
+    graph = work.prepare(toy_sweep.asked(path))
+
+    def run(node):
+        if node.output is not None and node.output.stage == "stage1":
+            raise BadInput("stage 1 is on fire")
+        work.compute(node)
+
+    done = work.work(graph, run)
+    (first,) = done.failed
+    assert first.startswith("stage1-")
+    assert done.failed[first] == "stage 1 is on fire"
+    kinds = [graph.nodes[each].kind for each in done.computed]
+    assert kinds == ["caches", "stage", "evaluation"]  # of the student without a proxy
+    assert set(done.stopped.values()) == {first}
+    assert len(done.stopped) + 5 == len(graph.nodes)  # the other expert was cached with the first
+    assert f"{first} failed: stage 1 is on fire" in capsys.readouterr().err
+    _, found = describe.told(toy_sweep.asked(path))
+    failed = {each.node.address: each.why for each in found if each.state == "failed"}
+    assert failed == done.failed
+    again = go(path)  # asked for again, it is tried again
+    assert (again.failed, len(again.computed)) == ({}, len(graph.nodes) - 4)
+    _, found = describe.told(toy_sweep.asked(path))
+    assert {each.state for each in found} == {"reuse"}
+
+
+def test_two_processes_share_the_work(alone, tmp_path):
+    both = [child(tmp_path, widths(tmp_path)) for _ in range(2)]
+    said = [json.loads(each.communicate(timeout=PATIENCE_SECONDS)[0]) for each in both]
+    assert [each.returncode for each in both] == [0, 0]
+    assert set(said[0]["computed"]).isdisjoint(said[1]["computed"])
+    assert set(begun(tmp_path).values()) == {1}  # no node twice
+    assert figures(tmp_path).equals(alone)
+
+
+def test_one_of_two_may_be_killed_at_any_moment(alone, tmp_path):
+    path = widths(tmp_path)
+    first = child(tmp_path, path)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (tmp_path / "begun.txt").is_file() or len(begun(tmp_path)) < 3:
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second = child(tmp_path, path)
+    time.sleep(1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    said = json.loads(second.communicate(timeout=PATIENCE_SECONDS)[0])
+    assert (second.returncode, said["failed"]) == (0, {})
+    assert figures(tmp_path).equals(alone)
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """Return a copy of a worked sweep; the recipe's paths are another folder's."""
+    there = to / "copy"
+    shutil.copytree(folder, there, symlinks=True)
+    return there
