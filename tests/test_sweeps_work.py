@@ -13,9 +13,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 from support import toy_sweep
+from typer.testing import CliRunner
 
 from eupe.errors import BadInput
 from eupe.teachers import Teacher
+from flows.cli import app
 from pipelines.caching import precompute
 from pipelines.recipe import recipes
 from pipelines.sweeps import describe, results, work
@@ -118,6 +120,31 @@ def test_the_same_again_computes_nothing(worked, toys, idle):
     assert {each.state for each in found} == {"reuse"}
     assert [*graph.nodes] == [*done.graph.nodes]
     assert all(each.num_bytes for each in found)
+
+
+def test_the_command_says_what_is_there_and_shows_the_table(worked, toys):
+    toys(worked)
+    path = str(toy_sweep.sweep(worked))
+    told = json.loads(said(path, "--dry-run", "--json"))
+    assert {each["state"] for each in told["nodes"]} == {"reuse"}
+    assert (told["asked"]["stage"], told["distinct"]["stage"]) == (8, 5)
+    assert told["dedupe_factor"] > 1.5
+    assert "8 asked for, 5 distinct" in said(path, "--dry-run")
+    shown = json.loads(said(path, "--table", "--json"))
+    assert [each["versus"] is None for each in shown if each["probe"] == "linear"] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert "beside the base" in said(path, "--table")
+
+
+def said(*words: str) -> str:
+    """Return what `eupe ablate` prints."""
+    done = CliRunner().invoke(app, ["ablate", *words])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def test_each_setting_is_compared_with_the_base_by_the_same_images(worked, toys):
