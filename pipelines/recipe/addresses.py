@@ -65,7 +65,7 @@ def made_of(
         "homogeneous": dict(recipe.homogeneous),
         "samples": {name: samples(recipe.cache_root, name) for name in recipe.train},
         "views": recipe.views.model_dump(mode="json"),
-        "num_views": recipe.num_views,
+        "num_views": {name: recipe.views_of(name) for name in recipe.train},
         "teachers": {
             name: _proxy(recipe, address_of("stage1"))
             if name == PROXY

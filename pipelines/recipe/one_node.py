@@ -93,7 +93,6 @@ def imagenet1k(student: str) -> Recipe:
             name="imagenet1k-val", source=SourceConfig(kind="folder", path="data/imagenet1k/val")
         ),
         label="label",
-        proxy_directory="runs/imagenet1k_proxy",
     )
 
 
@@ -119,7 +118,6 @@ def permissive() -> Recipe:
             licence="CC0-1.0",
         ),
         label=None,
-        proxy_directory="runs/permissive_proxy",
     )
 
 
@@ -130,7 +128,6 @@ def _recipe(
     train: DatasetConfig,
     held_out: DatasetConfig,
     label: str | None,
-    proxy_directory: str,
 ) -> Recipe:
     native = {teacher.name: teacher.resolutions for teacher in teachers}
     first, pyramid = family.PYRAMID[:1], family.PYRAMID
@@ -138,7 +135,6 @@ def _recipe(
         name=name,
         run_directory=f"runs/{name}",
         cache_root="runs/cache",
-        proxy_directory=proxy_directory,
         pixels=pyramid,
         train=by_name(train),
         held_out=held_out,

@@ -30,6 +30,7 @@ class Node:
         made_of: all that makes it, plain data.
         recipe: of the first run that asks for it; its run directory is that of its evaluation.
         needs: addresses of what it is made from.
+        recipes: of all runs that ask for it; they may draw other views of a cache.
         teacher: whose features caches hold.
         output: of a stage.
     """
@@ -39,6 +40,7 @@ class Node:
     made_of: dict[str, Any] = field(compare=False, repr=False)
     recipe: Recipe = field(compare=False, repr=False)
     needs: tuple[str, ...]
+    recipes: tuple[Recipe, ...] = field(default=(), compare=False, repr=False)
     teacher: str | None = None
     output: Output | None = field(default=None, compare=False, repr=False)
 
@@ -98,7 +100,9 @@ def expand(runs: Sequence[Run], digest_of: Digest = digest) -> Graph:
     for run in runs:
         found = _nodes(run.recipe, digest_of)
         for node in found:
-            nodes.setdefault(node.address, node)
+            there = nodes.get(node.address, node)
+            together = replace(there, recipes=(*there.recipes, node.recipe))
+            nodes[node.address] = together
         own.append((run, [node.address for node in found]))
     return Graph({address: nodes[address] for address in _order(nodes)}, own)
 

@@ -81,20 +81,32 @@ def unread(node: Node) -> bool:
 
 def jobs(node: Node) -> list[CacheJob]:
     """Return the jobs whose stores a node of caches is, of its teacher alone."""
-    return [
+    own = [
         job.model_copy(
             update={"teachers": tuple(each for each in job.teachers if each.name == node.teacher)}
         )
-        for job in pass_of(node)
+        for group in passes(node)
+        for job in group
     ]
+    return [*{job.model_dump_json(): job for job in own}.values()]
 
 
-def pass_of(node: Node) -> list[CacheJob]:
-    """Return the jobs that build a node of caches: all of its run's experts from one decode."""
-    if node.kind == "caches":
-        return cache_jobs(node.recipe)
-    (stage1,) = node.needs
-    return proxy_jobs(node.recipe, node.recipe.outputs / stage1)
+def passes(node: Node) -> list[list[CacheJob]]:
+    """Return the jobs that build a node of caches, of all runs that draw from it.
+
+    Those of the same teachers are a group: all experts of a run come from one decode.
+    """
+    found: dict[tuple[str, ...], dict[str, CacheJob]] = {}
+    for recipe in node.recipes:
+        if node.kind == "caches":
+            wanted = cache_jobs(recipe)
+        else:
+            (stage1,) = node.needs
+            wanted = proxy_jobs(recipe, recipe.outputs / stage1)
+        for job in wanted:
+            teachers = tuple(each.model_dump_json() for each in job.teachers)
+            found.setdefault(teachers, {})[job.model_dump_json()] = job
+    return [[*group.values()] for group in found.values()]
 
 
 def failed(node: Node) -> tuple[str, float] | None:
@@ -136,7 +148,7 @@ def _missing(node: Node, opened: Opened) -> Iterator[str]:
     for job in jobs(node):
         for spec in store_specs(job):
             store = opened.store(job.root, spec)
-            if todo := len(store.todo(job.num_views)):
+            if todo := len(store.todo(job.wanted_of(store))):
                 yield f"{spec.directory()}: {todo} shards are missing"
 
 
@@ -144,7 +156,8 @@ def _bytes(node: Node, opened: Opened) -> int:
     if node.kind in ("stage", "evaluation"):
         return sum(size for _, size, _ in place.listing(node.place))
     stores = [opened.store(job.root, spec) for job in jobs(node) for spec in store_specs(job)]
-    return sum(store.manifest().total().num_bytes for store in stores)
+    each = {store.directory: store for store in stores}.values()
+    return sum(store.manifest().total().num_bytes for store in each)
 
 
 def _seconds(node: Node) -> float | None:

@@ -162,7 +162,7 @@ def compute(node: Node) -> None:
             standing.note_evaluated(node)
         else:
             look_over = partial(beforehand.check_labels, recipe)
-            built = precompute.build([standing.pass_of(node)], look_over=look_over)
+            built = precompute.build(standing.passes(node), look_over=look_over)
             print(built, file=sys.stderr)
 
 
