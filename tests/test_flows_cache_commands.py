@@ -41,6 +41,19 @@ def test_ls_lists_what_is_there(toy):
     assert "toy_teacher" in shown.stdout
 
 
+def test_derive_makes_a_store_that_ls_lists(toy):
+    directory = str(toy.store().directory)
+    run = eupe("derive", directory, "--codec", "bfloat16", "--json")
+    assert run.returncode == 0, run.stderr
+    made = json.loads(run.stdout)
+    assert made["codec"] == "bfloat16 of float16"
+    assert (made["samples"], made["shards"]) == (NUM_SAMPLES, 2 * NUM_VIEWS)
+    assert len(json.loads(eupe("ls", str(toy.root), "--json").stdout)) == 2
+    again = eupe("derive", directory)
+    assert again.returncode == 2
+    assert "give another root" in again.stderr
+
+
 def test_inspect_names_the_reasons_of_invalid_rows(toy):
     directory = toy.store().directory
     run = eupe("inspect", str(directory), "--json")

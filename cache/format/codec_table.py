@@ -21,7 +21,7 @@ def to_bytes(arrays: Arrays) -> memoryview:
 
 
 def parse(content: bytes | memoryview | pa.Buffer, path: Path) -> Arrays:
-    """Read the file's contents: name -> values, flattened, views of the contents.
+    """Read the file's contents: name -> values, flattened.
 
     Raises:
         Corrupt: the file is not one of fitted values.
@@ -30,6 +30,5 @@ def parse(content: bytes | memoryview | pa.Buffer, path: Path) -> Arrays:
     if len(table) != 1 or not all(pa.types.is_list(column.type) for column in table.schema):
         raise Corrupt(f"{path}: wants one record of lists, a codec's fitted values")
     return {
-        name: np.asarray(arrow_tables.to_numpy(table[name][0].values))
-        for name in table.column_names
+        name: np.array(arrow_tables.to_numpy(table[name][0].values)) for name in table.column_names
     }
