@@ -11,7 +11,7 @@ from support.smooth_pictures import moments_of, pictures
 from support.toy_stores import Toy, features, ids, store_spec
 
 from cache.codec.encoded import Fitting
-from cache.codec.grid import DISTORTION, RATES, GridCodec, allot, row_bytes
+from cache.codec.grid import DISTORTION, RATES, GridCodec, allot, escaping, row_bytes
 from cache.codec.known import default_codec, make_codec
 from cache.codec.known import row_bytes as known_row_bytes
 from cache.codec.quantised import lloyd_max
@@ -186,6 +186,17 @@ def test_a_huge_token_costs_one_escape_and_not_its_row(name):
     encoded = codec.encode(rows)
     assert (encoded.escapes.row.tolist(), encoded.escapes.token.tolist()) == ([1], [20])
     np.testing.assert_array_equal(encoded.data[[0, 2]], calm.data[[0, 2]])
+
+
+def test_the_worst_tokens_of_a_row_escape_until_its_bound_holds():
+    """By hand: each within 0.85^2, together 2.1 of at most 0.65^2 of 4: without 0.6 they are."""
+    squared = np.array([[0.5, 0.6, 0.5, 0.5], [0.4, 0.4, 0.4, 0.4], [0.0, 0.8, 0.0, np.nan]])
+    size, none = np.ones((3, 4)), np.zeros((3, 4), bool)
+    assert escaping(squared, size, none, RATES["grid1"]).tolist() == [
+        [False, True, False, False],
+        [False] * 4,
+        [False, True, False, True],
+    ]
 
 
 def test_rows_that_are_badly_served_as_a_whole_escape_token_by_token():
