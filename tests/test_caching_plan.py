@@ -12,6 +12,7 @@ from pipelines.caching import outlook, plan, planning, rates
 from pipelines.recipe import recipes
 from pipelines.recipe.override import override
 from pipelines.recipe.stores import cache_jobs, job_groups
+from pipelines.release.licences import follows, sources
 
 WITHIN = 0.01
 """Of the bytes on disk, as the plan promises."""
@@ -144,3 +145,19 @@ def test_a_figure_is_drawn(tmp_path):
     found.draw(tmp_path / "cost.svg")
     assert "<svg" in (tmp_path / "cost.svg").read_text()[:1000]
     assert outlook.shown(rates.Figure(1_281_167, "", "assumed")) == "~1.28 M"
+
+
+def test_a_recipe_says_its_bytes_and_hours_in_one_sentence(tmp_path):
+    said = planning.in_short(recipes.get("imagenet1k_vits16"))
+    assert said.startswith("Caches: 11.1 TB. On h100:8, assumed: ~")
+    unknown = planning.in_short(small_run.recipe(tmp_path))
+    assert unknown.startswith("Bytes and hours are not known: train: not indexed")
+
+
+def test_students_of_the_permissive_recipe_may_be_used_commercially():
+    verdict, barred = (
+        follows(sources(recipes.get(name).model_dump(mode="json"))).words
+        for name in ("permissive", "imagenet1k_vits16")
+    )
+    assert verdict.startswith("All that it was made from may be used commercially")
+    assert barred.startswith("Not for commercial use: pictures imagenet1k")
