@@ -192,7 +192,7 @@ def test_what_a_view_costs_is_what_the_store_takes():
         "experts": [(1024, 1536), (1024, 1536), (256, 1280)],
         "proxy": [(256, 1536), (576, 1536), (1024, 1536)],
     }
-    assert len(table) == 6
+    assert len(table) == 8
     for line in table:
         codec, _, *said = line.strip("| ").split(" | ")
         for (mega, tera), shape in zip(
