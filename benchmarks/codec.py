@@ -1,7 +1,7 @@
 """What codecs keep of real features and what they cost: quality, bits and speed, beside bounds.
 
     python -m benchmarks.codec [--images 200] [--resolution 256] [--teacher RECIPE:NAME ...]
-                               [--json FILE]
+                               [--quick] [--json FILE]
 
 Features are those of held-out emoji: EfficientNet-Lite2's stride-16 map (its ImageNet weights are a
 Python package), and a ViT's patch tokens, one that is trained here for a minute or two on Lite2's
@@ -81,20 +81,20 @@ def lite2(resolution: int) -> Callable[[torch.Tensor], Features]:
     return load_teacher(config.name, config.encoder, config.weights)
 
 
-def vit(console: Console) -> Callable[[torch.Tensor], Features]:
+def vit(console: Console, steps: int) -> Callable[[torch.Tensor], Features]:
     """Train a ViT briefly on Lite2's features."""
-    console.print(f"training a ViT for {BRIEF_STEPS} steps")
+    console.print(f"training a ViT for {steps} steps")
     pixels = pictures("train", BRIEF_IMAGES, BRIEF_SIDE)
     tokens = features(lite2(BRIEF_SIDE), pixels)
     dims = {"lite2": (tokens.summary.shape[-1], tokens.patches.shape[-1])}
     step = TrainingStep(dims, BRIEF, BRIEF_LR)
     rng, all_targets = np.random.default_rng(0), targets_of(tokens)
-    for number in range(BRIEF_STEPS):
+    for number in range(steps):
         rows = torch.from_numpy(rng.choice(len(pixels), BATCH, replace=False))
         batch = torch.from_numpy(pixels[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
         chosen = type(all_targets)(*(each[rows] for each in all_targets))
         loss = step(batch, {"lite2": chosen})
-        if number % 25 == 0 or number == BRIEF_STEPS - 1:
+        if number % 25 == 0 or number == steps - 1:
             console.print(f"  step {number}: loss {loss:.3f}")
     network: Encoder = step.model.encoder.eval()
     return network
@@ -176,22 +176,22 @@ def standardised(codec: Codec, found: torch.Tensor, moments: Moments) -> dict[st
     }
 
 
-def synthetic() -> list[tables.Row]:
-    """Measure what decoding costs beside a training step, 16 x 16 x 1536.
+def synthetic(width: int, most_pairs: int) -> list[tables.Row]:
+    """Measure what decoding costs beside a training step, 16 x 16 x width.
 
     A grid codec is there with directions of the channels (basis), and without (rotation).
     """
     generator = torch.Generator().manual_seed(0)
     i, j = torch.meshgrid(*(torch.arange(float(WIDE_SIDE)),) * 2, indexing="ij")
-    falling = (1 + torch.hypot(i, j))[..., None] ** -1.0 * (1 + torch.arange(WIDE_DIM)) ** -0.5
+    falling = (1 + torch.hypot(i, j))[..., None] ** -1.0 * (1 + torch.arange(width)) ** -0.5
     waves = torch.from_numpy(cosines(WIDE_SIDE)).float()
     y = torch.randn(BATCH, *falling.shape, generator=generator) * falling
     rows = torch.einsum("ia,jb,nijd->nabd", waves, waves, y)
-    mixed = rows @ torch.linalg.qr(torch.randn(WIDE_DIM, WIDE_DIM, generator=generator)).Q
+    mixed = rows @ torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
     moments = Moments.of(mixed.flatten(0, 2).numpy())
     few = replace(moments, count=2, scatter=moments.scatter * 2 / moments.count)
     many = replace(moments, count=10**6, scatter=moments.scatter * 10**6 / moments.count)
-    step = TrainingStep({"wide": (1, WIDE_DIM)})
+    step = TrainingStep({"wide": (1, width)})
     pixels = torch.from_numpy(pictures("test", BATCH, WIDE_SIDE * 16))
     pixels = pixels.permute(0, 3, 1, 2).contiguous()
     known = {"wide": targets_of(Features(torch.zeros(BATCH, 1), mixed))}
@@ -209,7 +209,7 @@ def synthetic() -> list[tables.Row]:
         pairs = interleave(
             Timed(lambda _: step(pixels, known)),
             Timed(lambda _, d=decode, e=encoded: d(e.data, e.escapes)),  # type: ignore[misc]
-            PAIRS,
+            most_pairs,
             SECONDS,
         )
         share = pairs.speed_ratio()  # step over decode, so its inverse, ends swapped
@@ -217,7 +217,7 @@ def synthetic() -> list[tables.Row]:
             {
                 "teacher": f"synthetic {form}".strip(),
                 "codec": name,
-                "bpfp": encoded.bits_per_coefficient(WIDE_SIDE**2, WIDE_DIM),
+                "bpfp": encoded.bits_per_coefficient(WIDE_SIDE**2, width),
                 "decode_gb_per_s": 4 * mixed.numel() / float(np.median(pairs.subject)) / 1e9,
                 "step_share": 1 / share.median,
                 "step_share_low": 1 / share.high,
@@ -249,8 +249,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="RECIPE:NAME",
         help="of a recipe, as imagenet1k_vits16:dinov3_h; else Lite2 and a ViT trained here",
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="of training and decoding next to none"
+    )
     arguments = parser.parse_args(argv)
     console = tables.console()
+    steps, width, most_pairs = (2, 32, 1) if arguments.quick else (BRIEF_STEPS, WIDE_DIM, PAIRS)
     count, resolution = arguments.images, arguments.resolution
     table = []
     if arguments.teacher:
@@ -258,8 +262,8 @@ def main(argv: list[str] | None = None) -> int:
             table += rows_of(named, teacher_of(named), count, resolution)
     else:
         table += rows_of("efficientnet_lite2", lite2(resolution), count, resolution)
-        table += rows_of("vit_brief", vit(console), count, resolution)
-        table += synthetic()
+        table += rows_of("vit_brief", vit(console, steps), count, resolution)
+        table += synthetic(width, most_pairs)
     title = f"held-out images, {torch.get_num_threads()} threads, {platform.machine()}"
     tables.show(table, COLUMNS, title, console, arguments.json)
     return 0

@@ -25,8 +25,8 @@ SMALL = {
         {"name", "mode", "access", "gb_per_s", "ratio_to_memmap", "version"},
     ),
     "codec": (
-        ["--images", "16", "--resolution", "96"],
-        {"teacher", "codec", "bits_per_coefficient", "cosine", "cosine_worst", "r2", "bound_r2"},
+        ["--images", "16", "--resolution", "96", "--quick"],
+        {"teacher", "codec", "bpfp", "decode_gb_per_s"},
     ),
     "step": (
         ["--teachers", "efficientnet_lite2", "--codecs", "rot4", "--batch", "2", "--rounds", "2"],
