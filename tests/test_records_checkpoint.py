@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, exact, refused when of another run, the right ones kept."""
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -16,7 +17,7 @@ from eupe.spec import EncoderSpec
 from eupe.students import build_student
 from eupe.weight_files import CHECKPOINT_FILE
 from eupe.weights import load_state_dict
-from pipelines.records import checkpoint
+from pipelines.records import checkpoint, whole_state
 from pipelines.records.checkpoint import Contents
 
 ENCODER = EncoderSpec(
@@ -262,3 +263,30 @@ def read_all(stage_directory: Path) -> None:
     found = checkpoint.require(stage_directory)
     for read in (found.encoder, found.heads, found.normalisers, found.state):
         read()
+
+
+@pytest.mark.parametrize("saved", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("resumed", [torch.contiguous_format, torch.channels_last])
+def test_an_optimizer_goes_on_whatever_memory_format_its_moments_were_saved_in(saved, resumed):
+    def made(memory_format: torch.memory_format) -> tuple[torch.nn.Module, torch.optim.AdamW]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = torch.nn.Conv2d(3, 8, 3).to(memory_format=memory_format)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.AdamW, number: int) -> None:
+        pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        model(pixels).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    wanted, optimizer = made(saved)
+    step(wanted, optimizer, 0)
+    state = copy.deepcopy(whole_state.optimizer_state(wanted, optimizer))
+    found, other = made(resumed)
+    whole_state.load_weights(found, copy.deepcopy(wanted.state_dict()))
+    whole_state.load_optimizer_state(found, other, state)
+    for number in (1, 2):
+        step(wanted, optimizer, number)
+        step(found, other, number)
+    torch.testing.assert_close(found.weight, wanted.weight, rtol=0, atol=1e-4)

@@ -8,6 +8,7 @@ keyed by parameter name. Every worker must call each of them.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -44,5 +46,15 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Put a whole state into the optimizer; each worker keeps its part of it."""
+    """Put a whole state into the optimizer; each worker keeps its part of it.
+
+    Moments are laid out in memory as their parameters are: fused AdamW takes that for granted, and
+    steps to other weights where a state was saved channels last, or was not.
+    """
     set_optimizer_state_dict(model, optimizer, dict(state), options=_SPREAD)
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if isinstance(parameter, DTensor) or value.shape != parameter.shape:
+                continue
+            if value.stride() != parameter.stride():
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -100,6 +100,7 @@ class Shards(_ProcessGroup):
 
     def wrap(self, model: DistillationModel) -> nn.Module:
         """Shard the model where it stands, block by block, and return it."""
+        model.to(memory_format=torch.contiguous_format)  # FSDP2 shards no other
         if self.rank == 0:
             self._unsharded = deepcopy(model).cpu()
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
