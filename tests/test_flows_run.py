@@ -85,7 +85,18 @@ def test_a_second_run_repeats_nothing(first, home):
     assert "Encoders:" in first.stderr
 
 
+def test_evaluate_alone_finds_the_same(first, home):
+    assert first.returncode == 0
+    judged = run(home, "evaluate", "demo_stage2", "--json")
+    assert judged.returncode == 0, judged.stderr
+    before = json.loads(first.stdout)
+    again = json.loads(judged.stdout)
+    assert {key: before[key] for key in again} == again
+    assert again["encoders"]["efficientnet_lite2"]["resolution"] == 160
+
+
 def test_a_changed_recipe_says_what_is_old_and_trains_it_again(first, home):
+    """Last in this file: the run names another stage 2 from here on."""
     assert first.returncode == 0
     before = (home / "runs/demo_stage2/stage2").resolve()
     words = ["run", "demo_stage2", "--json", "--set", "stages.stage2.head_hidden=8"]
@@ -103,13 +114,3 @@ def test_a_changed_recipe_says_what_is_old_and_trains_it_again(first, home):
     ]
     assert seconds[1]["stage2"] > 0  # as long as it took, not as it took to find
     assert before.is_dir()
-
-
-def test_evaluate_alone_finds_the_same(first, home):
-    assert first.returncode == 0
-    judged = run(home, "evaluate", "demo_stage2", "--json")
-    assert judged.returncode == 0, judged.stderr
-    before = json.loads(first.stdout)
-    again = json.loads(judged.stdout)
-    assert {key: before[key] for key in again} == again
-    assert again["encoders"]["efficientnet_lite2"]["resolution"] == 160

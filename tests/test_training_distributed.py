@@ -284,7 +284,7 @@ def test_ray_train_runs_the_same_loop(tmp_path, alone, capsys):
     done = train_with_ray(run)
     assert f"Training stage2: {STEPS}/{STEPS} steps" in capsys.readouterr().err
     assert done.images_per_second == pytest.approx(images_per_second(run))
-    assert done.checkpoint == checkpoint.require(run.directory / "stage2")
+    assert done.checkpoint == checkpoint.require((run.directory / "stage2").resolve())
     assert done.checkpoint.step == STEPS
     assert done.checkpoint.score is not None
     assert_same_losses(run, alone[0])
