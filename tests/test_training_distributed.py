@@ -289,7 +289,8 @@ def test_ray_train_runs_the_same_loop(tmp_path, alone, capsys):
     assert done.checkpoint.score is not None
     assert_same_losses(run, alone[0])
     names = [path.name for path in (run.directory / "stage2" / launch.RAY_FOLDER).iterdir()]
-    assert len(names) == 3, "under one name Ray Train would have repeated the failure"
+    # The failure and what was done; the odd batch has an address of its own.
+    assert len(names) == 2, "under one name Ray Train would have repeated the failure"
     assert train_with_ray(run).first_step == STEPS  # finds its work done
 
 
