@@ -25,6 +25,11 @@ PYRAMID = (256, 384, 512)
 TINY_PYRAMID = (96, 144, 192)
 STUDENTS = tuple(name for name in FAMILY if name != "proxy_vitg")
 PIXEL_HALF = (0.5, 0.5, 0.5)
+NODE_EXTRACTION = ExtractionConfig(
+    actors=8, compute_batch=64, gpus_per_actor=1, cpus_per_actor=8, decode_threads=8
+)
+"""Of a node of eight GPUs, as `NODE_WORKERS`."""
+NODE_WORKERS = WorkersConfig(count=8, use_gpu=True, loader_threads=16)
 IMAGENET_TERMS = "ImageNet terms of access: non-commercial research"
 
 PE_CORE = TeacherConfig(
@@ -119,10 +124,8 @@ def full(name: str) -> Recipe:
         proxy=StudentConfig(name=PROXY, encoder=FAMILY["proxy_vitg"]),
         student=StudentConfig(name=name.removeprefix("eupe_"), encoder=FAMILY[name]),
         stages=by_name(_stage1(), _stage2(), _stage3()),
-        extraction=ExtractionConfig(
-            actors=8, compute_batch=64, gpus_per_actor=1, cpus_per_actor=8, decode_threads=8
-        ),
-        workers=WorkersConfig(count=8, use_gpu=True, loader_threads=16),
+        extraction=NODE_EXTRACTION,
+        workers=NODE_WORKERS,
         evaluation=EvaluationConfig(bank=("imagenet1k",), resolution=224),
     )
 

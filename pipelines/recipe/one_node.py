@@ -12,12 +12,10 @@ from pipelines.recipe.config import (
     PROXY,
     DatasetConfig,
     EvaluationConfig,
-    ExtractionConfig,
     Recipe,
     SourceConfig,
     StudentConfig,
     TeacherConfig,
-    WorkersConfig,
 )
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig, StageConfig
@@ -152,15 +150,8 @@ def _recipe(
             _stage("stage2", {PROXY: first}, first, 125_000, 2048, lr=2e-4),
             _stage("stage3", {PROXY: pyramid}, pyramid, 50_000, 1024, lr=1e-4, initial="stage2"),
         ),
-        extraction=ExtractionConfig(
-            moments_samples=16_384,
-            actors=8,
-            compute_batch=64,
-            gpus_per_actor=1,
-            cpus_per_actor=8,
-            decode_threads=8,
-        ),
-        workers=WorkersConfig(count=8, use_gpu=True, loader_threads=16),
+        extraction=family.NODE_EXTRACTION.model_copy(update={"moments_samples": 16_384}),
+        workers=family.NODE_WORKERS,
         evaluation=EvaluationConfig(label=label, resolution=224),
     )
 

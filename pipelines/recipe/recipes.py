@@ -7,12 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from eupe.errors import BadInput
-from pipelines.recipe import demo, family, one_node
+from pipelines.recipe import demo, family, one_node, yaml_file
 from pipelines.recipe.config import DatasetConfig, Recipe, SourceConfig, StudentConfig
 from pipelines.recipe.override import changed, override
 
@@ -61,12 +57,7 @@ def _from_file(path: Path) -> Recipe:
     Raises:
         BadInput: no such file, no YAML of that form, or a change that does not fit.
     """
-    try:
-        asked = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OSError as error:
-        raise BadInput(f"{path}: no recipe there ({error.strerror})") from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise BadInput(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    asked = yaml_file.read(path, "recipe")
     form = f"{path}: wants `recipe: NAME` and `set: {{path.to.field: value}}`"
     if not isinstance(asked, dict) or set(asked) != {"recipe", "set"}:
         raise BadInput(form)

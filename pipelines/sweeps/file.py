@@ -21,14 +21,11 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
-from yaml import YAMLError
 
 from eupe.errors import BadInput
 from eupe.spec import Spec
-from pipelines.recipe import recipes
+from pipelines.recipe import recipes, yaml_file
 from pipelines.recipe.config import PROXY, Recipe
 from pipelines.recipe.override import changed, override, validated
 
@@ -88,12 +85,7 @@ def read(path: Path) -> Sweep:
     Raises:
         BadInput: there is none, or a fault in it.
     """
-    try:
-        said = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OSError as error:
-        raise BadInput(f"{path}: no sweep there ({error.strerror})") from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise BadInput(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    said = yaml_file.read(path, "sweep")
     if not isinstance(said, dict):
         raise BadInput(f"{path}: wants `recipe: NAME` and `axes: {{AXIS: {{VALUE: FIELDS}}}}`")
     try:
