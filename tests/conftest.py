@@ -83,6 +83,22 @@ def nothing_outlives_the_session() -> Iterator[None]:
     assert not names, "processes left behind: " + "; ".join(names)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def folders_of_a_file_go_with_it(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Remove what a file's fixtures and properties left on disk, unless one of its tests failed.
+
+    pytest removes `tmp_path` alone after each test; the rest lay there to the end of the session.
+    """
+    failed, base = request.session.testsfailed, tmp_path_factory.getbasetemp()
+    before = set(base.iterdir())
+    yield
+    if request.session.testsfailed == failed:
+        for folder in set(base.iterdir()) - before:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     """Start one local Ray for a file's in-process tests: two CPUs, no dashboard.
