@@ -7,7 +7,6 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 
 from flows.cli import main
-from flows.commands.printing import print_table
 from flows.teacher_cache import teacher_cache
 from pipelines.recipe import catalogue, paper, recipes
 from pipelines.recipe.catalogue import Entry
@@ -132,8 +131,3 @@ def test_prefects_form_names_every_field_of_a_recipe():
         assert f"- `{path}`: " in shown
     assert "(float32 | bfloat16)" in shown  # what a field may be
     assert shown.count("\n") + 1 == len(set(shown.splitlines()))
-
-
-def test_brackets_in_a_value_are_no_markup(capsys):
-    print_table([{"name": "[/x] [red]y", "rows": 3}])
-    assert "[/x] [red]y" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`make up`, a flow and a job on the stack, `make down`: what a user types, and nothing left."""
+"""`make up` keeps everybody else out and serves its owner; `make down` leaves nothing behind."""
 
 import json
 import os
