@@ -31,9 +31,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import tables
-from benchmarks.codec_bounds import cosines, grid_variances, scalar_r2, tokens_r2, water_filled_r2
+from benchmarks.codec_bounds import grid_variances, scalar_r2, tokens_r2, water_filled_r2
 from benchmarks.pairs import Timed, interleave
-from benchmarks.training import TrainingStep, features, pictures, targets_of
+from benchmarks.training import TrainingStep, features, pictures, smooth_features, targets_of
 from cache.codec.encoded import Codec
 from cache.codec.known import KNOWN, default_codec, make_codec
 from eupe.encoders import Encoder, Features
@@ -181,13 +181,7 @@ def synthetic(width: int, most_pairs: int) -> list[tables.Row]:
 
     A grid codec is there with directions of the channels (basis), and without (rotation).
     """
-    generator = torch.Generator().manual_seed(0)
-    i, j = torch.meshgrid(*(torch.arange(float(WIDE_SIDE)),) * 2, indexing="ij")
-    falling = (1 + torch.hypot(i, j))[..., None] ** -1.0 * (1 + torch.arange(width)) ** -0.5
-    waves = torch.from_numpy(cosines(WIDE_SIDE)).float()
-    y = torch.randn(BATCH, *falling.shape, generator=generator) * falling
-    rows = torch.einsum("ia,jb,nijd->nabd", waves, waves, y)
-    mixed = rows @ torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    mixed = smooth_features(BATCH, WIDE_SIDE, width)
     moments = Moments.of(mixed.flatten(0, 2).numpy())
     few = replace(moments, count=2, scatter=moments.scatter * 2 / moments.count)
     many = replace(moments, count=10**6, scatter=moments.scatter * 10**6 / moments.count)

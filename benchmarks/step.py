@@ -51,6 +51,7 @@ from benchmarks.step_subjects import (
     block_seconds,
     fill,
     indexed,
+    measured,
     render,
     tokens_of,
 )
@@ -58,7 +59,6 @@ from benchmarks.training import TrainingStep, targets_of
 from cache.reader import Reader
 from cache.samples import Samples
 from cache.shard_ranges import ShardRanges
-from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.teachers import Teacher
 from pipelines.features.cached import CachedSource
@@ -133,16 +133,24 @@ class InMemory(FeatureSource):
         return Ready(np.ones(len(rows), bool), None, self._targets)
 
 
-def batches(feed: Feed, samples: Samples, teacher: str, batch: int, threads: int) -> Batches:
-    """Return endless batches of a feed, made as in training."""
+def batches(
+    feed: Feed,
+    samples: Samples,
+    teacher: str,
+    batch: int,
+    threads: int,
+    side: int = SIDE,
+    prefetch: int = PREFETCH,
+) -> Batches:
+    """Return endless batches of a feed, made as in training; student and teacher see `side`."""
     shards = {DATASET.name: samples.shards()}
     return Batches(
         {DATASET.name: feed},
         TrainingDraw(Mix({DATASET.name: 1.0}, {}, batch, 0), shards, {DATASET.name: 1}, 0),
-        lambda step: Resolutions(SIDE, {teacher: SIDE}),
+        lambda step: Resolutions(side, {teacher: side}),
         lambda scale, rows: rows,
         range(1_000_000),
-        Loader(WorkersConfig(loader_threads=threads, prefetch_batches=PREFETCH)),
+        Loader(WorkersConfig(loader_threads=threads, prefetch_batches=prefetch)),
     )
 
 
@@ -215,9 +223,8 @@ def measure(
     samples = indexed(root)
     drawn = render(samples)
     tokens = tokens_of(subject.stored, drawn, arguments.batch)
-    normalisers = {
-        name: Normalisers(*(zscore(Moments.of(each.flatten(0, -2).numpy())) for each in tokens))
-    }
+    moments = measured(tokens)
+    normalisers = {name: Normalisers(*(zscore(each) for each in moments.values()))}
     reader = ImageReader(base(family.emoji("train").source))
     memory = InMemory(samples, {name: targets_of(tokens, slice(arguments.batch))})
 
@@ -228,7 +235,8 @@ def measure(
     learn = TrainingStep({name: (tokens.summary.shape[-1], tokens.patches.shape[-1])})
     streams = {"B": iter(made(memory))}
     for codec in arguments.codecs:
-        store = fill(root, subject.teacher.spec, codec, drawn, tokens)
+        digests = [view.digest for view in drawn]
+        store = fill(root, subject.teacher.spec, codec, digests, tokens, moments)
         streams[codec] = iter(made(CachedSource({(name, SIDE): Reader(store)}, normalisers)))
     live = LiveSource(
         {name: subject.teacher}, samples, reader, POLICY, normalisers, arguments.batch

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,38 +129,63 @@ def tokens_of(forward: Forward, drawn: Sequence[views.View], batch: int) -> Feat
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def measured(tokens: Features) -> dict[str, Moments]:
+    """Measure the moments of features' first rows."""
+    summary, patches = (each[:NUM_IMAGES].flatten(0, -2).cpu().numpy() for each in tokens)
+    return {"summary": Moments.of(summary), "patches": Moments.of(patches)}
+
+
 def fill(
-    root: Path, teacher: TeacherSpec, codec: CodecName, drawn: list[views.View], tokens: Features
+    root: Path,
+    teacher: TeacherSpec,
+    codec: CodecName,
+    digests: Sequence[str],
+    tokens: Features,
+    moments: Mapping[str, Moments],
+    resolution: int = SIDE,
 ) -> Store:
-    """Write a store of features."""
-    summary, patches = tokens.summary.numpy(), tokens.patches.flatten(1, 2)
+    """Write a store of features, encoded where they lie; every shard of the dataset.
+
+    Args:
+        root: of the cache, the dataset's samples are in it.
+        teacher: whose features they are.
+        codec: name.
+        digests: of the rows' views.
+        tokens: float32, a row a sample.
+        moments: of `measured`.
+        resolution: of the teacher's input, pixels.
+    """
     spec = StoreSpec(
         dataset=DATASET,
         views=POLICY,
         teacher=teacher,
         codec=default_codec(codec),
-        resolution=SIDE,
+        resolution=resolution,
         grid=tuple(tokens.patches.shape[1:3]),
-        patch_dim=patches.shape[-1],
-        summary_dim=summary.shape[-1],
+        patch_dim=tokens.patches.shape[-1],
+        summary_dim=tokens.summary.shape[-1],
     )
-    moments = {"summary": Moments.of(summary), "patches": Moments.of(patches.flatten(0, 1))}
     stored = {kind: (m.count, m.mean, m.scatter) for kind, m in moments.items()}
-    fitted = make_codec(spec.codec, stored["patches"], spec.grid, patches.numpy())
+    sample = tokens.patches[:NUM_IMAGES].flatten(1, 2).cpu().numpy()
+    fitted = make_codec(spec.codec, stored["patches"], spec.grid, sample)
     store = create_store(root, spec, stored, {}, fitted)
-    encoded = encode(store.codec, patches)
-    table = pl.DataFrame(
-        {
-            "sample_id": store.samples.table["sample_id"],
-            "valid": encoded.valid,
-            "reason": pl.Series(encoded.reasons, dtype=pl.String),
-            "view_digest": [view.digest for view in drawn],
-            "parameters": ["{}"] * len(drawn),
-            "summary": pl.Series(summary, dtype=pl.Array(pl.Float32, summary.shape[1])),
-        }
-    )
-    (shard,) = store.samples.shards()
-    store.commit([write_shard(store, 0, shard, encoded.data, table, {}, encoded.escapes)])
+    records = []
+    for shard in store.samples.shards():
+        rows = slice(shard.start, shard.stop)
+        encoded = encode(store.codec, tokens.patches[rows].flatten(1, 2))
+        summary = tokens.summary[rows].cpu().numpy()
+        table = pl.DataFrame(
+            {
+                "sample_id": store.samples.shard(shard.shard)["sample_id"],
+                "valid": encoded.valid,
+                "reason": pl.Series(encoded.reasons, dtype=pl.String),
+                "view_digest": digests[rows],
+                "parameters": ["{}"] * len(shard),
+                "summary": pl.Series(summary, dtype=pl.Array(pl.Float32, summary.shape[1])),
+            }
+        )
+        records.append(write_shard(store, 0, shard, encoded.data, table, {}, encoded.escapes))
+    store.commit(records)
     return store
 
 

@@ -1,10 +1,12 @@
 """What benchmarks of codecs and of training share: real images, their features, a training step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
+from benchmarks.codec_bounds import cosines
 from eupe import views
 from eupe.encoders import Features
 from eupe.heads import DistillationModel
@@ -79,6 +81,21 @@ class TrainingStep:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
+
+
+def smooth_features(
+    count: int, side: int, width: int, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """Make up features as smooth as pictures' are, their channels related, float32 [n, H, W, D]."""
+    generator = torch.Generator(device).manual_seed(0)
+    make = partial(torch.randn, generator=generator, device=device)
+    i, j = torch.meshgrid(*(torch.arange(float(side), device=device),) * 2, indexing="ij")
+    weights = (1 + torch.arange(width, device=device)) ** -0.5
+    falling = (1 + torch.hypot(i, j))[..., None] ** -1.0 * weights
+    waves = torch.from_numpy(cosines(side)).float().to(device)
+    y = make(count, *falling.shape) * falling
+    rows = torch.einsum("ia,jb,nijd->nabd", waves, waves, y)
+    return rows @ torch.linalg.qr(make(width, width)).Q
 
 
 def targets_of(tokens: Features, rows: Sequence[int] | slice = slice(None)) -> Targets:

@@ -1,6 +1,7 @@
 """Whose code wrote something: the version that is installed, and the commit of a checkout."""
 
 import subprocess
+import tomllib
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,7 @@ def this_code() -> str:
 
     A checkout with changes of its own says so.
     """
-    version = metadata.version("eupe")
+    version = _version()
     if not (ROOT / ".git").exists():  # installed: git would find whatever folder it lies in
         return version
     try:
@@ -23,6 +24,14 @@ def this_code() -> str:
     except (OSError, subprocess.SubprocessError):  # no git, or a checkout of another user's
         return version
     return f"{version}, commit {commit}{' with changes' if changed else ''}"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("eupe")
+    except metadata.PackageNotFoundError:  # a checkout that is run as it lies there
+        said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        return str(said["project"]["version"])
 
 
 def _git(*words: str) -> str:
