@@ -27,8 +27,8 @@ from cache.store import Store, open_store
 from cache.verify import verify
 
 FLIPS_CHILD = Path(__file__).parent / "support" / "flip_child.py"
-FLIPS = 100
-"""Seeded bits of a file that are flipped, one at a time."""
+FLIPS = 40
+"""Seeded bits of a file that are flipped, one at a time; in a child below, many more."""
 
 
 @pytest.fixture(params=["float16", "rot4"])

@@ -1,5 +1,6 @@
 """What is left of a damaged root is enough to mend it; what is not, is said."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ from cache.store import Store, open_store
 from cache.verify import unseen, verify_root
 
 VIEWS = 2
+CODECS = ("float16", "rot4")
 
 
-@pytest.fixture(params=["float16", "rot4"])
+@pytest.fixture(params=CODECS)
 def toy(request, tmp_path: Path) -> Toy:
     """Two views of a dataset that has grown once, one sample without features."""
     toy = Toy(tmp_path / "root", codec=request.param, bad={"a/001": "no image"})
@@ -123,8 +125,17 @@ WHICH: dict[str, Callable[[Store], list[Path]]] = {
 """What is damaged together."""
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("which", WHICH)
+def pairs() -> list[object]:
+    """Every damage of everything, the codecs in turn: each meets each of both."""
+    return [
+        pytest.param(codec, which, damage, id=f"{codec}-{which}-{damage.__name__}")
+        for (which, damage), codec in zip(
+            itertools.product(WHICH, DAMAGE), itertools.cycle(CODECS), strict=False
+        )
+    ]
+
+
+@pytest.mark.parametrize(("toy", "which", "damage"), pairs(), indirect=["toy"])
 def test_what_is_damaged_is_written_anew(toy, damage, which):
     store = toy.store()
     before, data = values(toy), files_under(toy.root)

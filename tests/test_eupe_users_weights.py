@@ -20,9 +20,12 @@ from eupe.spec import EncoderSpec
 from eupe.students import FAMILY, build_student
 from eupe.weights import digest, load_state_dict
 
-ATTO = EncoderSpec(architecture="convnext_atto", summary="average_pool")
+NARROW = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+"""A ConvNeXt's names and kinds of tensors; what is asked of them does not grow with their size."""
+ATTO = EncoderSpec(architecture="convnext_atto", summary="average_pool", model_arguments=NARROW)
 SHALLOW = {"depth": 2}
 VIT3 = FAMILY["eupe_vitt16"].model_copy(update={"model_arguments": SHALLOW})
+CONVNEXT3 = FAMILY["eupe_convnext_tiny"].model_copy(update={"model_arguments": NARROW})
 GATED = EncoderSpec(
     architecture="vit_huge_plus_patch16_dinov3_qkvb",
     model_arguments={**SHALLOW, "embed_dim": 96, "num_heads": 3},
@@ -191,7 +194,7 @@ def transformers_convnext(network: torch.nn.Module) -> State:
 
 
 @pytest.mark.parametrize("inner", ["", "model."])
-@pytest.mark.parametrize("spec", [VIT3, GATED, FAMILY["eupe_convnext_tiny"]])
+@pytest.mark.parametrize("spec", [VIT3, GATED, CONVNEXT3])
 def test_transformers_dinov3_files(tmp_path, spec, inner):
     ours = randomised(spec)
     is_vit = "vit" in spec.architecture
@@ -340,7 +343,10 @@ def test_a_repository_of_the_hub(tmp_path):
 )
 def test_what_is_left_over_is_named_on_both_sides(tmp_path, spec, change, says):
     save_file(change(load_state_dict("random:0", ATTO)), tmp_path / "w.safetensors")
-    asked = EncoderSpec(architecture=spec, summary="average_pool")
+    arguments = {"convnext_atto": NARROW, "convnext_femto": {**NARROW, "dims": (12, 24, 36, 48)}}
+    asked = EncoderSpec(
+        architecture=spec, summary="average_pool", model_arguments=arguments.get(spec, {})
+    )
     with pytest.raises(BadInput, match=says):
         load_state_dict(f"file:{tmp_path}/w.safetensors", asked)
 
