@@ -102,8 +102,7 @@ def report(bench: Bench) -> int:
     out = tables.console()
     for name, columns in TABLES.items():
         if rows := bench.rows(name):
-            kept = {c: form for c, form in columns.items() if any(c in row for row in rows)}
-            tables.show(rows, kept, name, out, None)
+            tables.show(rows, columns, name, out, None)
     for row in bench.rows("tests"):
         out.print(f"tests: {row['said'][-1]}")  # type: ignore[index]
     for name, labels in bench.left_out.items():

@@ -178,10 +178,8 @@ class Bench:
         self.synchronise()
         return (time.perf_counter() - started) / calls
 
-    def busy(self, call: Callable[[], object], calls: int = 3) -> Busy | None:
-        """Return what the device does in a call; None on a CPU, which has no clock of its own."""
-        if self.device.type != "cuda":
-            return None
+    def busy(self, call: Callable[[], object], calls: int = 3) -> Busy:
+        """Return what the device does in a call."""
         call()
         with self.profiled(calls) as found:
             for _ in range(calls):
@@ -190,20 +188,24 @@ class Bench:
 
     @contextmanager
     def profiled(self, calls: int) -> Iterator[list[Busy]]:
-        """Profile what runs meanwhile: `calls` calls; the list has what was found afterwards."""
+        """Profile what runs meanwhile: `calls` calls; the list has what was found afterwards.
+
+        On a CPU torch's operators stand for kernels.
+        """
         found: list[Busy] = []
+        kind = "CUDA" if self.device.type == "cuda" else "CPU"
         self.synchronise()
-        activities = [torch.profiler.ProfilerActivity.CUDA]
+        activities = [getattr(torch.profiler.ProfilerActivity, kind)]
         with torch.profiler.profile(activities=activities) as profile:
             yield found
             self.synchronise()
         kernels, copies = [], []
         for event in profile.events() or []:
-            if event.device_type == DeviceType.CUDA:
+            if event.device_type == getattr(DeviceType, kind):
                 own = copies if event.name.startswith(("Memcpy", "Memset")) else kernels
                 own.append((event.time_range.start / 1e6, event.time_range.end / 1e6))
-        covered = [_covered(each) / calls for each in (kernels, copies, kernels + copies)]
-        found.append(Busy(*covered, len(kernels) / calls))
+        seconds = [covered(each) / calls for each in (kernels, copies, kernels + copies)]
+        found.append(Busy(*seconds, len(kernels) / calls))
 
     @contextmanager
     def peak_memory(self) -> Iterator[list[float]]:
@@ -219,7 +221,7 @@ class Bench:
         found.append(torch.cuda.max_memory_allocated(self.device) / 2**30)
 
 
-def _covered(spans: Sequence[tuple[float, float]]) -> float:
+def covered(spans: Sequence[tuple[float, float]]) -> float:
     """Return how long at least one of some spans was under way."""
     total, until = 0.0, float("-inf")
     for start, stop in sorted(spans):

@@ -64,29 +64,29 @@ def _measured(bench: Bench, name: str, features: torch.Tensor, moments: Moments)
     decode = partial(Decoder(codec, zscore(moments)), data, encoded.escapes, bench.device)
     with bench.peak_memory() as peak:
         decoding = bench.seconds(decode)
-    row: Row = {
-        "codec": name,
-        "shape": [*patches.shape],
-        "stored_bytes": data.nbytes,
-        "escapes": len(encoded.escapes.row),
-        "decode_gb_per_s": num_bytes / decoding / 1e9,
-        "encode_gb_per_s": num_bytes / bench.seconds(partial(encode, codec, patches)) / 1e9,
-        "peak_gib": peak[0],
-        **_beside_the_oracle(codec, sample[:ORACLE_ROWS], encoded, bench.device),
-    }
-    if (busy := bench.busy(decode)) is not None:
-        bound = data.nbytes / bench.peak["host to device, pinned"]
-        bound += (data.nbytes + num_bytes) / bench.peak["device to device"]
-        row |= {
+    busy = bench.busy(decode)
+    encoding = bench.busy(partial(encode, codec, patches))
+    bound = data.nbytes / bench.peak["host to device, pinned"]
+    bound += (data.nbytes + num_bytes) / bench.peak["device to device"]
+    return [
+        {
+            "codec": name,
+            "shape": [*patches.shape],
+            "stored_bytes": data.nbytes,
+            "escapes": len(encoded.escapes.row),
+            "decode_gb_per_s": num_bytes / decoding / 1e9,
             "decode_bound_share": bound / decoding,
             "decode_kernels": busy.kernels,
             "decode_kernel_seconds": busy.seconds,
             "decode_copy_seconds": busy.copy_seconds,
             "decode_idle_share": busy.idle_share(decoding),
+            "encode_gb_per_s": num_bytes / bench.seconds(partial(encode, codec, patches)) / 1e9,
+            "encode_kernels": encoding.kernels,
+            "encode_kernel_seconds": encoding.seconds,
+            "peak_gib": peak[0],
+            **_beside_the_oracle(codec, sample[:ORACLE_ROWS], encoded, bench.device),
         }
-    if (busy := bench.busy(partial(encode, codec, patches))) is not None:
-        row |= {"encode_kernels": busy.kernels, "encode_kernel_seconds": busy.seconds}
-    return [row]
+    ]
 
 
 def _beside_the_oracle(

@@ -45,26 +45,24 @@ def _measured(bench: Bench, grid: int, compiled: bool) -> list[Row]:
     with bench.peak_memory() as peak:
         there = _allocated(bench)
         both()
-    seconds = bench.seconds(both)
-    row: Row = {
-        "student_grid": grid,
-        "teacher_grid": side,
-        "width": width,
-        "batch": batch,
-        "compiled": compiled,
-        "us_a_picture": seconds / batch * 1e6,
-        "mb_a_picture": (peak[0] - there) * 2**30 / batch / 1e6,
-    }
-    if (busy := bench.busy(both)) is not None:
-        # Prediction and target read once on the way out and once on the way back, gradient written.
-        own = patches.element_size() * grid**2
-        passes = width * (2 * target.patches.element_size() * side**2 + 3 * own)
-        row |= {
+    seconds, busy = bench.seconds(both), bench.busy(both)
+    # Prediction and target read once on the way out and once on the way back, gradient written.
+    own = patches.element_size() * grid**2
+    passes = width * (2 * target.patches.element_size() * side**2 + 3 * own)
+    return [
+        {
+            "student_grid": grid,
+            "teacher_grid": side,
+            "width": width,
+            "batch": batch,
+            "compiled": compiled,
+            "us_a_picture": seconds / batch * 1e6,
+            "bound_share": batch * passes / bench.peak["device to device"] / seconds,
             "kernels": busy.kernels,
             "kernel_seconds": busy.seconds,
-            "bound_share": batch * passes / bench.peak["device to device"] / seconds,
+            "mb_a_picture": (peak[0] - there) * 2**30 / batch / 1e6,
         }
-    return [row]
+    ]
 
 
 def _allocated(bench: Bench) -> float:

@@ -215,8 +215,7 @@ class Turns:
         self.first_seconds = math.nan
 
     def __len__(self) -> int:
-        profiled = self._bench.device.type == "cuda"
-        return WARM + (self._rounds + profiled) * len(self._streams) * (SETTLE + TIMED)
+        return WARM + (self._rounds + 1) * len(self._streams) * (SETTLE + TIMED)
 
     def __call__(self, steps: range) -> Iterator[Batch]:
         """Yield the batches of the loop's steps."""
@@ -230,9 +229,8 @@ class Turns:
         for turn in range(self._rounds):
             for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
                 yield from self._block(way, numbers)
-        if self._bench.device.type == "cuda":
-            for way in ways:
-                yield from self._profiled(way, numbers)
+        for way in ways:
+            yield from self._profiled(way, numbers)
 
     def _next(self, way: str, numbers: Iterator[int]) -> Iterator[Batch]:
         asked = perf_counter()
@@ -279,13 +277,13 @@ class Turns:
             "first_step_seconds": self.first_seconds,
         }
         for name, way in (("a", "A"), ("b", "B"), ("c", codec)):
-            if (busy := self.busy.get(way)) is not None:
-                row |= {
-                    f"idle_{name}": busy.idle_share(self.median(way)),
-                    f"kernels_{name}": busy.kernels,
-                    f"kernel_ms_{name}": busy.seconds * 1e3,
-                    f"copy_ms_{name}": busy.copy_seconds * 1e3,
-                }
+            busy = self.busy[way]
+            row |= {
+                f"idle_{name}": busy.idle_share(self.median(way)),
+                f"kernels_{name}": busy.kernels,
+                f"kernel_ms_{name}": busy.seconds * 1e3,
+                f"copy_ms_{name}": busy.copy_seconds * 1e3,
+            }
         return row
 
 
