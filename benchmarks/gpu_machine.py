@@ -15,7 +15,8 @@ from benchmarks.tables import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "polars", "pyarrow", "pydantic", "pillow")
-GPU_MARK = "pytest.mark.gpu"
+MARKED = "from support.devices import"
+"""In the files whose tests run on a CUDA device where there is one."""
 TEST_SECONDS = 120
 
 
@@ -96,7 +97,7 @@ def _tests(bench: Bench) -> list[Row]:
     files = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if GPU_MARK in path.read_text(encoding="utf-8")
+        if MARKED in path.read_text(encoding="utf-8")
     ]
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     words += ["--durations=10", "--tb=short", *(["--collect-only"] if bench.small else [])]

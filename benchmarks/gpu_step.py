@@ -45,6 +45,7 @@ from pipelines.features.sources import FeatureSource, Normalisers, Targets
 from pipelines.images.reader import ImageReader
 from pipelines.recipe import family
 from pipelines.recipe.config import PIXELS, Recipe, StudentConfig
+from pipelines.records import tracking
 from pipelines.training.batches import Batch, Feed
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import train_stage
@@ -174,6 +175,7 @@ class Step:
                 stream.close()  # type: ignore[attr-defined]
         flops = 3 * 2 * case.batch * multiply_adds(case, given.dims)
         dtype = "float32" if bench.small else "bfloat16"
+        (*_, last) = tracking.read(bench.folder / name / tracking.METRICS_FILE)
         return [
             {
                 "student": case.name,
@@ -185,6 +187,7 @@ class Step:
                 "images_per_s": case.batch / turns.median(codec),
                 "utilisation": flops / turns.median("A") / bench.peak[dtype],
                 "peak_gib": peak[0],
+                "loss": last["loss/total"],
             }
             for codec in CODECS
         ]

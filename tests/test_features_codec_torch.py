@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.devices import devices
 
 from cache.codec.known import default_codec, make_codec
 from cache.codec.plain import PlainCodec
@@ -14,7 +15,7 @@ from cache.codec.quantised import QUANTISATIONS, unpack
 from eupe.moments import Moments
 from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features import codec_steps
-from pipelines.features.buffers import Buffers
+from pipelines.features.buffers import Buffers, Crossing
 from pipelines.features.codec_torch import Decoder, encode
 
 PLAIN = ("float32", "float16", "bfloat16")
@@ -25,9 +26,6 @@ SAME_CODES = 0.9999  # coefficients within float32 rounding of an edge between t
 BOUND_RTOL = 1e-4  # the bound is checked in float32 arithmetic
 WIDTHS = [7, 24, 120, 192, 768, 1280]
 
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-cuda = pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])
-devices = pytest.mark.parametrize("device", ["cpu", cuda])
 quantised = pytest.mark.parametrize("name", list(QUANTISATIONS))
 
 
@@ -117,36 +115,40 @@ def test_encoding_is_the_oracle(name, dim, device):
     np.testing.assert_allclose(*scales, rtol=FLOAT16_STEP)
 
 
+@devices
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_codecs_are_the_oracle_bit_for_bit(name):
+def test_plain_codecs_are_the_oracle_bit_for_bit(name, device):
     patches = features(24) * 100
     patches[1, 2, 3], patches[2, 0, 0] = 1e6, np.nan
     oracle = make_codec(default_codec(name))
-    theirs, ours = oracle.encode(patches), encode(oracle, torch.from_numpy(patches))
+    theirs, ours = oracle.encode(patches), encode(oracle, torch.from_numpy(patches).to(device))
     assert ours.reasons == theirs.reasons
     fine = ours.valid  # what invalid rows hold does not matter: NaNs differ in their spare bits
     assert ours.data[fine].tobytes() == theirs.data[fine].tobytes()
     np.testing.assert_array_equal(ours.valid, theirs.valid)
-    np.testing.assert_array_equal(Decoder(oracle)(ours.data).numpy(), oracle.decode(theirs.data))
+    decoded = Decoder(oracle)(ours.data, device=device).cpu().numpy()
+    np.testing.assert_array_equal(decoded, oracle.decode(theirs.data))
 
 
+@devices
 @pytest.mark.parametrize("normalise", [zscore, phi_s])
 @pytest.mark.parametrize("name", [*PLAIN, *QUANTISATIONS])
-def test_the_fused_normaliser_is_the_normaliser_afterwards(name, normalise):
+def test_the_fused_normaliser_is_the_normaliser_afterwards(name, normalise, device):
     patches = features(192)
     patches[0, 3] = 0
     patches[0, 3, 5] = 1e3  # one token for an escape
     oracle, normaliser = oracle_of(name, patches), normalise(moments_of(patches))
     encoded = oracle.encode(patches)
     assert name in PLAIN or len(encoded.escapes.row) or name == "int8"
-    ours = Decoder(oracle, normaliser)(encoded.data, encoded.escapes)
-    wanted = normaliser(torch.from_numpy(oracle.decode(encoded.data, encoded.escapes)))
-    if name in PLAIN:
+    ours = Decoder(oracle, normaliser)(encoded.data, encoded.escapes, device).cpu()
+    wanted = normaliser.cpu()(torch.from_numpy(oracle.decode(encoded.data, encoded.escapes)))
+    if name in PLAIN and device == "cpu":  # a GPU may multiply and add in one rounding
         assert torch.equal(ours, wanted)
     size = float(wanted.square().mean().sqrt())
     torch.testing.assert_close(ours, wanted, rtol=FUSED_RTOL, atol=FUSED_RTOL * size)
     # A normaliser of another kind is applied afterwards, to escapes too.
-    apart = Decoder(oracle, torch.nn.Sequential(normaliser))(encoded.data, encoded.escapes)
+    apart = Decoder(oracle, torch.nn.Sequential(normaliser))
+    apart = apart(encoded.data, encoded.escapes, device).cpu()
     torch.testing.assert_close(apart, wanted, rtol=FUSED_RTOL, atol=FUSED_RTOL * size)
 
 
@@ -219,6 +221,20 @@ def test_buffers_come_back_when_the_last_view_of_them_is_gone():
     assert again.ctypes.data == place
     assert again.flags.c_contiguous
     assert again.flags.writeable
+
+
+@devices
+def test_a_buffer_is_not_lent_again_while_it_crosses_to_the_device(device):
+    buffers, cross = Buffers(), Crossing()
+    there = []
+    for value in range(40):
+        host = torch.from_numpy(buffers.take((1 << 18,), np.float32))
+        assert host.is_pinned() == torch.cuda.is_available()
+        host.fill_(value)
+        there.append(cross(host, device))
+    assert [tensor.device.type for tensor in there] == [device] * 40
+    assert [float(tensor.amin()) for tensor in there] == [*range(40)]
+    assert [float(tensor.amax()) for tensor in there] == [*range(40)]
 
 
 class Negated(PlainCodec):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.devices import devices
 from support.smooth_pictures import moments_of, pictures
 
 from cache.codec.encoded import Fitting
@@ -21,9 +22,6 @@ FUSED_RTOL = 1e-4
 OTHER_BYTES = 0.001  # coefficients within float32 rounding of an edge between two codes are rare
 BOUND_RTOL = 1e-4
 
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-cuda = pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])
-devices = pytest.mark.parametrize("device", ["cpu", cuda])
 rates = pytest.mark.parametrize("name", list(RATES))
 turns = pytest.mark.parametrize("measured", [10_000, 10], ids=["basis", "rotation"])
 

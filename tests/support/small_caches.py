@@ -139,7 +139,8 @@ class HerePool:
     """Does in this process what `pipelines.machines.pool.Pool` has actors do."""
 
     def __init__(self, job: CacheJob) -> None:
-        self._extractor = Extractor(job.teachers, job.extraction.decode_threads)
+        extraction = job.extraction
+        self._extractor = Extractor(job.teachers, extraction.decode_threads, extraction.device)
 
     def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         for number, task in enumerate(tasks):

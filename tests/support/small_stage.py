@@ -70,7 +70,8 @@ class MemoryFetched(Fetched):
             patches = F.avg_pool2d(colours, STRIDE).permute(0, 2, 3, 1) @ self.source.maps[name][1]
             summary = colours.mean((2, 3)) @ self.source.maps[name][0]
             normalised = self.source.normalisers[name]
-            out[name] = Targets(normalised.summary(summary), normalised.patches(patches), valid)
+            targets = normalised.summary(summary), normalised.patches(patches), valid
+            out[name] = Targets(*(each.to(device) for each in targets))
         return out
 
 
