@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eupe.encoders import Encoder
+from eupe.networks import shapes_alone
 from eupe.spec import EncoderSpec
 
 
@@ -32,7 +33,7 @@ def cost(spec: EncoderSpec, resolution: int) -> Cost:
     Raises:
         BadInput: an unknown architecture, or a resolution that it does not take.
     """
-    with torch.device("meta"):
+    with shapes_alone():
         # Frozen: the counter wants the gradient's functions of whatever could be trained.
         encoder = Encoder(spec).eval().requires_grad_(False)
         pixels = torch.empty(1, 3, resolution, resolution)

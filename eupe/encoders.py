@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eupe import others
 from eupe.errors import BadInput
-from eupe.networks import build_network
+from eupe.networks import build_network, shapes_alone
 from eupe.others import Other
 from eupe.spec import EncoderSpec
 
@@ -271,7 +271,7 @@ def _shapes(spec: str, resolution: int) -> Shapes:
 
 @cache
 def _weightless(spec: str) -> Encoder:
-    with torch.device("meta"):  # shapes alone
+    with shapes_alone():
         return Encoder(EncoderSpec.model_validate_json(spec))
 
 

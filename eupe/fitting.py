@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eupe import interchange
 from eupe.errors import BadInput
-from eupe.networks import build_network
+from eupe.networks import build_network, shapes_alone
 from eupe.spec import EncoderSpec
 
 _AVERAGED = re.compile(r"(^|[._])(ema|teacher)([._]|$)")
@@ -55,7 +55,7 @@ def fit(found: Mapping[str, Tensor], spec: EncoderSpec, weights: str = "weights"
     Raises:
         BadInput: nothing in the file fits, naming what is left over; or several networks do.
     """
-    with torch.device("meta"):
+    with shapes_alone():
         network, whole = build_network(spec), build_network(spec, classifier=True)
     attempts = [_attempt(found, prefix, spec, network, whole) for prefix in _prefixes(found, whole)]
     fitting = [each for each in attempts if not each.faults]

@@ -8,6 +8,7 @@ import torch
 
 from eupe.costs import cost
 from eupe.encoders import Encoder
+from eupe.networks import shapes_alone
 from eupe.spec import EncoderSpec
 from eupe.students import FAMILY, build_student
 
@@ -169,10 +170,31 @@ def test_parameters_and_published_figures(name):
 
 def test_the_students_have_registers_and_a_class_token():
     for name in ("eupe_vitt16", "eupe_vits16", "eupe_vitb16", "proxy_vitg"):
-        with torch.device("meta"):
+        with shapes_alone():
             network = Encoder(FAMILY[name]).network
         assert network.num_prefix_tokens == 5
         assert network.cls_token is not None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        FAMILY["eupe_vitt16"],
+        EncoderSpec(architecture="convnext_atto", summary="average_pool"),
+        EncoderSpec(architecture="tf_efficientnet_lite0", summary="average_pool"),
+        EncoderSpec(architecture="resnet18", summary="average_pool"),
+        EncoderSpec(library="open_clip", architecture="ViT-S-32-alt", summary="class_token"),
+    ],
+    ids=lambda spec: spec.architecture,
+)
+def test_shapes_alone_are_those_of_the_network(spec):
+    with shapes_alone():
+        empty = Encoder(spec).state_dict()
+    drawn = Encoder(spec).state_dict()
+    assert all(value.is_meta for value in empty.values())
+    assert [(name, value.shape, value.dtype) for name, value in empty.items()] == [
+        (name, value.shape, value.dtype) for name, value in drawn.items()
+    ]
 
 
 # What the tokens are.
