@@ -25,7 +25,7 @@ def normalisation(spec: EncoderSpec, weights: str) -> tuple[Triple, Triple] | No
     Returns:
         mean and std on the [0, 1] scale; None if there is no record.
     """
-    record = _record(spec, weights)
+    record = on_record(spec, weights)
     if "mean" not in record or "std" not in record:
         return None
     return _triple(record["mean"]), _triple(record["std"])
@@ -33,7 +33,7 @@ def normalisation(spec: EncoderSpec, weights: str) -> tuple[Triple, Triple] | No
 
 def centre_share(spec: EncoderSpec, weights: str) -> float:
     """Return which share of a picture's shorter side published weights are shown: 1 if unsaid."""
-    return min(1.0, float(_record(spec, weights).get("crop_pct") or 1.0))
+    return min(1.0, float(on_record(spec, weights).get("crop_pct") or 1.0))
 
 
 def licence(spec: EncoderSpec, weights: str) -> str | None:
@@ -43,10 +43,10 @@ def licence(spec: EncoderSpec, weights: str) -> str | None:
     """
     if weights.partition(":")[0] != "hub":
         return None
-    return _record(spec, weights).get("license")
+    return on_record(spec, weights).get("license")
 
 
-def _record(spec: EncoderSpec, weights: str) -> dict[str, Any]:
+def on_record(spec: EncoderSpec, weights: str) -> dict[str, Any]:
     """Return what the library has on record of published weights; nothing: {}."""
     scheme, _, place = weights.partition(":")
     if scheme not in PUBLISHED:

@@ -31,7 +31,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from eupe import fitting, others, weight_files
+from eupe import fitting, others, preprocessing, weight_files
 from eupe.encoders import Encoder
 from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
@@ -99,6 +99,30 @@ def check(uri: str, spec: EncoderSpec) -> None:
         _pretrained_tag(spec, place, f"{spec.library}'s {spec.architecture}")
     elif scheme != "hf-hub" or not place:
         _named_files(uri)
+
+
+def check_here(uri: str, spec: EncoderSpec) -> None:
+    """Refuse weights of the Hugging Face hub that its cache on this machine does not hold.
+
+    Raises:
+        BadInput: naming the repository.
+    """
+    scheme, _, place = uri.partition(":")
+    record = preprocessing.on_record(spec, uri) if scheme == "hub" else {}
+    repository = place if scheme == "hf-hub" else record.get("hf_hub_id") or record.get("hf_hub")
+    if not repository:  # on a disk, or by another way than the hub
+        return
+    name, _, revision = repository.strip("/").partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision or None, local_files_only=True
+        )
+        weight_files.paths(Path(folder))
+    except (OSError, HFValidationError, LocalEntryNotFoundError, BadInput) as error:
+        raise BadInput(
+            f"weights {uri!r}: {name} is not in this machine's cache of the hub; `hf download "
+            f"{name}` fetches it"
+        ) from error
 
 
 def digest(uri: str, spec: EncoderSpec) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands import caches, models, plan, recipes, runs, sweeps
+from flows.commands import caches, doctor, models, plan, recipes, runs, sweeps
 from pipelines.machines import interrupt, loopback
 from pipelines.machines.errors import one_sentence
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.add_typer(runs.app)
 app.add_typer(models.app)
 app.add_typer(plan.app)
+app.add_typer(doctor.app)
 app.add_typer(sweeps.app)
 app.add_typer(caches.app, name="cache")
 app.add_typer(recipes.app, name="recipes")

@@ -3,13 +3,14 @@
 import pickle
 import re
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from support import hub_child
 
-from eupe import interchange
+from eupe import interchange, weights
 from eupe.encoders import Encoder
 from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
@@ -362,3 +363,29 @@ def test_released_names_go_into_no_other_network():
     assert list(interchange.to_timm(released, Encoder(LITE0).network)) == list(released)
     with pytest.raises(ValueError, match="not EfficientNet"):
         interchange.to_released(Encoder(LITE0).network)
+
+
+@pytest.mark.parametrize(
+    ("uri", "repository"),
+    [
+        ("hub:lvd1689m", "timm/vit_large_patch16_dinov3.lvd1689m"),
+        ("hf-hub:someone/something", "someone/something"),
+    ],
+)
+def test_weights_of_the_hub_are_here_once_its_cache_has_them(
+    tmp_path, monkeypatch, uri, repository
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    spec = EncoderSpec(architecture="vit_large_patch16_dinov3")
+    with pytest.raises(BadInput, match=f"`hf download {repository}` fetches it"):
+        weights.check_here(uri, spec)
+    folder = tmp_path / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("0123")
+    with pytest.raises(BadInput, match="is not in this machine's cache"):
+        weights.check_here(uri, spec)  # a folder alone
+    (snapshot / "model.safetensors").touch()
+    weights.check_here(uri, spec)
+    weights.check_here("random:0", spec)

@@ -27,7 +27,27 @@ def check(recipe: Recipe) -> None:
     Raises:
         BadInput: the first fault of its sources or networks, or GPUs that are not there.
     """
-    check_sources(recipe)
+    for refuse in CHECKS:
+        refuse(recipe)
+
+
+def refusals(recipe: Recipe) -> list[str]:
+    """Return what `check` refuses, of each kind the first fault."""
+    found = []
+    for refuse in CHECKS:
+        try:
+            refuse(recipe)
+        except BadInput as error:
+            found.append(str(error))
+    return found
+
+
+def check_gpus(recipe: Recipe) -> None:
+    """Refuse GPUs that are asked of this machine and that it does not have.
+
+    Raises:
+        BadInput: naming the fields that ask.
+    """
     asked = []
     if recipe.workers.use_gpu:
         asked.append("workers.use_gpu = true")
@@ -38,7 +58,6 @@ def check(recipe: Recipe) -> None:
             f"{' and '.join(asked)}: this machine has no GPU that torch sees; ask for none, or "
             "name a cluster that has GPUs in RAY_ADDRESS"
         )
-    check_networks(recipe)
 
 
 def check_networks(recipe: Recipe) -> None:
@@ -51,7 +70,7 @@ def check_networks(recipe: Recipe) -> None:
     Raises:
         BadInput: the first fault, with the field that has it.
     """
-    for field, encoder, uri, resolutions in _networks(recipe):
+    for field, encoder, uri, resolutions in networks(recipe):
         try:
             for resolution in resolutions:
                 shapes(encoder, resolution)
@@ -106,7 +125,7 @@ def _labels(recipe: Recipe, dataset: DatasetConfig, label: str) -> list[str]:
     return labels_of(there, label)
 
 
-def _networks(recipe: Recipe) -> Iterator[tuple[str, EncoderSpec, str | None, tuple[int, ...]]]:
+def networks(recipe: Recipe) -> Iterator[tuple[str, EncoderSpec, str | None, tuple[int, ...]]]:
     """Yield every network that a run builds: field, spec, weights, resolutions."""
     for name, teacher in recipe.teachers.items():
         yield f"teachers.{name}", teacher.encoder, teacher.weights, teacher.resolutions
@@ -117,3 +136,7 @@ def _networks(recipe: Recipe) -> Iterator[tuple[str, EncoderSpec, str | None, tu
         scales = {scale for stage in stages for scale in stage.student_resolutions}
         if scales:
             yield field, trained.encoder, trained.weights, tuple(sorted(scales))
+
+
+CHECKS = (check_sources, check_gpus, check_networks)
+"""What `check` calls, the cheapest first."""

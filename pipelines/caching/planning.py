@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache.errors import Corrupt
+from cache.errors import Corrupt, NotBuilt
 from cache.files.bucket import BucketPath
 from cache.format import layout
 from cache.store import store_directories, store_info
@@ -115,9 +115,7 @@ def check_room(recipe: Recipe, groups: Sequence[Sequence[CacheJob]]) -> None:
     Raises:
         BadInput: naming what is wanted and what is free.
     """
-    wanted = plan.of_stores(recipe, groups, Rates())
-    there = _there(recipe, wanted)
-    more = sum(max(0, each.num_bytes - there.get(name, 0)) for name, each in wanted.stores.items())
+    more = missing_bytes(recipe, plan.of_stores(recipe, groups, Rates()))
     free = free_bytes(recipe)
     if more > free:
         raise BadInput(
@@ -127,10 +125,20 @@ def check_room(recipe: Recipe, groups: Sequence[Sequence[CacheJob]]) -> None:
         )
 
 
+def missing_bytes(recipe: Recipe, wanted: plan.Plan) -> float:
+    """Return what the stores of a plan take beside what is there of them already."""
+    there = _there(recipe, wanted)
+    return sum(max(0, each.num_bytes - there.get(name, 0)) for name, each in wanted.stores.items())
+
+
 def _there(recipe: Recipe, wanted: plan.Plan) -> dict[str, int]:
     """Return planned store -> the bytes that stores of its kind have already."""
     found = dict[str, int]()
-    for directory in store_directories(recipe.cache_root):
+    try:
+        directories = store_directories(recipe.cache_root)
+    except NotBuilt:  # nothing is there
+        return found
+    for directory in directories:
         try:
             info = store_info(directory)
         except Corrupt:  # whoever opens it says so

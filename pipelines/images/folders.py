@@ -71,8 +71,26 @@ class Listed(NamedTuple):
 
 def pieces(config: SourceConfig, aside: Aside) -> list[Piece]:
     """List the folders of images below a folder: see `walks.Walk`."""
+    found = list(_pieces(config, aside))
+    if not found:
+        raise _no_image(config, aside)
+    return found
+
+
+def first_piece(config: SourceConfig, aside: Aside) -> Piece:
+    """Return the first of `pieces`; no more folders are listed than lead to it.
+
+    Raises:
+        BadInput: as `pieces`.
+    """
+    found = next(_pieces(config, aside), None)
+    if found is None:
+        raise _no_image(config, aside)
+    return found
+
+
+def _pieces(config: SourceConfig, aside: Aside) -> Iterator[Piece]:
     root = _folder(config)
-    found: list[Piece] = []
     for folder, listed in _walked(root, aside):
         images = [file for file in listed.files if is_image(file.name)]
         for file in listed.files:
@@ -81,14 +99,15 @@ def pieces(config: SourceConfig, aside: Aside) -> list[Piece]:
         if images:
             uri = shown(f"{folder.relative_to(root).as_posix()}/")
             num_bytes = sum(file.bytes for file in images)
-            found.append(Piece(uri, folder, num_bytes, _stamp(images), len(images)))
-    if not found:
-        others = "; ".join(aside.lines())
-        raise BadInput(
-            f"{config.path}: no image in this folder ({others or 'nothing else either'}); images "
-            f"are known by extension: {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    return found
+            yield Piece(uri, folder, num_bytes, _stamp(images), len(images))
+
+
+def _no_image(config: SourceConfig, aside: Aside) -> BadInput:
+    others = "; ".join(aside.lines())
+    return BadInput(
+        f"{config.path}: no image in this folder ({others or 'nothing else either'}); images "
+        f"are known by extension: {' '.join(sorted(IMAGE_SUFFIXES))}"
+    )
 
 
 def candidates(config: SourceConfig, piece: Piece, aside: Aside) -> Iterator[Candidate]:

@@ -68,6 +68,25 @@ def check_there(config: SourceConfig) -> None:
     folders.check_there(config, WALKS[config.kind].suffix)
 
 
+def check_readable(config: SourceConfig) -> None:
+    """Read one picture of a source, the first that is found, whichever are asked for (`where`).
+
+    Raises:
+        BadInput: there is none, or why it cannot be read.
+    """
+    suffix, aside = WALKS[config.kind].suffix, Aside()
+    if suffix is None:
+        piece = folders.first_piece(config, aside)
+    else:
+        piece = folders.file_pieces(config, suffix, aside)[0]
+    anything = config.model_copy(update={"where": {}})
+    candidates = WALKS[config.kind].candidates(anything, piece, aside)
+    first = next(candidates, None)
+    found = "no picture in it" if first is None else _inspect(first)
+    if isinstance(found, str):
+        raise BadInput(f"{config.path}: {piece.uri if first is None else first.uri}: {found}")
+
+
 def pieces(config: SourceConfig, aside: Aside | None = None) -> list[Piece]:
     """List the pieces of a source, opening none.
 

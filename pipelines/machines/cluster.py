@@ -146,19 +146,25 @@ def _authenticate() -> None:
     Ray keeps the first token it reads, so a process has one for its life.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not os.environ.get("RAY_ADDRESS") and not _has_token():
+    if not os.environ.get("RAY_ADDRESS") and not has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(TOKEN_BYTES)
     if "ray" not in sys.modules:
         # Set later it would contradict what Ray has read; ray.init turns tokens on by itself then.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def _has_token() -> bool:
+def has_token() -> bool:
     """Say whether Ray finds a token of the user's, looking where Ray looks, in its order.
 
     A path that is named and leads nowhere counts: Ray refuses it, naming it.
     """
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return True
-    kept = Path(os.environ.get("HOME") or ".") / ".ray" / "auth_token"
+    kept = token_file()
     return kept.is_file() and bool(kept.read_text().partition("\n")[0].strip())
+
+
+def token_file() -> Path:
+    """Return the file in which Ray looks for a token, unless the environment holds it itself."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(named or Path(os.environ.get("HOME") or ".") / ".ray" / "auth_token")

@@ -89,14 +89,14 @@ class Pool:
         self._connected.enter_context(connect())
         import ray
 
-        room = _room(ray.nodes(), self._cpus, self._gpus)
-        if room < count:
+        most = room(ray.nodes(), self._cpus, self._gpus)
+        if most < count:
             print(
                 f"{self._make.__name__}: of {self._actors} actors ({self._cpus:g} CPUs and "
-                f"{self._gpus:g} GPUs each) the Ray cluster has room for {room}",
+                f"{self._gpus:g} GPUs each) the Ray cluster has room for {most}",
                 file=sys.stderr,
             )
-            self._actors = count = room
+            self._actors = count = most
         options: dict[str, Any] = {  # Ray's annotations have not all of them
             "num_cpus": self._cpus,
             "num_gpus": self._gpus,
@@ -133,13 +133,13 @@ def _call(actor: object, method: str, *task: Any) -> Any:
     return getattr(actor, method)(*task)
 
 
-def _room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
+def room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
     """Count the actors there is room for; refuse one that Ray would wait for in silence, for ever.
 
     An actor without room waits like that too, and so does every call that it is given.
     """
-    room = num_that_fit(nodes, cpus, gpus)
-    if not room:
+    found = num_that_fit(nodes, cpus, gpus)
+    if not found:
         have = [node["Resources"] for node in nodes if node["Alive"]]
         named = ", ".join(
             f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in have
@@ -148,7 +148,7 @@ def _room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
             f"an actor of {cpus:g} CPUs and {gpus:g} GPUs fits no Ray node (they have {named}); "
             "lower extraction.cpus_per_actor or extraction.gpus_per_actor"
         )
-    return room
+    return found
 
 
 def num_that_fit(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:

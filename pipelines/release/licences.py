@@ -33,6 +33,8 @@ PERMISSIVE = frozenset(
 NON_COMMERCIAL = re.compile(
     r"non-?\s?commercial|research[ -]only|(^|[ -])nc([ -]|$)", re.IGNORECASE
 )
+PICTURES = "pictures"
+"""Role of a data set; any other is that of weights."""
 OTHER = "other"
 """How model hubs call what is none of their names."""
 
@@ -74,8 +76,7 @@ def sources(recipe: Mapping[str, Any]) -> tuple[Source, ...]:
         if each and each.get("weights")
     ]
     found += [
-        Source("pictures", name, dataset.get("licence"))
-        for name, dataset in recipe["train"].items()
+        Source(PICTURES, name, dataset.get("licence")) for name, dataset in recipe["train"].items()
     ]
     return tuple(found)
 
