@@ -16,6 +16,8 @@ from pipelines.recipe.stage import OptimizerConfig, StageConfig, StageName
 NAME = "demo"
 STAGE_2_ONLY = "demo_stage2"
 PYRAMID = (64, 96, 128)
+SCALE_ALONE = 96
+"""Of the student that learns from both teachers at once."""
 
 
 def whole() -> Recipe:
@@ -31,6 +33,7 @@ def whole() -> Recipe:
         name=NAME,
         run_directory=f"runs/{NAME}",
         cache_root="runs/cache",
+        pixels=PYRAMID,  # drawing the views again at every step is an eighth of a step
         train=by_name(family.emoji("train")),
         held_out=family.emoji("test"),
         views=AugmentedView(
@@ -73,9 +76,10 @@ def stage_2_only() -> Recipe:
         update={
             "name": STAGE_2_ONLY,
             "run_directory": f"runs/{STAGE_2_ONLY}",
+            "pixels": (SCALE_ALONE,),
             "proxy": None,
-            "stages": by_name(_stage("stage2", scales, (96,), steps=600)),
-            "evaluation": demo.evaluation.model_copy(update={"resolution": 96}),
+            "stages": by_name(_stage("stage2", scales, (SCALE_ALONE,), steps=600)),
+            "evaluation": demo.evaluation.model_copy(update={"resolution": SCALE_ALONE}),
         }
     )
 
