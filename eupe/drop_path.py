@@ -79,7 +79,9 @@ class RowDraws:
             ]
         )
         for layer, own in zip(
-            self._layers.values(), torch.from_numpy(factors).to(device), strict=True
+            self._layers.values(),
+            torch.from_numpy(factors).to(device, non_blocking=True),
+            strict=True,
         ):
             layer.factors = own
 

@@ -107,8 +107,11 @@ def teacher_loss(
             ),
         ]
     )
-    divisor = valid.sum() if count is None else torch.as_tensor(count, device=valid.device)
-    terms = (rows * valid).sum(1) / divisor.clamp(min=1)
+    if count is None:
+        count = valid.sum()
+    elif not isinstance(count, Tensor):
+        count = torch.full((), count, device=valid.device)  # made there: a copy would wait for it
+    terms = (rows * valid).sum(1) / count.to(valid.device).clamp(min=1)
     total = terms[0] + gamma * (alpha * terms[1] + beta * terms[2])
     return TeacherLoss(terms[0], terms[1], terms[2], total)
 

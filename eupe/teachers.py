@@ -65,7 +65,8 @@ class Teacher(nn.Module):
             chunk = pixels[start : start + compute_batch]
             batch = np.zeros((compute_batch, *pixels.shape[1:]), np.uint8)
             batch[: len(chunk)] = chunk
-            x = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).contiguous()
+            x = torch.from_numpy(batch).to(device, non_blocking=True)
+            x = x.permute(0, 3, 1, 2).contiguous()
             summary, patches = self(x)
             parts.append((summary[: len(chunk)], patches[: len(chunk)]))
         summaries, maps = zip(*parts, strict=True)

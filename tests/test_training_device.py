@@ -1,6 +1,8 @@
 """What a device computes is what the CPU computes: steps, checkpoints, features, stores."""
 
 import dataclasses
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +203,23 @@ def test_the_loss_keeps_so_many_bytes_for_the_way_back(device):
     assert bool(predicted.grad.isfinite().all())
     of_target = target.patches.nbytes
     assert sum(kept.values()) < 3.1 * of_target
+
+
+@devices
+def test_a_step_waits_for_the_device_once(tmp_path, device):
+    """Where the gradient is looked at; else the host would not run ahead of the device."""
+    run = small_stage.recipe(tmp_path, micro_batch=4, steps=6, log_every=6, checkpoint_every=6)
+    made = small_stage.inputs(run, invalid=[3])
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train_stage(run, run.stage("stage2"), made, tmp_path / "stage2", device=device)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [each for each in said if "synchronizing CUDA operation" in str(each.message)]
+    where = Counter((Path(each.filename).name, each.lineno) for each in waits)
+    often = {place: times for place, times in where.items() if times >= run.stage("stage2").steps}
+    assert list(often.values()) == ([6] if device == "cuda" else []), where

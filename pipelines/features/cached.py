@@ -61,7 +61,7 @@ class FetchedTokens(Fetched):
         for teacher, (summary, patches, escapes, store) in self.tokens.items():
             grid = store.reader.store.spec.grid
             tokens = store.decoder(patches, escapes, device).unflatten(1, grid)
-            summaries = torch.from_numpy(summary).to(device)
+            summaries = torch.from_numpy(summary).to(device, non_blocking=True)
             out[teacher] = masked(
                 normalised(summaries, store.summary_normaliser), tokens, self.valid
             )

@@ -9,6 +9,7 @@ Shapes: T tokens, D channels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from cache.codec.grid import GridCodec
 from cache.codec.plain import PlainCodec, unfit
 from cache.codec.quantised import QuantisedCodec
 from eupe.normalise import Normaliser
-from pipelines.features.buffers import Crossing
+from pipelines.features.buffers import Crossing, to_host
 from pipelines.features.codec_steps import RowDecoder, Turn, chunks, divisor, pack, tensor, unpack
 from pipelines.features.grid_torch import GridRows, encode_grid
 
@@ -141,11 +142,11 @@ class Decoder:
             if self._rows.apart is not None:
                 patches = self._rows.apart.to(device)(patches)
             if escapes is not None and len(escapes.row):
-                values = torch.from_numpy(escapes.values).to(device)
+                values = torch.from_numpy(escapes.values).to(device, non_blocking=True)
                 if self._normaliser is not None:
                     values = self._normaliser.to(device)(values)
                 row, token = (
-                    torch.from_numpy(place.astype(np.int64)).to(device)
+                    torch.from_numpy(place.astype(np.int64)).to(device, non_blocking=True)
                     for place in (escapes.row, escapes.token)
                 )
                 patches[row, token] = values
@@ -170,7 +171,7 @@ def _encode_quantised(codec: QuantisedCodec, patches: Tensor) -> Encoded:
     num_rows, num_tokens, dim = patches.shape
     shape = (num_rows, *codec.storage_shape(num_tokens, dim))
     tokens = patches.reshape(-1, dim)
-    quantise = _Quantiser(codec, patches.device)
+    quantise = _quantiser(codec, patches.device)
     whole = [slice(None)] if patches.device.type != "cpu" else chunks(len(tokens), dim)
     parts = [quantise(tokens[part]) for part in whole]
     packed, scales, good = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -183,11 +184,16 @@ def _encode_quantised(codec: QuantisedCodec, patches: Tensor) -> Encoded:
     data = torch.cat([codes, scales.view(num_rows, num_tokens).view(torch.uint8)], 1)
     valid = finite.cpu().numpy()
     return Encoded(
-        data.cpu().numpy().reshape(shape),
+        to_host(data).reshape(shape),
         valid,
         [None if fine else NOT_FINITE for fine in valid.tolist()],
         Escapes(row, token.astype(np.int32), tokens[places].cpu().numpy()),
     )
+
+
+@lru_cache(maxsize=8)
+def _quantiser(codec: QuantisedCodec, device: torch.device) -> "_Quantiser":
+    return _Quantiser(codec, device)
 
 
 class _Quantiser:
@@ -237,7 +243,7 @@ def _encode_plain(codec: PlainCodec, patches: Tensor) -> Encoded:
     for row in torch.nonzero(~(finite & kept)).view(-1).tolist():
         reasons[row] = unfit(codec.name, bool(finite[row]), float(largest[row]))
     bits = narrow.view(torch.int16) if codec.name == "bfloat16" else narrow
-    data = bits.cpu().numpy().view(codec.storage_dtype)
+    data = to_host(bits).view(codec.storage_dtype)
     valid = (finite & kept).cpu().numpy()
     return Encoded(data, valid, reasons, Escapes.none(patches.shape[-1]))
 

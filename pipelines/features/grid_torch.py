@@ -22,7 +22,7 @@ from cache.codec.encoded import NOT_FINITE, Encoded, Escapes
 from cache.codec.grid import FAR, PLANES, WIDER, GridCodec, Packed
 from cache.codec.rotation import cosine_transform
 from eupe.normalise import Normaliser
-from pipelines.features.buffers import Crossing
+from pipelines.features.buffers import Crossing, to_host
 from pipelines.features.codec_steps import Turn, chunks, pack, tensor, unpack
 
 GROUPS = 8
@@ -214,7 +214,7 @@ def encode_grid(codec: GridCodec, patches: Tensor) -> Encoded:
     row, token = torch.nonzero(bad & finite[:, None], as_tuple=True)
     valid = finite.cpu().numpy()
     return Encoded(
-        data.cpu().numpy().reshape(shape),
+        to_host(data).reshape(shape),
         valid,
         [None if fine else NOT_FINITE for fine in valid.tolist()],
         Escapes(
@@ -333,8 +333,8 @@ class _Quantiser:
         halves = scales.half()
         lost = ~torch.isfinite(halves).all(1, keepdim=True)
         halves = halves.masked_fill(lost, 0)
-        data = torch.zeros(len(y), codec.storage_shape(*codec.bits.shape)[1], dtype=torch.uint8)
-        data = data.to(y.device)
+        num_bytes = codec.storage_shape(*codec.bits.shape)[1]
+        data = torch.zeros(len(y), num_bytes, dtype=torch.uint8, device=y.device)
         data[:, : 2 * codec.num_bands] = halves.view(torch.uint8)
         for each, kept in zip(packed, codes, strict=True):
             own = pack(kept.masked_fill(lost, 0), PLANES[each.width])

@@ -146,7 +146,7 @@ def masked(summary: Tensor, patches: Tensor, valid: np.ndarray) -> Targets:
         patches: float32 [B, H, W, D2].
         valid: bool [B], on the host.
     """
-    keep = torch.from_numpy(valid).to(summary.device)
+    keep = torch.from_numpy(valid).to(summary.device, non_blocking=True)
     if not valid.all():
         summary = torch.where(keep[:, None], summary, 0)
         patches = torch.where(keep[:, None, None, None], patches, 0)

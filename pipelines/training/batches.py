@@ -150,7 +150,7 @@ class Batch:
         if len(decoded) < 2:
             return decoded[0] if decoded else {}
         order = torch.from_numpy(np.argsort(np.concatenate([p.places for p in self.parts])))
-        order = order.to(device)
+        order = order.to(device, non_blocking=True)
         joined = {}
         for teacher in decoded[0]:
             columns = zip(*(targets[teacher] for targets in decoded), strict=True)

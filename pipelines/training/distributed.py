@@ -53,6 +53,10 @@ class _ProcessGroup:
         dist.all_reduce(total)
         return total
 
+    def count(self, number: int, device: torch.device) -> int:
+        """Return the sum over workers of what each has counted on its host."""
+        return int(self.sum(torch.full((), float(number), device=device)))
+
     def barrier(self) -> None:
         """Return once every worker is here."""
         dist.barrier()

@@ -198,8 +198,7 @@ class _Run:
                 sums += self._backward(batch, rows)
             valid += int(batch.valid.sum())
             pace.add(len(batch), batch.wait_seconds)
-        counted = self.workers.sum(torch.tensor(float(valid), device=self.device))
-        num_valid = int(counted)
+        num_valid = self.workers.count(valid, self.device)
         if not num_valid:
             raise BadInput(f"step {step}: none of the batch's {rows} rows is valid in all stores")
         factor = rows / num_valid
@@ -238,7 +237,7 @@ class _Run:
         pixels = self._cross(batch.pixels, self.device)
         tokens = batch.targets(self.device)
         targets = {name: Features(each.summary, each.patches) for name, each in tokens.items()}
-        valid = torch.from_numpy(batch.valid).to(self.device)
+        valid = self._cross(torch.from_numpy(batch.valid), self.device)
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"
         ):
@@ -278,7 +277,7 @@ class _Run:
 
     def _on_any(self, here: bool) -> bool:
         """Whether something holds on any worker, as all of them must see it alike."""
-        return bool(self.workers.sum(torch.tensor(float(here), device=self.device)) > 0)
+        return self.workers.count(int(here), self.device) > 0
 
     def _judged(
         self, evaluate: Evaluate, saved: Checkpoint, trackers: tracking.Trackers

@@ -7,6 +7,7 @@ Train or any other launcher, is one of `pipelines.training.distributed`.
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from eupe.heads import DistillationModel
@@ -42,6 +43,15 @@ class Workers(Protocol):
         """Return the sum over workers, the same on each."""
         ...
 
+    def count(self, number: int, device: torch.device) -> int:
+        """Return the sum over workers of what each has counted on its host; it waits for them.
+
+        Args:
+            number: counted here.
+            device: of this worker.
+        """
+        ...
+
     def barrier(self) -> None:
         """Return once every worker is here."""
         ...
@@ -68,6 +78,10 @@ class OneProcess:
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the tensor."""
         return tensor
+
+    def count(self, number: int, device: torch.device) -> int:
+        """Return the number; the device is not asked, and not waited for."""
+        return number
 
     def barrier(self) -> None:
         """Return at once."""

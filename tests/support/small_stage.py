@@ -71,7 +71,7 @@ class MemoryFetched(Fetched):
             summary = colours.mean((2, 3)) @ self.source.maps[name][0]
             normalised = self.source.normalisers[name]
             targets = normalised.summary(summary), normalised.patches(patches), valid
-            out[name] = Targets(*(each.to(device) for each in targets))
+            out[name] = Targets(*(each.to(device, non_blocking=True) for each in targets))
         return out
 
 
