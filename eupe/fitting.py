@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,7 @@ def fit(found: Mapping[str, Tensor], spec: EncoderSpec, weights: str = "weights"
     Raises:
         BadInput: nothing in the file fits, naming what is left over; or several networks do.
     """
-    with shapes_alone():
-        network, whole = build_network(spec), build_network(spec, classifier=True)
+    network, whole = (_empty(spec.model_dump_json(), classifier) for classifier in (False, True))
     attempts = [_attempt(found, prefix, spec, network, whole) for prefix in _prefixes(found, whole)]
     fitting = [each for each in attempts if not each.faults]
     if not fitting:
@@ -75,6 +75,13 @@ def fit(found: Mapping[str, Tensor], spec: EncoderSpec, weights: str = "weights"
         others = [each for each in fitting if each not in averaged]
         chosen = f"the moving average at {first.prefix!r}, not {others[0].prefix!r}"
     return Fitted(first.state, chosen)
+
+
+@lru_cache(maxsize=16)
+def _empty(spec: str, classifier: bool) -> nn.Module:
+    """Build the network of a spec for its names and shapes alone; nobody changes it."""
+    with shapes_alone():
+        return build_network(EncoderSpec.model_validate_json(spec), classifier=classifier)
 
 
 def _prefixes(found: Mapping[str, Tensor], network: nn.Module) -> list[str]:
