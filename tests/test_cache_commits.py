@@ -93,6 +93,7 @@ for shard in range(which, 12, 2):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_without_a_lock_lose_nothing(built, tmp_path):
     store, records = built
     given = json.dumps([asdict(record) for record in records])

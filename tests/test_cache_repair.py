@@ -128,7 +128,11 @@ WHICH: dict[str, Callable[[Store], list[Path]]] = {
 def pairs() -> list[object]:
     """Every damage of everything, the codecs in turn: each meets each of both."""
     return [
-        pytest.param(codec, which, damage, id=f"{codec}-{which}-{damage.__name__}")
+        pytest.param(
+            *(codec, which, damage),
+            id=f"{codec}-{which}-{damage.__name__}",
+            marks=[] if damage is flip else [pytest.mark.slow],
+        )
         for (which, damage), codec in zip(
             itertools.product(WHICH, DAMAGE), itertools.cycle(CODECS), strict=False
         )

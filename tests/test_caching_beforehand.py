@@ -103,6 +103,7 @@ def test_two_alphabets_are_refused_before_the_teachers_run(tmp_path, sources, em
     beforehand.check_labels(indexed(asked(tmp_path / "again", *sources)))
 
 
+@pytest.mark.slow
 def test_a_student_that_wants_whole_batches_is_refused_before_its_teachers_run():
     cut = recipes.get(recipes.DEFAULT, ["stages.stage3.micro_batch=32"])
     with pytest.raises(BadInput, match=r"stage3: the student's layer .* normalises by batch"):

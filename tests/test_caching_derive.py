@@ -85,6 +85,7 @@ def test_what_comes_of_float32_is_what_a_build_makes_byte_for_byte(tmp_path, cod
     assert derive(rich.directory, tmp_path / "rich", codec).num_shards == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wide")
 def test_a_grid_store_is_derived_copied_and_derived_from(tmp_path):
     rich = built(tmp_path / "rich", "float32", count=60)  # pictures enough to fit to half of them
@@ -162,6 +163,7 @@ def test_a_derived_codec_has_a_name_and_an_identity_of_its_own(name):
         default_codec(f"{own} of nothing")
 
 
+@pytest.mark.slow
 def test_a_teacher_is_cached_by_a_grid_codec_and_what_is_derived_is_not_built(tmp_path, emoji):
     """Real features, 4 x 4 tokens, through the device's encoder; the rate is kept to."""
     images = small_caches.pictures(emoji, 24)

@@ -106,7 +106,13 @@ def linked(where: Path, images: Mapping[str, bytes]) -> SourceConfig:
     return SourceConfig(kind="folder", path=str(where / "mount"))
 
 
-@pytest.mark.parametrize("move", [folder_renamed, linked, packed, repacked])
+def slow(move: Move) -> object:
+    return pytest.param(move, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "move", [folder_renamed, *(slow(each) for each in (linked, packed, repacked))]
+)
 def test_images_moved_or_packed_anew_are_the_same_samples(tmp_path, images, move: Move):
     source = write_folder(tmp_path / "images", images)
     before = job(tmp_path / "root", source)
@@ -117,6 +123,7 @@ def test_images_moved_or_packed_anew_are_the_same_samples(tmp_path, images, move
     assert trained_on(after) == wanted
 
 
+@pytest.mark.slow
 def test_a_tar_in_another_order_is_read_where_its_images_are_now(tmp_path, images):
     work = job(tmp_path / "root", write_tar(tmp_path / "images.tar", images))
     build(work)
@@ -126,6 +133,7 @@ def test_a_tar_in_another_order_is_read_where_its_images_are_now(tmp_path, image
     assert trained_on(work) == wanted
 
 
+@pytest.mark.slow
 def test_what_moved_alone_is_opened(tmp_path, images, monkeypatch):
     """Renamed, a folder keeps its times; of two tars one is packed anew."""
     parts = [dict(list(images.items())[:10]), dict(list(images.items())[10:])]

@@ -10,6 +10,7 @@ from cache.store import store_directories
 from eupe.errors import BadInput
 from pipelines.caching import outlook, plan, planning, rates
 from pipelines.recipe import recipes
+from pipelines.recipe.config import Recipe
 from pipelines.recipe.override import override
 from pipelines.recipe.stores import cache_jobs, job_groups
 from pipelines.release.licences import follows, sources
@@ -34,10 +35,6 @@ def lite0(run, codec):
     return run.model_copy(update={"teachers": teachers})
 
 
-def plain(run):
-    return run
-
-
 def pixels_and_views(run):
     return run.model_copy(update={"pixels": (64,), "num_views": 3})
 
@@ -49,22 +46,37 @@ def two_resolutions(run):
     return run.model_copy(update={"teachers": {"lite0": twice}, "stages": {"stage2": stage}})
 
 
-@pytest.mark.parametrize("codec", ["float32", "rot4"])
-@pytest.mark.parametrize("change", [plain, pixels_and_views, two_resolutions])
-def test_planned_bytes_are_those_on_disk(tmp_path, change, codec, monkeypatch):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Return a run whose caches are built."""
+    directory = tmp_path_factory.mktemp("built")
+    run = small_run.recipe(directory)
+    small_run.build(run, directory)
+    return run
+
+
+def test_planned_bytes_are_those_on_disk(built):
+    found = plan.of_recipe(built, rates.Rates(escapes=0))
+    assert found.num_bytes == pytest.approx(written(built.cache_root), rel=WITHIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "codec"), [(pixels_and_views, "float32"), (two_resolutions, "rot4")]
+)
+def test_planned_bytes_of_other_views_and_codecs_are_those_on_disk(tmp_path, change, codec):
     run = lite0(change(small_run.recipe(tmp_path)), codec)
     small_run.build(run, tmp_path)
     found = plan.of_recipe(run, rates.Rates(escapes=0))
     assert found.num_bytes == pytest.approx(written(run.cache_root), rel=WITHIN)
 
 
-def test_a_set_that_is_not_indexed_is_planned_by_its_size(tmp_path):
+def test_a_set_that_is_not_indexed_is_planned_by_its_size(tmp_path, built):
     run = small_run.recipe(tmp_path)
     with pytest.raises(plan.UnknownSize, match="say --images train=N"):
         plan.of_recipe(run, rates.Rates())
     before = plan.of_recipe(run, rates.Rates(), {"train": 32, "held-out": 16})
-    small_run.build(run, tmp_path)
-    assert before.num_bytes == pytest.approx(written(run.cache_root), rel=0.03)  # ids are shorter
+    assert before.num_bytes == pytest.approx(written(built.cache_root), rel=0.03)  # ids are shorter
 
 
 def test_what_two_recipes_share_is_planned_once(tmp_path):
@@ -77,17 +89,16 @@ def test_what_two_recipes_share_is_planned_once(tmp_path):
     assert first + first == first
 
 
-def test_a_build_without_room_is_refused_with_both_figures(tmp_path, monkeypatch):
-    run = small_run.recipe(tmp_path)
-    small_run.build(run, tmp_path)
+def test_a_build_without_room_is_refused_with_both_figures(built, monkeypatch):
     monkeypatch.setattr(planning, "free_bytes", lambda recipe: 1e6)
-    planning.check_room(run, job_groups(run))  # all is there
-    more = override(run, ["num_views=40", "stages.stage2.steps=2000"])
+    planning.check_room(built, job_groups(built))  # all is there
+    more = override(built, ["num_views=40", "stages.stage2.steps=2000"])
     with pytest.raises(BadInput, match=r"want 0\.\d+ GB more and 0\.001 GB are free; .*--force"):
         planning.check_room(more, job_groups(more))
     assert cache_jobs(more)[0].num_views == 40
 
 
+@pytest.mark.slow
 def test_every_figure_says_where_it_comes_from_and_every_constant_its_source(tmp_path):
     asked = recipes.get("imagenet1k_vits16")
     found = planning.outlook(asked, (), ON, rates.Rates(), disk_terabytes=28)
@@ -108,6 +119,7 @@ def test_every_figure_says_where_it_comes_from_and_every_constant_its_source(tmp
     assert "0 view(s) a sample would fit" in small.misfits()[0]
 
 
+@pytest.mark.slow
 def test_caching_pays_later_where_building_costs_more(tmp_path):
     asked = recipes.get("imagenet1k_vits16")
     even = {
@@ -147,6 +159,7 @@ def test_a_figure_is_drawn(tmp_path):
     assert outlook.shown(rates.Figure(1_281_167, "", "assumed")) == "~1.28 M"
 
 
+@pytest.mark.slow
 def test_a_recipe_says_its_bytes_and_hours_in_one_sentence(tmp_path):
     said = planning.in_short(recipes.get("imagenet1k_vits16"))
     assert said.startswith("Caches: 11.1 TB. On h100:8, assumed: ~")

@@ -21,9 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    "how", ["plain", pytest.param("flow", marks=[pytest.mark.slow, pytest.mark.prefect])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["plain", pytest.param("flow", marks=pytest.mark.prefect)])
 def test_a_complete_root_that_one_may_only_read_has_no_shard_to_build(tmp_path, emoji, how):
     source = write_folder(tmp_path / "images", pictures(emoji, 6))
     build(job(tmp_path / "root", source))

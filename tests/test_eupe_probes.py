@@ -52,7 +52,7 @@ def test_knn_ties():
     assert probes.knn_predict(bank, labels, query, 4).item() == 2  # equal votes: smallest
 
 
-@pytest.mark.parametrize("k", [10, 20])
+@pytest.mark.parametrize("k", [10, pytest.param(20, marks=pytest.mark.slow)])
 def test_both_protocols_give_scikit_learns_answers_to_the_last(k):
     """On real features, raw pixels of every emoji, equal votes and equal pictures among them."""
     table = pq.read_table(ROOT / "examples/emoji/emoji.parquet").to_pylist()

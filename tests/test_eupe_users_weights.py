@@ -292,6 +292,7 @@ def test_a_folder_without_weights(tmp_path, files, says):
     assert f"weights 'file:{tmp_path}'" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_repository_of_the_hub(tmp_path):
     """From a download of huggingface_hub's own, laid out as it lays them out."""
     ours = randomised(ATTO)

@@ -332,6 +332,7 @@ def test_a_stage_that_was_not_trained_says_so(run, tmp_path):
         evaluate.evaluate([FrozenStudent(elsewhere, elsewhere.stage("stage2"))])
 
 
+@pytest.mark.slow
 def test_a_report_is_current_until_something_it_was_made_of_changes(run, found, tmp_path):
     moved = run.model_copy(update={"run_directory": str(tmp_path)})
     stage = moved.stage("stage2")

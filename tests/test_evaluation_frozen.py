@@ -34,6 +34,8 @@ from pipelines.recipe.config import PROXY, Recipe, StudentConfig
 from pipelines.recipe.stores import cache_jobs, proxy_jobs
 from pipelines.training import inputs, start
 
+pytestmark = pytest.mark.slow
+
 # Composed modules in float32 on batches of another size.
 COMPOSED = 1e-4
 COLOUR = 2  # of 255: the same colours, rounded
@@ -101,7 +103,6 @@ def reported(run) -> Opening:
     return seen
 
 
-@pytest.mark.slow
 def test_a_report_opens_each_store_once_and_works_out_each_shape_once(run, reported):
     jobs = [*cache_jobs(run), *proxy_jobs(run)]
     wanted = sum(len(teacher.resolutions) for job in jobs for teacher in job.teachers)

@@ -99,6 +99,7 @@ def test_what_cannot_be_pooled_is_refused(runs, tmp_path):
         pooled.compare([runs[0], runs[2]])
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_json(runs):
     words = ["compare", *map(str, runs)]
     said = CliRunner().invoke(app, words)

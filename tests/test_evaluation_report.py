@@ -328,6 +328,7 @@ def test_sizes(size, text):
     assert report._size(int(size)) == text
 
 
+@pytest.mark.slow
 def test_a_student_that_loses_to_what_is_trivial_is_said_to(run):
     def said(**right: int) -> list[str]:
         return tables.verdicts(report.summarise(run, Caches(1, 1, 1), evaluation(**right), {}, {}))

@@ -41,6 +41,7 @@ def test_the_list_names_every_recipe_once(entries):
     assert list(entries) == list(recipes.RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS_MILLIONS)
 def test_the_six_students_have_timms_parameters_with_the_papers_beside(entries, name):
     found = entries[name]
@@ -49,6 +50,7 @@ def test_the_six_students_have_timms_parameters_with_the_papers_beside(entries, 
     assert (found.resolution, found.stages) == (256, ("stage1", "stage2", "stage3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS_MILLIONS)
 def test_costs_are_the_printed_ones_as_each_kind_is_counted(entries, name):
     found = entries[name]
@@ -57,11 +59,13 @@ def test_costs_are_the_printed_ones_as_each_kind_is_counted(entries, name):
     assert abs(ours - found.published.gflops_256) < GFLOPS_ROUNDING
 
 
+@pytest.mark.slow
 def test_the_proxy_has_its_1_9_billion(entries):
     assert round(entries["proxy_vitg"].parameters / 1e9, 1) == 1.9
     assert entries["proxy_vitg"].stages == ("stage1",)
 
 
+@pytest.mark.slow
 def test_the_table_shows_ours_and_the_papers_in_one_row(entries):
     rows = {row["recipe"]: row for row in catalogue.table(list(entries.values()))}
     shown = rows["eupe_convnext_base"]
@@ -71,6 +75,7 @@ def test_the_table_shows_ours_and_the_papers_in_one_row(entries):
     assert rows["eupe_vitb16_tiny"]["published"] == ""  # a twin's figures are not the paper's
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_list(entries, monkeypatch, capsys):
     kept = {name: recipes.RECIPES[name] for name in ("demo", "proxy_vitg_tiny")}
     monkeypatch.setattr(recipes, "RECIPES", kept)  # counting all of them again takes seconds
@@ -82,6 +87,7 @@ def test_the_command_prints_the_list(entries, monkeypatch, capsys):
     assert f"{entries['demo'].parameters / 1e6:.2f}" in table
 
 
+@pytest.mark.slow
 def test_show_marks_each_field_with_its_origin(monkeypatch, capsys):
     words = ["show", "eupe_vitb16", "--set", "stages.stage2.optimizer.lr=1e-4", "--json"]
     found = {each["path"]: each for each in json.loads(eupe(monkeypatch, capsys, *words))}

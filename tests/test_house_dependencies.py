@@ -6,6 +6,8 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping, Set
+from functools import cache
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -45,27 +47,32 @@ def third_party(source: str) -> set[str]:
     return names - set(sys.stdlib_module_names) - set(ROOMS)
 
 
-def undeclared(imports: set[str], declared: set[str]) -> list[str]:
+@cache
+def owners() -> Mapping[str, list[str]]:
+    """Return which distributions provide each top-level module here."""
+    return metadata.packages_distributions()
+
+
+def undeclared(imports: Set[str], declared: set[str]) -> list[str]:
     """Name the imports that no declared distribution provides."""
-    owners = metadata.packages_distributions()
     return sorted(
         name
         for name in imports
-        if not declared & {canonicalize_name(owner) for owner in owners.get(name, [])}
+        if not declared & {canonicalize_name(owner) for owner in owners().get(name, [])}
     )
 
 
-def unused(imports: set[str], declared: set[str]) -> list[str]:
+def unused(imports: Set[str], declared: set[str]) -> list[str]:
     """Name the declared distributions that provide none of the imports."""
-    owners = metadata.packages_distributions()
-    used = {canonicalize_name(owner) for name in imports for owner in owners.get(name, [])}
+    used = {canonicalize_name(owner) for name in imports for owner in owners().get(name, [])}
     return sorted(declared - used)
 
 
-def imports() -> set[str]:
+@cache
+def imports() -> frozenset[str]:
     files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
     assert len(files) > len(ROOMS), "no files found: the test would prove nothing"
-    return set().union(*(third_party(path.read_text()) for path in files))
+    return frozenset().union(*(third_party(path.read_text()) for path in files))
 
 
 def declared() -> set[str]:

@@ -233,5 +233,6 @@ def test_a_store_opens_without_torch_ray_or_prefect():
     assert loaded_by(statement, NEVER["cache"]) == set()
 
 
+@pytest.mark.slow
 def test_the_subprocess_test_can_fail():
     assert loaded_by("import cache, torch", {"torch", "ray"}) == {"torch"}

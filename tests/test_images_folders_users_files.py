@@ -133,6 +133,7 @@ def test_other_files_are_counted_by_extension(pictures):
     assert {"1 .md", "1 .tar.gz", "1 .part", "1 none"} <= set(line.split(": ")[1].split(", "))
 
 
+@pytest.mark.slow
 def test_numbers_after_a_dot_are_no_end_of_extensions(pictures):
     """What is kept of files that are left aside does not grow with them."""
     for number in range(1200):

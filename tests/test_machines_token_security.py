@@ -47,6 +47,7 @@ def test_a_local_ray_without_a_token_gets_one_that_is_not_kept(tmp_path, environ
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, CLUSTER])
 def test_the_users_own_token_is_used(keeper, environment):
     assert token(keeper, **environment) == "kept"

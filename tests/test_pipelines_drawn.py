@@ -11,6 +11,8 @@ from pipelines.recipe.override import override
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.training import inputs, launch, start
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH, VIEWS, PER_SHARD = 3, 2, 3, 4
 
 

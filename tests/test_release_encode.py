@@ -130,6 +130,7 @@ def test_what_is_no_picture_is_left_out_and_said(run: Path, images, tmp_path: Pa
     assert zarr.open_array(tmp_path / "patches", mode="r").shape[0] == NUM_PICTURES
 
 
+@pytest.mark.slow
 def test_a_model_is_a_run_an_export_or_a_networks_name(run: Path, images, tmp_path: Path):
     source = small_caches.write_folder(tmp_path / "images", images)
     export(run, tmp_path / "taken", images=str(tmp_path / "images"), onnx=False)

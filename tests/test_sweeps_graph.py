@@ -25,6 +25,7 @@ def sweep(**fields: object) -> Sweep:
     return Sweep.model_validate({"name": "some", "recipe": "demo_stage2", **fields})
 
 
+@pytest.mark.slow
 def test_table_2_is_eight_stages_of_which_five_are_distinct_from_one_pass_of_the_teachers():
     for name in ("table2", "table2_tiny"):
         asked = runs(read(ROOT / "recipes" / "ablations" / f"{name}.yaml"))
