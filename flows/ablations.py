@@ -1,6 +1,6 @@
 """Flow `ablations`: a sweep of runs from one set of caches.
 
-    index -> caches -> stages -> evaluations -> results.parquet
+    index -> caches -> stages -> evaluations -> results.parquet, results.html
 
 Each node of the sweep's graph is a task. Whether it is there is asked of its address, never of
 Prefect's result cache, and several flow runs may work the same sweep at once.
@@ -17,7 +17,7 @@ from pydantic import Field
 from flows import artifacts
 from flows.parameters import Overrides
 from pipelines.recipe import recipes
-from pipelines.sweeps import describe, results
+from pipelines.sweeps import describe, page, results
 from pipelines.sweeps import work as sweeps
 from pipelines.sweeps.file import read, runs
 from pipelines.sweeps.graph import Node
@@ -57,7 +57,11 @@ def ablations(
     done = sweeps.work(sweeps.prepare(runs(read(recipes.home() / sweep), overrides)), compute)
     said = describe.ended(done)
     print("\n".join([str(results.write(done.graph)), *said]), file=sys.stderr)
-    found = results.rows(results.compare(done.graph)) if results.has_base(done.graph) else []
+    found = list[dict[str, str]]()
+    if results.has_base(done.graph):
+        compared = results.compare(done.graph)
+        print(page.write(done.graph, compared), file=sys.stderr)
+        found = results.rows(compared, results.rivals(done.graph))
     artifacts.table("ablations-results", found, "\n\n".join([Path(sweep).stem, *said]))
     if done.failed:
         raise RuntimeError("; ".join(f"{node}: {why}" for node, why in done.failed.items()))

@@ -12,7 +12,7 @@ from support import small_stage
 
 from cache.errors import StoreError
 from eupe.paired import Interval, share_interval
-from pipelines.evaluation import evaluate, figures, report, tables
+from pipelines.evaluation import evaluate, figures, pages, report, tables
 from pipelines.evaluation.encoders import PROBES, Judged
 from pipelines.evaluation.evaluate import Agreement, Cosine, Evaluation
 from pipelines.evaluation.figures import TokenPicture
@@ -325,7 +325,7 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(run, monkeypatch):
     ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e15, "2500.0 TB")]
 )
 def test_sizes(size, text):
-    assert report._size(int(size)) == text
+    assert pages.size(int(size)) == text
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from eupe.teachers import Teacher
 from flows.cli import app
 from pipelines.caching import precompute
 from pipelines.recipe import recipes
-from pipelines.sweeps import describe, results, work
+from pipelines.sweeps import describe, page, results, work
 from pipelines.sweeps.work import Done
 from pipelines.training import loop
 
@@ -162,6 +162,26 @@ def test_each_setting_is_compared_with_the_base_by_the_same_images(worked, toys)
             assert each.versus.difference.value == pytest.approx(own[name] - own["1-2-3"])
             assert 0 < each.versus.p_value <= 1
     assert len(results.rows(found)) == len(found)
+
+
+def test_the_page_shows_each_setting_beside_raw_pixels_and_the_experts(worked, tmp_path, toys):
+    folder = copied(worked, tmp_path)
+    toys(folder)
+    graph, _ = describe.told(toy_sweep.asked(toy_sweep.sweep(folder)))
+    found = results.compare(graph)
+    text = page.write(graph, found).read_text()
+    assert "http" not in text.replace("http://www.w3.org/", "")  # of SVG's own names
+    figures_of = figures(folder)
+    for encoder in ("pixels", "student_final"):
+        values = figures_of.filter(encoder=encoder, metric="linear")["value"].to_list()
+        for value in values:
+            assert f'<td class="n">{100 * value:.1f} (' in text
+    for each in found:
+        assert ", ".join(each.values.values()) in text
+    (table,) = text.split("<table")[1:]
+    experts = [name for name in results.rivals(graph) if name.startswith("expert")]
+    assert experts
+    assert all(who in table for who in ("raw pixels", *experts))
 
 
 def test_a_value_that_is_added_computes_only_what_is_new(worked, tmp_path, toys):

@@ -11,6 +11,7 @@ from flows.commands.printing import print_json, print_table
 from pipelines.recipe.words import AsJson, Overrides
 
 if TYPE_CHECKING:
+    from pipelines.sweeps.graph import Graph
     from pipelines.sweeps.results import Compared
 
 app = typer.Typer()
@@ -33,9 +34,10 @@ def ablate(
     Caches, stages and evaluations of all runs are one graph, in which equal ones are there once;
     what is there already is not computed again. The same command may run many times at once, on
     machines that share the folder: they share the work. What fails stops only what is made from
-    it. [b]results.parquet[/b] beside the runs has every figure of every run.
+    it. [b]results.parquet[/b] beside the runs has every figure of every run, [b]results.html[/b]
+    shows each setting beside raw pixels and the experts.
     """
-    from pipelines.sweeps import describe, results, work
+    from pipelines.sweeps import describe, page, results, work
     from pipelines.sweeps.file import read, runs
 
     asked = runs(read(file), overrides or [])
@@ -48,19 +50,22 @@ def ablate(
             print("\n".join(describe.lines(graph, found)))
         return
     if only_table:
-        print_comparison(results.compare(describe.laid_out(asked)), as_json)
+        graph = describe.laid_out(asked)
+        print_comparison(graph, results.compare(graph), as_json)
         return
     done = work.work(work.prepare(asked))
     print(results.write(done.graph), file=sys.stderr)
     print("\n".join(describe.ended(done)), file=sys.stderr)
     if results.has_base(done.graph):
-        print_comparison(results.compare(done.graph), as_json)
+        found = results.compare(done.graph)
+        print(page.write(done.graph, found), file=sys.stderr)
+        print_comparison(done.graph, found, as_json)
     if done.failed:
         raise typer.Exit(1)
 
 
-def print_comparison(found: "Sequence[Compared]", as_json: bool) -> None:
-    """Print each setting beside the base."""
+def print_comparison(graph: "Graph", found: "Sequence[Compared]", as_json: bool) -> None:
+    """Print each setting beside the base, after raw pixels and the experts."""
     from dataclasses import asdict
 
     from pipelines.sweeps import results
@@ -68,4 +73,4 @@ def print_comparison(found: "Sequence[Compared]", as_json: bool) -> None:
     if as_json:
         print_json([asdict(each) for each in found])
     else:
-        print_table(results.rows(found))
+        print_table(results.rows(found, results.rivals(graph)))

@@ -111,28 +111,49 @@ def dot_plot(summary: Mapping[str, Any]) -> str:
     probes = [probe for probe in DOTTED if probe in encoders[PIXELS]]
     if not probes:
         return ""
-    names = [*encoders]
-    kinds = list(dict.fromkeys(titles[name] for name in names))
+    rows = [
+        (f"{titles[name]}, {found['resolution']} px", titles[name], found)
+        for name, found in encoders.items()
+    ]
+    return dots(
+        [(words, kind, [found[probe] for probe in probes]) for words, kind, found in rows],
+        [PROBE_TITLES[probe] for probe in probes],
+        [encoders[PIXELS][probe]["value"] for probe in probes],
+    )
+
+
+def dots(
+    rows: Sequence[tuple[str, str, Sequence[Mapping[str, float]]]],
+    panels: Sequence[str],
+    marks: Sequence[float],
+) -> str:
+    """Draw shares with their intervals, a row each, in panels side by side.
+
+    Args:
+        rows: from above; words, what it shares a colour with, and `value`, `low` and `high`, 0 to
+            1, in each panel.
+        panels: titles.
+        marks: where each panel has a line, 0 to 1.
+
+    Returns:
+        an <svg> element, its text in the colour of its surroundings.
+    """
+    kinds = list(dict.fromkeys(kind for _, kind, _ in rows))
     colours = dict(zip(kinds, _colours(len(kinds)), strict=True))
-    places = range(len(names), 0, -1)  # the first on top
+    places = range(len(rows), 0, -1)  # the first on top
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 0.9 + 0.23 * len(names)), layout="constrained")
-        for number, (axes, probe) in enumerate(
-            zip(figure.subplots(1, len(probes), squeeze=False)[0], probes, strict=True)
-        ):
-            axes.axvline(100 * encoders[PIXELS][probe]["value"], color=INK, alpha=0.35, lw=0.8)
-            for place, name in zip(places, names, strict=True):
-                value, low, high = (
-                    100 * encoders[name][probe][key] for key in ("value", "low", "high")
-                )
-                colour = colours[titles[name]]
-                axes.plot([low, high], [place, place], color=colour, lw=1.4, alpha=0.7)
-                axes.plot([value], [place], "o", color=colour, markersize=4.5)
-            words = [f"{titles[name]}, {encoders[name]['resolution']} px" for name in names]
-            axes.set_yticks(places, words if number == 0 else [""] * len(names))
+        figure = Figure(figsize=(11, 0.9 + 0.23 * len(rows)), layout="constrained")
+        for number, axes in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
+            axes.axvline(100 * marks[number], color=INK, alpha=0.35, lw=0.8)
+            for place, (_, kind, found) in zip(places, rows, strict=True):
+                value, low, high = (100 * found[number][key] for key in ("value", "low", "high"))
+                axes.plot([low, high], [place, place], color=colours[kind], lw=1.4, alpha=0.7)
+                axes.plot([value], [place], "o", color=colours[kind], markersize=4.5)
+            words = [each for each, _, _ in rows]
+            axes.set_yticks(places, words if number == 0 else [""] * len(rows))
             axes.tick_params(axis="y", length=0, labelsize=9)
-            axes.set_ylim(0.4, len(names) + 0.6)
-            axes.set_title(PROBE_TITLES[probe], loc="left")
+            axes.set_ylim(0.4, len(rows) + 0.6)
+            axes.set_title(panels[number], loc="left")
             axes.set_xlabel("right, per cent")
             axes.grid(axis="x", alpha=0.15, color=INK)
         return _svg(figure)

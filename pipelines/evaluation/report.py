@@ -1,19 +1,16 @@
 """The report of a run: summary.json for machines, report.html and a closing table for people."""
 
-import importlib.resources
 import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jinja2
-
 from cache.files import atomic
 from cache.format import layout
 from cache.store import Store
 from eupe import fingerprint as fp
-from pipelines.evaluation import evaluate, figures, tables
+from pipelines.evaluation import evaluate, figures, pages, tables
 from pipelines.evaluation.evaluate import Cosine, Evaluation
 from pipelines.evaluation.figures import TokenPicture
 from pipelines.evaluation.frozen import FrozenStudent
@@ -23,7 +20,7 @@ from pipelines.recipe.stores import Opened, job_groups, open_stores
 from pipelines.records import checkpoint, tracking
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
-TEMPLATE = "report.html.j2"
+TEMPLATE = "evaluation/report.html.j2"
 SIGNIFICANT = 0.05
 FORMAT = 3
 """Of a summary: raised with a change of what stands in it."""
@@ -240,20 +237,9 @@ def render(
         dots: an <svg> element: every encoder by every probe; empty without labels.
         picture: patch tokens as colours.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(
-        percent=tables.percent,
-        cosine=lambda value: f"{value:.3f}",
-        signed=lambda value: f"{value:+.3f}",
-        size=_size,
-    )
-    source = (
-        importlib.resources.files("pipelines.evaluation")
-        .joinpath(TEMPLATE)
-        .read_text(encoding="utf-8")
-    )
     last = evaluation.agreement[recipe.last.name]
-    return environment.from_string(source).render(
+    return pages.page(
+        TEMPLATE,
         recipe=recipe,
         summary=summary,
         evaluation=evaluation,
@@ -273,15 +259,6 @@ def render(
 def _bar(cosine: Cosine) -> dict[str, float]:
     """Return where a cosine's three marks stand on a scale from 0 to 1, in per cent."""
     return {name: 100 * min(max(value, 0.0), 1.0) for name, value in asdict(cosine).items()}
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@
     standing  what is there of a graph, what is in work, and why the rest is not there
     work      does what is left, whatever other processes do of it meanwhile
     results   every figure of every run, and each setting beside the base
+    page      the same for people to look at, beside raw pixels and experts
 
 A sweep is nothing more than runs that ask for addresses (docs/design.md, law 15).
 """

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import polars as pl
@@ -16,6 +17,7 @@ from eupe.paired import Interval, runs_interval
 from pipelines.evaluation import pooled, report
 from pipelines.evaluation.encoders import PROBES, Probe
 from pipelines.evaluation.evaluate import Versus, versus
+from pipelines.evaluation.networks import PIXELS
 from pipelines.evaluation.pooled import Judgement
 from pipelines.evaluation.tables import PROBE_TITLES, interval
 from pipelines.sweeps import standing
@@ -131,9 +133,42 @@ def _right(runs: Mapping[int, Judgement], seeds: Sequence[int], probe: Probe) ->
     return np.stack([runs[seed].right(runs[seed].final, probe) for seed in seeds])
 
 
-def rows(found: Sequence[Compared]) -> list[dict[str, str]]:
-    """Return a comparison as a table of text: per cent, 95 % intervals."""
+def rivals(graph: Graph) -> dict[str, Mapping[str, Mapping[str, float]]]:
+    """Return what students stand beside, raw pixels and experts: words -> probe -> interval.
+
+    They are those of the first finished run, each at the evaluation's resolution or its own.
+    """
+    _, folder = finished(graph)[0]
+    summary = json.loads((folder / report.SUMMARY_FILE).read_bytes())
+    experts = [name for name in summary["encoders"] if name in graph.runs[0][0].recipe.teachers]
+    return {summary["titles"][name]: summary["encoders"][name] for name in (PIXELS, *experts)}
+
+
+def rows(
+    found: Sequence[Compared],
+    beside: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType({}),
+) -> list[dict[str, str]]:
+    """Return a comparison as a table of text: per cent, 95 % intervals.
+
+    Args:
+        found: of `compare`.
+        beside: of `rivals`; they come first.
+    """
+    axes = [*found[0].values]
     return [
+        {
+            **dict.fromkeys(axes, ""),
+            axes[0]: who,
+            "seeds": "",
+            "probe": PROBE_TITLES[probe],
+            "student": interval(of[probe]),
+            "beside the base": "",
+            "p": "",
+        }
+        for who, of in beside.items()
+        for probe in PROBES
+        if probe in of
+    ] + [
         {
             **each.values,
             "seeds": str(len(each.seeds)),
