@@ -57,9 +57,9 @@ def ablate(
     print(results.write(done.graph), file=sys.stderr)
     print("\n".join(describe.ended(done)), file=sys.stderr)
     if results.has_base(done.graph):
-        found = results.compare(done.graph)
-        print(page.write(done.graph, found), file=sys.stderr)
-        print_comparison(done.graph, found, as_json)
+        compared = results.compare(done.graph)
+        print(page.write(done.graph, compared), file=sys.stderr)
+        print_comparison(done.graph, compared, as_json)
     if done.failed:
         raise typer.Exit(1)
 
