@@ -178,7 +178,7 @@ def test_where_all_is_well_nothing_is_found():
     assert findings.judge(replace(SOUND, nodes=(), reading=None, environment={})) == []
     said = findings.looked_at(SOUND)
     assert all(name in said for name in findings.CHECKS)
-    assert said.endswith("of demo on this machine and of 2 Ray nodes")
+    assert said.endswith("of demo on this machine and 2 Ray nodes")
     assert "bandwidth" not in findings.looked_at(replace(SOUND, reading=None))
 
 

@@ -16,6 +16,9 @@ from typer.testing import CliRunner
 from cache.codec.known import row_bytes
 from eupe.encoders import Encoder
 from flows.cli import app
+from pipelines.caching import planning
+from pipelines.caching.outlook import HOUR, shown
+from pipelines.caching.rates import Figure, Rates, machine
 from pipelines.recipe import recipes
 from pipelines.recipe.config import SourceConfig
 
@@ -202,3 +205,21 @@ def test_what_a_view_costs_is_what_the_store_takes():
             places = len(mega.split()[0].partition(".")[2])
             assert mega == f"{view / 1e6:.{places}f} MB", line
             assert tera == f"{view * IMAGENET_1K / 1e12:.2f} TB", line
+
+
+@pytest.mark.parametrize("page", ["plan_imagenet1k.md", "eight_h100.md"])
+def test_hours_and_money_of_eight_h100_are_what_the_planner_says(page: str):
+    text = (ROOT / "docs" / page).read_text()
+    asked = recipes.get("imagenet1k_vits16")
+    found = planning.outlook(asked, (), machine("h100:8"), Rates(), disk_terabytes=28)
+    stages = [
+        Figure(max(found.stage_seconds(stage).values()) / HOUR, "h", "assumed")
+        for stage in found.plan.stages.values()
+    ]
+    totals = {name.partition(",")[0]: figure for name, figure in found.totals().items()}
+    named = ("caches on disk", "building", "a run from caches", "a run with live teachers")
+    priced = ("the caches", "a run from caches", "a run with live teachers")
+    wanted = [*stages, *(totals[n] for n in (*named, *(f"price of {p}" for p in priced)))]
+    assert len(wanted) == 10
+    for figure in wanted:
+        assert re.search(rf"[|,] {re.escape(shown(figure))} ?[|,]", text), shown(figure)

@@ -20,11 +20,12 @@ FOLDERS = (
     "docs",
     "examples",
     "recipes",
+    "deploy",
 )
 NAMED_LAWS = re.compile(r"\blaws?[ \n]+(\d+(?:(?:, | and |, and )\d+)*)")
 NAMED_TEST = re.compile(r"\b(tests/\w+\.py)::(test_\w+)")
 NAMED_FILE = re.compile(
-    r"`((?:eupe|cache|pipelines|flows|tests|benchmarks|examples|recipes)/[\w./]*)`"
+    r"`((?:eupe|cache|pipelines|flows|tests|benchmarks|examples|recipes|deploy)/[\w./]*)`"
 )
 NAMED_CODE = re.compile(r"`((?:eupe|cache|pipelines|flows)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")  # a colon: an address, not a file

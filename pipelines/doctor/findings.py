@@ -278,7 +278,8 @@ CHECKS: dict[str, Callable[[Facts], Found]] = {
 def looked_at(facts: Facts) -> str:
     """Say what was looked at, and on how many machines."""
     kept = [name for name in CHECKS if name != "bandwidth" or facts.reading is not None]
-    nodes = f" and of {len(facts.nodes)} Ray nodes" if facts.nodes else ""
+    number = len(facts.nodes)
+    nodes = f" and {number} Ray node{'s' * (number > 1)}" if number else ""
     return f"{', '.join(kept)} of {facts.recipe} on this machine{nodes}"
 
 
