@@ -210,3 +210,12 @@ def test_fewer_steps_alone_keep_the_share_of_the_warm_up():
 def test_a_field_that_a_source_of_that_kind_would_drop_is_refused(kind, field, value):
     with pytest.raises(ValueError, match=f"x: {field} = .* is for .* sources; this one's kind"):
         SourceConfig(kind=kind, path="x", **{field: value})
+
+
+def test_all_pixels_are_those_that_stages_show_their_students():
+    demo = recipes.get("demo", ["stages.stage3.student_resolutions=[64,160]"])
+    assert demo.pixel_scales == (64, 96, 128, 160)
+    assert recipes.get("demo_stage2").pixel_scales == (96,)
+    assert recipes.get("demo", ["pixels=[64]"]).pixel_scales == (64,)
+    with pytest.raises(BadInput, match=r"pixels at \[65\]: no stage has a student at that scale"):
+        recipes.get("demo", ["pixels=[64,65]"])

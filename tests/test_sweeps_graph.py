@@ -31,7 +31,7 @@ def test_table_2_is_eight_stages_of_which_five_are_distinct_from_one_pass_of_the
         asked = runs(read(ROOT / "recipes" / "ablations" / f"{name}.yaml"))
         graph, found = describe.told([run for run in asked if run.seed == asked[0].seed])
         assert graph.count("stage") == (8, 5)
-        teachers, shown = len(asked[0].recipe.teachers), {run.recipe.pixels for run in asked}
+        teachers, shown = len(asked[0].recipe.teachers), {run.recipe.pixel_scales for run in asked}
         pixels = (4, len(shown)) if shown != {()} else (0, 0)
         assert graph.count("caches") == (4 * teachers + pixels[0], teachers + pixels[1])
         assert graph.count("proxy caches") == (3, 1)

@@ -306,7 +306,7 @@ def _of_stage(
 
     features = sum(mean(stage.teacher_resolutions[n], row_bytes, n) for n in stage.teachers)
     kept = mean(stage.student_resolutions, row_bytes, PIXELS)
-    stored = [scale for scale in stage.student_resolutions if scale in recipe.pixels]
+    stored = [scale for scale in stage.student_resolutions if scale in recipe.pixel_scales]
     train = sum(
         forward_flops(student, scale)
         + sum(

@@ -286,8 +286,10 @@ class Recipe(Spec):
     cache_root: Annotated[str, EXECUTION] = Field(
         description="folder or bucket of the caches; recipes may share it"
     )
-    pixels: Annotated[tuple[int, ...], EXECUTION] = Field(
-        (), description="student scales at which the views themselves are cached too, as uint8"
+    pixels: Annotated[tuple[int, ...] | Literal["all"], EXECUTION] = Field(
+        (),
+        description="student scales at which the views themselves are cached too, as uint8; all: "
+        "every one that a stage has",
     )
     stage_root: Annotated[str | None, EXECUTION] = Field(
         None,
@@ -352,8 +354,7 @@ class Recipe(Spec):
         cached = {name: set(teacher.resolutions) for name, teacher in self.teachers.items()}
         if PIXELS in cached:
             raise BadInput(f"a teacher is named {PIXELS!r}: that name is the views' own")
-        drawn = {scale for stage in self.stages.values() for scale in stage.student_resolutions}
-        if unused := set(self.pixels) - drawn:
+        if unused := set(self.pixel_scales) - self._student_scales:
             raise BadInput(f"pixels at {sorted(unused)}: no stage has a student at that scale")
         earlier = list[StageName]()
         for stage in self.stages.values():
@@ -434,6 +435,15 @@ class Recipe(Spec):
         """The train sets that evaluations look among."""
         wanted = self.evaluation.bank
         return tuple(each for each in self.train.values() if wanted is None or each.name in wanted)
+
+    @property
+    def pixel_scales(self) -> tuple[int, ...]:
+        """The student scales at which the views themselves are cached, pixels."""
+        return tuple(sorted(self._student_scales)) if self.pixels == "all" else self.pixels
+
+    @property
+    def _student_scales(self) -> set[int]:
+        return {scale for stage in self.stages.values() for scale in stage.student_resolutions}
 
     @property
     def scales_of_proxy(self) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def whole() -> Recipe:
         name=NAME,
         run_directory=f"runs/{NAME}",
         cache_root="runs/cache",
-        pixels=PYRAMID,  # drawing the views again at every step is an eighth of a step
+        pixels="all",  # drawing the views again at every step is an eighth of a step
         train=by_name(family.emoji("train")),
         held_out=family.emoji("test"),
         views=AugmentedView(
@@ -76,7 +76,6 @@ def stage_2_only() -> Recipe:
         update={
             "name": STAGE_2_ONLY,
             "run_directory": f"runs/{STAGE_2_ONLY}",
-            "pixels": (SCALE_ALONE,),
             "proxy": None,
             "stages": by_name(_stage("stage2", scales, (SCALE_ALONE,), steps=600)),
             "evaluation": demo.evaluation.model_copy(update={"resolution": SCALE_ALONE}),

@@ -133,7 +133,7 @@ def _recipe(
         name=name,
         run_directory=f"runs/{name}",
         cache_root="runs/cache",
-        pixels=pyramid,
+        pixels="all",
         train=by_name(train),
         held_out=held_out,
         views=AugmentedView(),

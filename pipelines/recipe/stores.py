@@ -80,12 +80,12 @@ def cache_jobs(recipe: Recipe) -> list[CacheJob]:
     one centre view too, and the held-out set in one centre view. Where the recipe wants its views'
     pixels cached, they come out of the same pass as the teachers' features.
     """
-    return _built(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixels)))
+    return _built(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixel_scales)))
 
 
 def pixel_jobs(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
     """List the jobs whose stores hold a stage's pixels at its student's scales, if any do."""
-    scales = tuple(scale for scale in recipe.pixels if scale in stage.student_resolutions)
+    scales = tuple(scale for scale in recipe.pixel_scales if scale in stage.student_resolutions)
     return _jobs(recipe, _pixels(recipe, scales), (stage,)) if scales else []
 
 
@@ -130,7 +130,9 @@ def jobs_of(recipe: Recipe, stage: StageConfig) -> list[CacheJob]:
     """List the jobs whose stores a stage reads; of training views, those that it alone draws."""
     if PROXY in stage.teachers:
         return _jobs(recipe, (proxy_teacher(recipe),), (stage,))
-    return _jobs(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixels)), (stage,))
+    return _jobs(
+        recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixel_scales)), (stage,)
+    )
 
 
 def proxy_teacher(recipe: Recipe, stage1: Path | None = None) -> TeacherConfig:

@@ -170,7 +170,7 @@ def _recipe(sweep: Sweep, asked: Recipe, values: Mapping[str, str], seed: int) -
 
 
 def _keeping(recipe: Recipe, kept: Mapping[str, list[str]]) -> Recipe:
-    """Return a recipe with some of its stages and teachers alone, and the pixels of these."""
+    """Return a recipe with some of its stages and teachers alone."""
     if not kept:
         return recipe
     tree = recipe.model_dump(mode="json")
@@ -185,6 +185,4 @@ def _keeping(recipe: Recipe, kept: Mapping[str, list[str]]) -> Recipe:
             for of_teacher in (stage["teacher_resolutions"], stage["loss"]["gamma"]):
                 for name in of_teacher.keys() - there:
                     del of_teacher[name]
-    shown = {scale for stage in tree["stages"].values() for scale in stage["student_resolutions"]}
-    tree["pixels"] = [scale for scale in tree["pixels"] if scale in shown]
     return validated(tree)
