@@ -17,7 +17,7 @@ from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 400
 
 
 def asked(

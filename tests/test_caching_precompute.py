@@ -302,7 +302,7 @@ def test_what_an_actor_raises_arrives_as_it_is(tmp_path, images, ray_cluster):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(120)  # it used to wait for ever, for an actor that had no room
+@pytest.mark.timeout(300)  # it used to wait for ever, for an actor that had no room
 def test_no_more_actors_are_started_than_the_cluster_has_room_for(
     tmp_path, images, ray_cluster, capfd
 ):

@@ -211,6 +211,7 @@ def test_a_proxy_that_is_kept_off_the_cluster_is_none(without):
     assert findings.judge(kept) == []
 
 
+@pytest.mark.slow
 def test_hours_grow_as_a_disk_is_slower_than_planned():
     plan = planning.outlook(recipes.get("imagenet1k_vits16"), (), machine("h100:8"), Rates(), 28)
     slow = facts.against_plan(plan, Rates().disk_bytes / 10)

@@ -91,7 +91,7 @@ def test_the_environment_is_complete_and_the_token_private(stack):
 def test_the_job_api_refuses_whoever_has_no_token(stack):
     address = shell(stack, 'printf %s "$RAY_API_SERVER_ADDRESS"').stdout
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{address}/api/jobs/", timeout=10)
+        urllib.request.urlopen(f"{address}/api/jobs/", timeout=60)
     assert refused.value.code == 401
 
 
@@ -101,10 +101,10 @@ def test_prefects_api_refuses_whoever_has_no_secret(stack):
     for path in ("flows/filter", "work_pools/filter", "admin/settings"):
         asked = urllib.request.Request(f"{api}/{path}", data=b"{}" if "filter" in path else None)
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(asked, timeout=10)
+            urllib.request.urlopen(asked, timeout=60)
         assert refused.value.code == 401
     page = api.removesuffix("/api")
-    with urllib.request.urlopen(page, timeout=10) as answer:
+    with urllib.request.urlopen(page, timeout=60) as answer:
         assert b"<title>Prefect" in answer.read()
 
 
@@ -126,7 +126,7 @@ def test_another_user_of_this_machine_reads_no_secret_and_is_refused(stack):
     ):
         url = shell(stack, f'printf %s "${variable}"').stdout + path
         asked = (
-            f"import urllib.request as r; r.urlopen(r.Request({url!r}, data=b'{{}}'), timeout=10)"
+            f"import urllib.request as r; r.urlopen(r.Request({url!r}, data=b'{{}}'), timeout=60)"
         )
         said = subprocess.run(
             ["/usr/bin/python3", "-c", asked],

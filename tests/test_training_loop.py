@@ -35,6 +35,7 @@ from pipelines.training import loop, start
 from pipelines.training.loop import train_stage
 
 CHILD = Path(__file__).parent / "support" / "train_child.py"
+PATIENCE_SECONDS = 400  # a child that imports torch on a busy machine
 # Sums of float32 in another order: a few units in the last place, grown over 12 steps of AdamW,
 # which divides small gradients by their own size.
 SAME_MATHS = {"rtol": 2e-4, "atol": 1e-5}
@@ -233,7 +234,7 @@ def test_kill_at_a_random_step_then_resume_gives_bit_equal_losses(tmp_path):
     assert [line["step"] for line in wanted] == list(range(2, 31, 2))
     # log_every = 2 and checkpoint_every = 5: half of the resumes begin inside a window of means.
     last_step = random.Random(os.urandom(8)).randrange(6, 27)
-    child = run_child(killed, pause=0.05)
+    child = run_child(killed, pause=0.2)
     wait_for_step(killed / "stage2" / tracking.METRICS_FILE, last_step, child)
     child.send_signal(signal.SIGKILL)
     assert child.wait(timeout=60) == -signal.SIGKILL, f"it ended before step {last_step}"
@@ -252,7 +253,7 @@ def test_a_compiled_stage_learns_as_one_that_is_not(tmp_path):
     short = {"steps": 4, "log_every": 1, "checkpoint_every": 4, "student_resolutions": [32]}
     for name in ("plain", "compiled"):
         stage = {**short, "compile": name == "compiled"}
-        assert run_child(tmp_path / name, 0, **stage).wait(timeout=300) == 0
+        assert run_child(tmp_path / name, 0, **stage).wait(timeout=PATIENCE_SECONDS) == 0
     plain, compiled = (
         [line["loss/total"] for line in figures(tmp_path / name / "stage2")]
         for name in ("plain", "compiled")
@@ -267,10 +268,10 @@ def run_child(directory: Path, pause: float, **stage: object) -> subprocess.Pope
 
 
 def wait_for_step(path: Path, step: int, child: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not path.exists() or not any(line["step"] >= step for line in tracking.read(path)):
         assert child.poll() is None, "the child ended before it was killed"
-        assert time.monotonic() < deadline, f"no step {step} in two minutes"
+        assert time.monotonic() < deadline, f"no step {step}"
         time.sleep(0.01)
 
 
@@ -416,20 +417,23 @@ def test_the_share_of_waiting_is_that_of_a_slow_source(tmp_path):
     """The source knows how long it took, and how long the loop was away between two batches."""
     run = small_stage.recipe(tmp_path, steps=6, log_every=6, checkpoint_every=6, micro_batch=64)
     made = small_stage.inputs(run)
-    pause, busy = 0.2, 0.0
+    waited, busy, away = 0.0, 0.0, 0.0
 
     def slowly(steps):
-        nonlocal busy
+        nonlocal waited, busy, away
         for batch in made.batches(steps):
+            pause = max(0.2, away)  # steps on a busy machine are slow: so is the source, then
             time.sleep(pause)
+            waited += pause
             left = time.perf_counter()
             yield dataclasses.replace(batch, wait_seconds=pause)
-            busy += time.perf_counter() - left if batch.step < 5 else 0.0
+            away = time.perf_counter() - left
+            busy += away if batch.step < 5 else 0.0
 
     slow = dataclasses.replace(made, batches=slowly)
     result = train_stage(run, run.stage("stage2"), slow, tmp_path / "stage2")
     (line,) = tracking.read(tmp_path / "stage2" / tracking.METRICS_FILE)
-    share = 6 * pause / (6 * pause + busy * 6 / 5)  # what the last step took is not known here
+    share = waited / (waited + busy * 6 / 5)  # what the last step took is not known here
     for found in (line["data_wait_share"], result.wait_share):
         assert found == pytest.approx(share, abs=0.15)
     assert share > 0.3, "the loop was so slow that waiting hardly counts: the test proves little"

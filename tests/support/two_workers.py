@@ -40,7 +40,7 @@ from support import small_stage
 
 WORLD = 2
 NUM_SAMPLES = 53  # divides by nothing: epochs end inside batches
-GIVE_UP_SECONDS = 120
+GIVE_UP_SECONDS = 300
 
 
 class Stopped(Exception):
