@@ -1,6 +1,6 @@
 """The distillation losses of EUPE (arXiv:2603.22387), Eq. 4 to 7, on normalised teacher tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eupe.bicubic import resize
 from eupe.encoders import Features
 
 
@@ -51,12 +52,38 @@ def match_grids(
     """
     (height_a, width_a), (height_b, width_b) = a_BHWD.shape[1:3], b_BHWD.shape[1:3]
     if height_a >= height_b and width_a >= width_b:
-        return a_BHWD, _resize(b_BHWD, height_a, width_a)
+        return a_BHWD, resize(b_BHWD, height_a, width_a)
     if height_b >= height_a and width_b >= width_a:
-        return _resize(a_BHWD, height_b, width_b), b_BHWD
+        return resize(a_BHWD, height_b, width_b), b_BHWD
     raise ValueError(
         f"patch grids {height_a}x{width_a} and {height_b}x{width_b}: neither holds the other"
     )
+
+
+def row_losses(
+    prediction: Features, target: Features, valid: Bool[Tensor, " b"], smooth_l1_beta: float
+) -> Float[Tensor, "3 b"]:
+    """Return each row's losses, float32 [3, B]: summary, patch cosine, patch smooth L1.
+
+    Everything element by element, which a compiler makes one pass of; `teacher_loss` names the
+    arguments. The grids are equal here.
+    """
+    # Masked before the arithmetic: a NaN times zero would still be a NaN in the gradient.
+    summary = torch.where(valid[:, None], target.summary, 0)
+    patches = torch.where(valid[:, None, None, None], target.patches, 0).float()
+    predicted = prediction.patches.float()
+    return torch.stack(
+        [
+            cosine_loss(prediction.summary, summary),
+            cosine_loss(predicted, patches).mean((1, 2)),
+            F.smooth_l1_loss(predicted, patches, reduction="none", beta=smooth_l1_beta).mean(
+                (1, 2, 3)
+            ),
+        ]
+    )
+
+
+RowLosses = Callable[[Features, Features, Tensor, float], Tensor]
 
 
 def teacher_loss(
@@ -69,6 +96,7 @@ def teacher_loss(
     smooth_l1_beta: float = 1.0,
     gamma: float = 1.0,
     count: float | Tensor | None = None,
+    row_losses: RowLosses = row_losses,
 ) -> TeacherLoss:
     """Return one teacher's loss, EUPE (arXiv:2603.22387), Eq. 4, 5 and 7.
 
@@ -85,6 +113,7 @@ def teacher_loss(
         gamma: factor of this teacher's patch term (Eq. 7).
         count: rows to divide by; None for the valid rows given. With gradient accumulation, the
             valid rows of the whole global batch: the losses of its parts then add up to its loss.
+        row_losses: the function of this module, or the same compiled.
 
     Raises:
         ValueError: a prediction of another width than the target.
@@ -94,18 +123,12 @@ def teacher_loss(
             raise ValueError(
                 f"{kind}: prediction is {ours.shape[-1]} wide, target {theirs.shape[-1]}"
             )
-    # Masked before the arithmetic: a NaN times zero would still be a NaN in the gradient.
-    summary = torch.where(valid[:, None], target.summary, 0)
-    patches = torch.where(valid[:, None, None, None], target.patches, 0)
-    predicted, patches = match_grids(prediction.patches.float(), patches.float())
-    rows = torch.stack(
-        [
-            cosine_loss(prediction.summary, summary),
-            cosine_loss(predicted, patches).mean((1, 2)),
-            F.smooth_l1_loss(predicted, patches, reduction="none", beta=smooth_l1_beta).mean(
-                (1, 2, 3)
-            ),
-        ]
+    predicted, patches = match_grids(prediction.patches, target.patches)
+    rows = row_losses(
+        Features(prediction.summary, predicted),
+        Features(target.summary, patches),
+        valid,
+        smooth_l1_beta,
     )
     if count is None:
         count = valid.sum()
@@ -119,11 +142,3 @@ def teacher_loss(
 def total_loss(losses: Iterable[TeacherLoss]) -> Float[Tensor, ""]:
     """Return the sum over teachers, EUPE (arXiv:2603.22387), Eq. 6."""
     return torch.stack([loss.total for loss in losses]).sum()
-
-
-def _resize(patches_BHWD: Tensor, height: int, width: int) -> Tensor:
-    if patches_BHWD.shape[1:3] == (height, width):
-        return patches_BHWD
-    maps_BDHW = patches_BHWD.permute(0, 3, 1, 2).float()
-    resized = F.interpolate(maps_BDHW, (height, width), mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1)

@@ -113,7 +113,7 @@ def test_identity_is_what_is_left_without_execution():
         (ExtractionConfig, "actors", "a whole number, at least 1"),
         (ExtractionConfig, "rows_per_shard", "a whole number | null, at least 1"),
         (StageConfig, "precision", "float32 | bfloat16"),
-        (StageConfig, "compile", "true | false"),
+        (StageConfig, "compile", "true | false | null"),
         (TeacherConfig, "codec", " | ".join(KNOWN)),
         (StageConfig, "student_resolutions", "a list: a whole number, length at least 1"),
     ],

@@ -88,7 +88,11 @@ class StageConfig(Spec):
     precision: Annotated[Literal["float32", "bfloat16"], IDENTITY] = Field(
         "bfloat16", description="of autocast; weights and losses stay float32"
     )
-    compile: Annotated[bool, EXECUTION] = Field(False, description="the student by torch.compile")
+    compile: Annotated[bool | None, EXECUTION] = Field(
+        None,
+        description="the student and the loss by torch.compile, which wants a C compiler; null: on "
+        "CUDA, in stages of at least 1,000 steps",
+    )
     activation_checkpointing: Annotated[bool, EXECUTION] = Field(
         False, description="compute activations again on the way back: less memory, more time"
     )

@@ -4,6 +4,7 @@
     inputs        what a stage trains on, opened from a recipe's caches
     start         how a stage begins: model, optimizer, identity
     loop          the training loop
+    compiled      torch.compile where it pays
     meters        means between two logs, and the pace of the data
     workers       what the loop needs of the processes that train together
     distributed   those of a torch process group

@@ -15,6 +15,7 @@ from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import whole_state
+from pipelines.training.compiled import blocks
 from pipelines.training.workers import Workers
 
 
@@ -108,7 +109,7 @@ class Shards(_ProcessGroup):
         if self.rank == 0:
             self._unsharded = deepcopy(model).cpu()
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
-        for module in (*_blocks(model), model):
+        for module in (*blocks(model), model):
             fully_shard(module, mesh=mesh, mp_policy=self._precision)
         return model
 
@@ -135,9 +136,3 @@ class Shards(_ProcessGroup):
             yield self._unsharded.to(next(model.parameters()).device)
         finally:
             self._unsharded.cpu()  # its memory on the device is the next step's
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a transformer or of each stage of a CNN, as timm names them."""
-    lists = [getattr(module, "blocks", ()) for module in model.modules()]
-    return [block for blocks in lists for block in blocks]

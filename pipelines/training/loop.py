@@ -24,7 +24,7 @@ from eupe.drop_path import RowDraws
 from eupe.encoders import Features
 from eupe.errors import BadInput
 from eupe.heads import DistillationModel
-from eupe.losses import teacher_loss, total_loss
+from eupe.losses import RowLosses, row_losses, teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
 from pipelines.features.buffers import Crossing
 from pipelines.machines.progress import track
@@ -33,7 +33,7 @@ from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint, tracking, whole_state
 from pipelines.records.checkpoint import Checkpoint, Contents
-from pipelines.training import start
+from pipelines.training import compiled, start
 from pipelines.training.batches import Batch
 from pipelines.training.inputs import Inputs
 from pipelines.training.meters import TERMS, Pace, Window, in_words
@@ -132,8 +132,10 @@ class _Run:
         whole_batches.check(model.encoder.network, stage, workers.world_size)
         self.address = f"network/{recipe.seed}/{stage.name}"
         self.wrapped = workers.wrap(self.model)
-        if stage.compile:
-            self.wrapped.compile()
+        self.row_losses: RowLosses = row_losses
+        if compiled.pays(stage, device):
+            compiled.compile_regions(self.model)
+            self.row_losses = compiled.row_losses()
         self.optimizer = start.optimizer(self.model, stage)
         self.window = Window.empty(inputs.dims, device)
         self.schedule_start = 0
@@ -252,6 +254,7 @@ class _Run:
                 smooth_l1_beta=loss.smooth_l1_beta,
                 gamma=loss.gamma.get(name, 1.0),
                 count=float(rows),
+                row_losses=self.row_losses,
             )
             for name in self.inputs.dims
         ]
@@ -287,7 +290,7 @@ class _Run:
         with self.workers.whole(self.model) as model:
             if self.workers.rank == 0:
                 model.eval()
-                with torch.no_grad():
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     figures = evaluate(model, saved.step)
                 model.train()
         trackers.log(saved.step, figures)
