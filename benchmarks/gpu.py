@@ -1,6 +1,7 @@
 """What this project makes of a GPU, in one command, for the day one is at hand.
 
-    python -m benchmarks.gpu [--minutes 5] [--cpu] [--sections NAME ...] [--json FILE]
+    python -m benchmarks.gpu [--minutes 5] [--cpu] [--json FILE]
+        [--sections NAME ...] [--labels TEXT ...] [--codecs NAME ...] [--rounds 3]
 
 No network, no Ray and no Prefect: all of it runs in this process, on one device. Sections, in order
 of value:
@@ -12,10 +13,11 @@ of value:
     codecs      decoding and encoding, GB/s of float32 tokens, and the distance to the numpy oracle
     extraction  every teacher of the recipes, random weights, beside its matmul-bound time
     loss        of one teacher: passes over memory, peak memory; also compiled
-    compiled    as step, the student by torch.compile
+    compiled    as step, its blocks, heads and loss by torch.compile
     build       a build of real pictures, one process, decoding included
 
-A section has a share of the minutes; what it has not begun by then is left out and named. A fault
+A section has a share of the minutes; what it has not begun by then is left out and named. Those of
+--sections are done in the order given; with --labels each may take all the time there is. A fault
 is written down with its traceback, the rest goes on, and the exit code is 1. The file is written
 after every measurement, so a time-out loses the one under way. Timings of kernels are the
 profiler's. --cpu runs everything small, to see that it runs.
@@ -30,7 +32,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_codecs, gpu_extraction, gpu_loss, gpu_machine, gpu_step, tables
-from benchmarks.gpu_bench import Bench
+from benchmarks.gpu_bench import CODECS, ROUNDS, Bench
 
 SHARES = {
     "machine": 0.08,
@@ -44,6 +46,8 @@ SHARES = {
 }
 """Of the minutes that a section may begin something in; together more than all, as most need less
 than theirs."""
+LABELLED = {"step", "codecs", "extraction", "loss", "compiled"}
+"""Sections of several measurements, of which --labels picks."""
 TABLES: dict[str, Mapping[str, str]] = {
     "machine": {"what": "", "per_s": ".3e"},
     "step": gpu_step.COLUMNS,
@@ -76,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="to be done in")
     parser.add_argument("--cpu", action="store_true", help="everything small, on the CPU")
     parser.add_argument("--sections", nargs="+", choices=[*SHARES], default=[*SHARES])
+    parser.add_argument("--labels", nargs="+", default=[], help="measure what these are part of")
+    parser.add_argument("--codecs", nargs="+", default=[*CODECS], help="that a step reads")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="over ways of a step")
     asked = parser.parse_args(argv)
     if not asked.cpu and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --cpu runs it small on the CPU")
@@ -85,13 +92,23 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="eupe-gpu-") as folder:
         ends = started + 60 * asked.minutes
-        bench = Bench(device, asked.cpu, ends, Path(folder), asked.json)
+        bench = Bench(
+            device,
+            asked.cpu,
+            ends,
+            Path(folder),
+            asked.json,
+            codecs=asked.codecs,
+            rounds=asked.rounds,
+        )
         bench.found |= {"machine": gpu_machine.describe(device), "asked": vars(asked)}
-        for name, measure in sections(bench).items():
-            # Shares want the machine's peaks, whatever else is asked for.
-            if name in asked.sections or name == "machine":
-                with bench.section(name, 60 * asked.minutes * SHARES[name]):
-                    measure()
+        measures = sections(bench)
+        # Shares want the machine's peaks, whatever else is asked for.
+        for name in dict.fromkeys(["machine", *asked.sections]):
+            bench.labels = asked.labels if name in LABELLED else []
+            share = 1.0 if asked.labels else SHARES[name]
+            with bench.section(name, 60 * asked.minutes * share):
+                measures[name]()
         bench.found |= {"seconds": time.monotonic() - started, "peak": bench.peak, "ended": True}
         bench.write()
     return report(bench)

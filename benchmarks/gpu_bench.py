@@ -16,6 +16,8 @@ from torch.autograd import DeviceType
 
 from benchmarks.tables import Row
 
+CODECS = ("float16", "rot4", "grid1")
+ROUNDS = 3
 WARM_UP = 2
 """Calls before any is timed: kernels are chosen and memory is taken."""
 
@@ -51,6 +53,9 @@ class Bench:
         ends: when it shall be done, `time.monotonic`.
         folder: for stores and checkpoints.
         path: of the JSON; None: it is kept nowhere.
+        labels: parts of the labels that are measured; none for all of them.
+        codecs: of the stores that a training step reads.
+        rounds: over what a training step is measured in.
         peak: what the machine was found to reach: FLOP/s by dtype, bytes/s by kind of copy.
         found: everything, as it is written.
     """
@@ -60,6 +65,9 @@ class Bench:
     ends: float
     folder: Path
     path: Path | None
+    labels: Sequence[str] = ()
+    codecs: Sequence[str] = CODECS
+    rounds: int = ROUNDS
     peak: dict[str, float] = field(default_factory=dict)
     found: dict[str, object] = field(default_factory=dict)
     _sections: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -91,6 +99,8 @@ class Bench:
     def do(self, label: str, measure: Callable[[], Sequence[Row]]) -> None:
         """Measure one thing of the section, if there is time; keep its rows, or its fault."""
         own = self._sections[self._now]
+        if self.labels and not any(each in label for each in self.labels):
+            return
         if time.monotonic() >= self._section_ends:
             own["left_out"] += [label]  # type: ignore[operator]
             return

@@ -7,7 +7,8 @@ import torch
 from benchmarks.gpu_bench import Bench
 from benchmarks.tables import Row
 from eupe.encoders import Features
-from eupe.losses import teacher_loss
+from eupe.losses import row_losses, teacher_loss
+from pipelines.training import compiled as compiling
 
 COLUMNS = {
     "student_grid": "",
@@ -35,11 +36,13 @@ def _measured(bench: Bench, grid: int, compiled: bool) -> list[Row]:
     patches = make(batch, grid, grid, width, dtype=dtype).requires_grad_()
     summary = make(batch, width, dtype=dtype).requires_grad_()
     valid = torch.ones(batch, dtype=torch.bool, device=bench.device)
-    loss = torch.compile(teacher_loss) if compiled else teacher_loss
+    rows = compiling.row_losses() if compiled else row_losses
 
     def both() -> None:
         patches.grad = summary.grad = None
-        loss(Features(summary, patches), target, valid, count=float(batch)).total.backward()
+        prediction = Features(summary, patches)
+        loss = teacher_loss(prediction, target, valid, count=float(batch), row_losses=rows)
+        loss.total.backward()
 
     both()
     with bench.peak_memory() as peak:

@@ -51,7 +51,6 @@ from pipelines.training.inputs import Inputs
 from pipelines.training.loop import train_stage
 
 TEACHER = "proxy"
-CODECS = ("float16", "rot4", "grid1")
 STUDENTS = ("eupe_vits16", "eupe_vitb16", "eupe_vitt16", "eupe_convnext_tiny")
 WARM = 3
 """First steps of a run, in which kernels are chosen and compiled."""
@@ -59,7 +58,6 @@ PREFETCH = 2
 """Batches that are made ahead, each by a thread."""
 SETTLE = PREFETCH + 1
 TIMED = 3
-ROUNDS = 3
 ROWS_PER_SHARD = 64
 COLUMNS = {
     "student": "",
@@ -189,7 +187,7 @@ class Step:
                 "peak_gib": peak[0],
                 "loss": last["loss/total"],
             }
-            for codec in CODECS
+            for codec in bench.codecs
         ]
 
 
@@ -211,7 +209,7 @@ class Turns:
 
     def __init__(self, bench: Bench, streams: Mapping[str, Iterator[Batch]]) -> None:
         self._bench, self._streams = bench, streams
-        self._rounds = 1 if bench.small else ROUNDS
+        self._rounds = 1 if bench.small else bench.rounds
         self.seconds: dict[str, list[float]] = {way: [] for way in streams}
         self.waited: dict[str, list[float]] = {way: [] for way in streams}
         self.busy: dict[str, Busy] = {}
@@ -320,7 +318,8 @@ def stores(bench: Bench, case: Case) -> Stores:
         *(each.to(bench.device).clone() for each in targets_of(tokens, slice(case.batch)))
     )
     feeds = {
-        codec: cached(fill(root, spec, codec, digests, tokens, moments, side)) for codec in CODECS
+        codec: cached(fill(root, spec, codec, digests, tokens, moments, side))
+        for codec in bench.codecs
     }
     return Stores(samples, feeds, known, feed, (width, width), normalisers)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 def resize(
     maps_BHWD: Float[Tensor, "b h1 w1 d"], height: int, width: int
 ) -> Float[Tensor, "b h w d"]:
-    """Resize grids of tokens to height x width, in float32; the same size is returned as it came."""
+    """Resize grids of tokens to height x width, in float32; of that size they stay as they are."""
     if maps_BHWD.shape[1:3] == (height, width):
         return maps_BHWD
     way = by_products if maps_BHWD.device.type == "cuda" else by_interpolation

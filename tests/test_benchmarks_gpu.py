@@ -87,6 +87,15 @@ def test_what_there_is_no_time_for_is_named(bench):
     assert gpu.report(bench) == 0
 
 
+def test_labels_pick_and_the_others_are_not_left_out(bench):
+    bench.labels = ["at 256", "grid1"]
+    with bench.section("step", 60):
+        for label in ("vit at 256, compiled True", "vit at 512, compiled True", "grid1", "rot4"):
+            bench.do(label, lambda label=label: [{"what": label}])
+    assert [row["what"] for row in bench.rows("step")] == ["vit at 256, compiled True", "grid1"]
+    assert bench.left_out == {}
+
+
 def test_every_measurement_is_in_the_file_before_the_next_begins(bench):
     def look():
         there = json.loads(bench.path.read_text())

@@ -40,7 +40,8 @@ def test_the_students_are_compiled_by_block(name):
 
 
 def test_a_network_without_blocks_has_none():
-    assert compiled.blocks(Encoder(EncoderSpec(architecture="test_resnet", summary="average_pool"))) == []
+    spec = EncoderSpec(architecture="test_resnet", summary="average_pool")
+    assert compiled.blocks(Encoder(spec)) == []
 
 
 @pytest.fixture(scope="module")

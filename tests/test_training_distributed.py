@@ -174,6 +174,21 @@ def test_looking_at_the_model_shows_all_of_it_and_changes_nothing(tmp_path, pair
     assert_same_losses(run, alone[0])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiled_copies_and_shards_agree(tmp_path, pair, strategy):
+    fixed = {"steps": 4, "checkpoint_every": 4, "student_resolutions": (32,)}
+    both, one = (
+        small(tmp_path / name, strategy=strategy, compile=name == "compiled", **fixed)
+        for name in ("compiled", "plain")
+    )
+    assert all(traced > 0 for traced in pair.run(two_workers.train_compiled, both))
+    two_workers.train(one)
+    assert_same_losses(both, one)
+    ours, theirs = (checkpoint.require(each.directory / "stage2") for each in (both, one))
+    assert list(ours.encoder()) == list(theirs.encoder())
+    assert list(ours.heads()) == list(theirs.heads())
+
+
 def test_shards_with_activation_checkpointing_agree(tmp_path, pair, alone):
     run = small(tmp_path, strategy="fsdp2", activation_checkpointing=True)
     pair.run(two_workers.train, run)

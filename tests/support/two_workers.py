@@ -22,6 +22,7 @@ import polars as pl
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch._dynamo.backends.debugging import aot_eager
 
 from cache.shard_ranges import ShardRange
 from eupe.heads import DistillationModel
@@ -31,7 +32,7 @@ from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.recipe.stage import StageConfig
-from pipelines.training import distributed, inputs
+from pipelines.training import compiled, distributed, inputs
 from pipelines.training.batches import Batch, Feed, Loader, Part
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import Evaluate, StageResult, train_stage
@@ -175,6 +176,20 @@ def train(
             evaluate=chosen,
         )
     return Trained(order, result, looked_at)
+
+
+def train_compiled(run: Recipe) -> int:
+    """Train the stage by torch.compile, kernels apart; return how many graphs it traced."""
+    traced = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal traced
+        traced += 1
+        return aot_eager(graph, inputs)
+
+    compiled.BACKEND = backend
+    train(run)
+    return traced
 
 
 def noise_inputs(
