@@ -145,3 +145,13 @@ def test_codes_are_unpacked_as_they_were_packed_whatever_their_width():
         theirs = unpack(section, planes, len(each.places))
         ours = codec_steps.unpack(torch.from_numpy(section), planes, len(each.places))
         np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+@devices
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_fields_are_the_same_in_turn_and_at_once(width, device):
+    plane = torch.arange(256, dtype=torch.uint8).view(32, 8)[:, :7]
+    theirs = codec_steps.fields_in_turn(plane, width)
+    assert torch.equal(codec_steps.fields_at_once(plane.to(device), width).cpu(), theirs)
+    assert theirs.shape == (32, 7 * 8 // width)
+    assert int(theirs.max()) == 2**width - 1

@@ -143,13 +143,28 @@ def unpack(packed: Tensor, bits: Sequence[int], dim: int) -> Tensor:
     for width in bits:
         per_byte = 8 // width
         num_bytes = -(-dim // per_byte)
-        plane, mask = packed[:, start : start + num_bytes], 2**width - 1
-        fields = [(plane >> width * part) & mask for part in range(per_byte)]
-        found = torch.cat(fields, 1)[:, :dim] if per_byte > 1 else plane
+        found = packed[:, start : start + num_bytes]
+        if per_byte > 1:
+            fields = fields_in_turn if packed.device.type == "cpu" else fields_at_once
+            found = fields(found, width)[:, :dim]
         codes = found if codes is None else codes | (found << below)
         below, start = below + width, start + num_bytes
     assert codes is not None
     return codes
+
+
+def fields_in_turn(plane: Tensor, width: int) -> Tensor:
+    """Return the fields of bytes uint8 [T, k], the lowest bits of all first: [T, k 8 / width].
+
+    Of a CPU, which shifts by one number many bytes at once.
+    """
+    return torch.cat([(plane >> low) & (2**width - 1) for low in range(0, 8, width)], 1)
+
+
+def fields_at_once(plane: Tensor, width: int) -> Tensor:
+    """Return what `fields_in_turn` does in a few kernels: of a GPU, to which each costs a start."""
+    low = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
+    return ((plane[:, None] >> low[:, None]) & (2**width - 1)).flatten(1)
 
 
 def pack(codes: Tensor, bits: Sequence[int]) -> Tensor:
