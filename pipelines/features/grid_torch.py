@@ -50,13 +50,13 @@ class Group(NamedTuple):
     """Frequencies that are multiplied with the basis together; f of them, k directions each.
 
     start: of their values among a row's.
-    rows: of them among frequencies as grouped.
+    places: int64 [f], of them on the grid.
     spread: float32 [f, k].
     bands: int64 [f].
     """
 
     start: int
-    rows: slice
+    places: Tensor
     spread: Tensor
     bands: Tensor
 
@@ -76,7 +76,6 @@ class Decoding:
         groups: of frequencies.
         num_values: of a row, P.
         num_bands: of frequencies, each with its scale.
-        natural: int64 [N], where each frequency lies among those as grouped.
         turn: back from directions to channels.
         constant: float32 [D], what is added to the mean frequency.
         waves: float32 [H, H] and [W, W], the transposed cosine transforms.
@@ -86,7 +85,6 @@ class Decoding:
     groups: list[Group]
     num_values: int
     num_bands: int
-    natural: Tensor
     turn: Turn
     constant: Tensor
     waves: tuple[Tensor, Tensor]
@@ -108,12 +106,11 @@ class Decoding:
         groups, start = [], 0
         for part in np.array_split(order, min(GROUPS, num_tokens)):
             most = int(width[part].max())
-            row = int(np.flatnonzero(order == part[0])[0])
             start_of[part] = start + most * np.arange(len(part))
             groups.append(
                 Group(
                     start,
-                    slice(row, row + len(part)),
+                    torch.from_numpy(part).to(device),
                     tensor(codec.spread[part, :most]).to(device),
                     torch.from_numpy(codec.bands[part]).to(device),
                 )
@@ -134,7 +131,6 @@ class Decoding:
             groups,
             start,
             codec.num_bands,
-            torch.from_numpy(np.argsort(order)).to(device),
             turn.to(device),
             turn.offset.to(device) * num_tokens**0.5,
             (waves[0].to(device), waves[1].to(device)),
@@ -142,7 +138,8 @@ class Decoding:
 
     def __call__(self, data: Tensor) -> Tensor:
         """Decode rows uint8 [n, B] to tokens float32 [n, N, D]."""
-        num_rows, num_tokens, dim = len(data), len(self.natural), len(self.constant)
+        down, across = self.waves
+        num_rows, num_tokens, dim = len(data), len(down) * len(across), len(self.constant)
         scales = _scales(data, self.num_bands)
         values = torch.zeros(num_rows, self.num_values, device=data.device)
         for section in self.sections:
@@ -151,19 +148,17 @@ class Decoding:
         for group in self.groups:
             kept = group.spread.shape[1]
             if kept == 0:
-                turned[:, group.rows] = 0
+                turned.index_fill_(1, group.places, 0)
             elif self.turn.mix is not None:
                 coefficients = group.coefficients(values, scales)
-                turned[:, group.rows] = coefficients @ self.turn.mix[:kept]
+                turned.index_copy_(1, group.places, coefficients @ self.turn.mix[:kept])
             else:
                 assert self.turn.butterfly is not None
                 assert self.turn.gain is not None
                 coefficients = group.coefficients(values, scales).flatten(0, 1)
                 back = self.turn.butterfly.inverse(coefficients).mul_(self.turn.gain)
-                turned[:, group.rows] = back.view(num_rows, len(group.bands), dim)
-        turned = turned.index_select(1, self.natural)
+                turned.index_copy_(1, group.places, back.view(num_rows, len(group.bands), dim))
         turned[:, 0] += self.constant
-        down, across = self.waves
         tokens = torch.matmul(across, turned.view(num_rows * len(down), len(across), dim))
         return torch.matmul(down, tokens.view(num_rows, len(down), len(across) * dim)).view_as(
             turned
