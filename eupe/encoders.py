@@ -64,7 +64,6 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_offset", (-mean / std).view(3, 1, 1), persistent=False)
         self._trunk_name = "trunk" if hasattr(self.network, "trunk") else ""
-        self._shapes: dict[int, Features] = {}
         self._index: int | None = None
         if self._other is None:
             _check_layout(self._trunk, spec)
@@ -206,19 +205,7 @@ class Encoder(nn.Module):
         return Features(output["image_features"], patches)
 
     def _shape(self, resolution: int) -> Features:
-        """Encode one picture on the meta device: the architecture's own word on its shapes."""
-        if resolution not in self._shapes:
-            self.check_resolution(resolution)
-            state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-            empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
-            pixels = torch.empty(1, 3, resolution, resolution, device="meta")
-            mode = self.training
-            with torch.no_grad():
-                self.eval()  # batch norm refuses one 1x1 map in training
-                shapes = torch.func.functional_call(self, empty, (pixels,))
-                self.train(mode)
-            self._shapes[resolution] = shapes
-        return self._shapes[resolution]
+        return _tokens(self.spec.model_dump_json(), resolution)
 
 
 class Shapes(NamedTuple):
@@ -270,9 +257,19 @@ def _shapes(spec: str, resolution: int) -> Shapes:
 
 
 @cache
+def _tokens(spec: str, resolution: int) -> Features:
+    """Encode one picture on the meta device: the architecture's own word on its shapes."""
+    encoder = _weightless(spec)
+    encoder.check_resolution(resolution)
+    with torch.no_grad():
+        found: Features = encoder(torch.empty(1, 3, resolution, resolution, device="meta"))
+    return found
+
+
+@cache
 def _weightless(spec: str) -> Encoder:
-    with shapes_alone():
-        return Encoder(EncoderSpec.model_validate_json(spec))
+    with shapes_alone():  # in evaluation mode: batch norm refuses one 1x1 map in training
+        return Encoder(EncoderSpec.model_validate_json(spec)).eval()
 
 
 def _layer_index(trunk: Any, spec: EncoderSpec) -> int | None:
