@@ -1,10 +1,12 @@
-"""A pool of restartable Ray actors, each with a few calls in flight; results as they come."""
+"""A pool of Ray actors, each with a few calls in flight, that outlives actors and their nodes."""
 
 import sys
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import islice
 from typing import Any, Self
 
 from eupe.errors import BadInput
@@ -12,15 +14,41 @@ from pipelines.machines.cluster import connect
 from pipelines.machines.errors import bad_input, keeping_traceback
 
 IN_FLIGHT = 2  # a call writes its files while the next one computes
-MAX_RESTARTS = 3
-MAX_TASK_RETRIES = 3
+MAX_DEATHS = 3
+"""Of actors in one place within DEATH_SECONDS, on nodes that live: more is a bug, or memory."""
+DEATH_SECONDS = 3600.0
+NODE_SECONDS = 30.0
+"""Until Ray finds a node dead that has stopped answering."""
+LOOK_SECONDS = 10.0
+"""Between two looks at a cluster whose nodes come and go."""
+
+
+class Lost(Exception):
+    """A call's actor, or its result, is gone; the call can be repeated."""
+
+
+@dataclass
+class _Place:
+    """What an actor of the pool stands in; another follows it there when it dies.
+
+    Attributes:
+        actor: its handle.
+        node: that it lives on, None until it says so.
+        deaths: of its predecessors: when, by the monotonic clock, and on which node.
+    """
+
+    actor: Any
+    node: str | None = None
+    deaths: list[tuple[float, str | None]] = field(default_factory=list)
 
 
 class Pool:
     """Actors of one class, started when there is work for them and kept until the block ends.
 
-    An actor whose process dies is started anew and repeats its calls, a finite number of times;
-    calls must therefore be repeatable. Ray itself is connected with the first work, too.
+    An actor that dies is followed by another, which repeats its calls; calls must therefore be
+    repeatable. What dies with its node is counted for nothing, other deaths are counted by the
+    hour. An actor gets calls once it lives: one that waits for room keeps none from the others,
+    and works on when a node joins. Ray itself is connected with the first work, too.
 
     Args:
         make: class of the actors.
@@ -40,7 +68,8 @@ class Pool:
     ) -> None:
         self._make, self._arguments = make, dict(arguments)
         self._actors, self._cpus, self._gpus = actors, cpus, gpus
-        self._handles: list[Any] = []
+        self._places: list[_Place] = []
+        self._told = False
         self._connected = ExitStack()
 
     def __enter__(self) -> Self:
@@ -60,71 +89,171 @@ class Pool:
             BadInput: one actor needs more than any node of the cluster has, or a call refused.
             StoreError: a call refused.
             RemoteBug: a call raised anything else.
-            RuntimeError: actors died more often than they are started anew.
+            RuntimeError: actors died more often than others follow them.
         """
         self._start(min(self._actors, len(tasks)))
         import ray  # after `connect` has settled its environment
 
-        waiting = iter(enumerate(tasks))
-        running: dict[ray.ObjectRef[Any], tuple[int, Any]] = {}
+        fresh, again = iter(range(len(tasks))), deque[int]()
+        starting = {self._ask_where(place): place for place in self._places}
+        running: dict[ray.ObjectRef[Any], tuple[int, _Place, Any]] = {}
+        num_left, looked = len(tasks), time.monotonic()
 
-        def feed(handle: Any) -> None:
-            for number, task in islice(waiting, 1):
-                running[handle.__ray_call__.remote(_call, method, *task)] = (number, handle)
+        def feed(place: _Place) -> None:
+            number = again.popleft() if again else next(fresh, None)
+            if number is not None:
+                call = place.actor.__ray_call__.remote(_call, method, *tasks[number])
+                running[call] = (number, place, place.actor)
 
-        for handle in self._handles * IN_FLIGHT:
-            feed(handle)
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            number, handle = running.pop(done)
-            # Taken in before the actor gets another call: what is lost with this process are the
-            # calls in flight, and not one more that it was about to commit.
-            yield number, self._result(done)
-            feed(handle)
+        def follow(place: _Place, actor: Any, error: Lost) -> None:
+            if place.actor is actor:  # the first of its calls that is known to be lost
+                self._follow(place, error)
+                starting[self._ask_where(place)] = place
+
+        while num_left:
+            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                for place in self._joined(min(self._actors, num_left)):
+                    starting[self._ask_where(place)] = place
+                looked = time.monotonic()
+            for each in done:
+                if each in starting:
+                    place = starting.pop(each)
+                    try:
+                        place.node = self._result(each)
+                    except Lost as error:
+                        follow(place, place.actor, error)
+                        continue
+                    for _ in range(IN_FLIGHT):
+                        feed(place)
+                    continue
+                number, place, actor = running.pop(each)
+                try:
+                    result = self._result(each)
+                except Lost as error:
+                    again.append(number)
+                    follow(place, actor, error)
+                    continue
+                # Taken in before the actor gets another call: what is lost with this process are
+                # the calls in flight, and not one more that it was about to commit.
+                num_left -= 1
+                yield number, result
+                if place.actor is actor:
+                    feed(place)
 
     def _start(self, count: int) -> None:
         """Have at least so many actors, or as many as fit."""
-        if count <= len(self._handles):
+        if count <= len(self._places):
             return
         self._connected.enter_context(connect())
         import ray
 
         most = room(ray.nodes(), self._cpus, self._gpus)
-        if most < count:
+        if most < count and not self._told:
+            self._told = True
             print(
                 f"{self._make.__name__}: of {self._actors} actors ({self._cpus:g} CPUs and "
                 f"{self._gpus:g} GPUs each) the Ray cluster has room for {most}",
                 file=sys.stderr,
             )
-            self._actors = count = most
+        for _ in range(min(count, most) - len(self._places)):
+            self._places.append(_Place(self._new()))
+
+    def _joined(self, wanted: int) -> list[_Place]:
+        """Return places for the actors that nodes have room for now and had none before."""
+        import ray
+
+        most = min(wanted, num_that_fit(ray.nodes(), self._cpus, self._gpus))
+        more = [_Place(self._new()) for _ in range(most - len(self._places))]
+        self._places += more
+        return more
+
+    def _new(self) -> Any:
+        """Start an actor; it lives once there is room for it."""
+        import ray
+
         options: dict[str, Any] = {  # Ray's annotations have not all of them
             "num_cpus": self._cpus,
             "num_gpus": self._gpus,
-            "max_restarts": MAX_RESTARTS,
-            "max_task_retries": MAX_TASK_RETRIES,
+            "max_restarts": 0,  # the pool has others follow it
+            "max_task_retries": 0,
             "max_concurrency": IN_FLIGHT,
         }
         remote: Any = ray.remote(**options)(self._make)
-        for _ in range(count - len(self._handles)):
-            handle = remote.remote(**self._arguments)
-            self._connected.callback(ray.kill, handle)
-            self._handles.append(handle)
+        actor = remote.remote(**self._arguments)
+        self._connected.callback(ray.kill, actor)
+        return actor
 
-    def _result(self, reference: Any) -> Any:
+    @staticmethod
+    def _ask_where(place: _Place) -> Any:
+        """Ask a place's actor for its node, which it answers once it lives."""
+        return place.actor.__ray_call__.remote(_where)
+
+    def _follow(self, place: _Place, error: Lost) -> None:
+        """Have another actor follow one that died.
+
+        Raises:
+            RuntimeError: too many have died there, though their nodes live.
+        """
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ActorUnavailableError
 
+        ray.kill(place.actor)  # it may be out of reach only
+        died = time.monotonic()
+        place.deaths.append((died, place.node))
+        # Of an actor that only stopped answering Ray does not know yet if its node is dead.
+        unsure = NODE_SECONDS if isinstance(error.__cause__, ActorUnavailableError) else 0.0
+        while (too_many := _counted(place) > MAX_DEATHS) and time.monotonic() < died + unsure:
+            time.sleep(1)
+        if too_many:
+            raise RuntimeError(
+                f"{self._make.__name__} died more than {MAX_DEATHS} times within the hour; what "
+                "was finished is kept. Often memory ran out: lower extraction.compute_batch or "
+                "extraction.actors"
+            ) from error.__cause__
+        place.actor, place.node = self._new(), None
+
+    @staticmethod
+    def _result(reference: Any) -> Any:
+        """Return what a call returned.
+
+        Raises:
+            Lost: nobody knows: its actor or its result is gone.
+        """
+        import ray
+        from ray import exceptions
+
+        gone = (
+            exceptions.RayActorError,
+            exceptions.ObjectLostError,
+            exceptions.OutOfMemoryError,
+            exceptions.WorkerCrashedError,
+            exceptions.NodeDiedError,
+        )
         try:
             return ray.get(reference)
-        except RayTaskError as error:
+        except exceptions.RayTaskError as error:
             if bad_input(error) is None:
                 raise
             raise error.cause from None  # the sentence alone
-        except RayActorError as error:
-            raise RuntimeError(
-                f"{self._make.__name__} died more than {MAX_RESTARTS} times; what was finished is "
-                "kept. Often memory ran out: lower extraction.compute_batch or extraction.actors"
-            ) from error
+        except gone as error:
+            raise Lost from error
+
+
+def _counted(place: _Place) -> int:
+    """Count the deaths in a place within the hour, on nodes that live."""
+    import ray
+
+    lost = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    since = time.monotonic() - DEATH_SECONDS
+    return sum(when > since and node not in lost for when, node in place.deaths)
+
+
+def _where(actor: object) -> str:
+    """Return the node of an actor, in its process."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 @keeping_traceback()

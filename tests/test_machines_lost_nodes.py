@@ -1,0 +1,109 @@
+"""A pool ends its work whatever becomes of actors and nodes, and a bug still ends the pool."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.machines import pool
+from pipelines.machines.pool import Pool
+
+pytestmark = pytest.mark.ray
+SOON = 1.0
+
+
+class Slow(Sequence[tuple[float]]):
+    """Calls that take long, until there is nothing more to wait for."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.seconds = number, SOON / 2
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, number: int) -> tuple[float]:
+        return (self.seconds,)
+
+
+def worker() -> type:
+    class Worker:  # here, for actors cannot import this module
+        def where(self, seconds: float) -> str:
+            import ray
+
+            time.sleep(seconds)
+            return str(ray.get_runtime_context().get_node_id())
+
+        def die_until(self, folder: Path, deaths: int) -> int:
+            """Die that often, by a mark in a folder for each."""
+            marks = len(list(folder.iterdir()))
+            if marks < deaths:
+                (folder / str(marks)).touch()
+                os._exit(1)
+            return marks
+
+    return Worker
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Start a cluster whose head has no CPU to compute on; nodes are the test's own."""
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    monkeypatch.setenv("RAY_ADDRESS", started.address)
+    yield started
+    started.shutdown()
+
+
+def test_work_goes_on_beside_an_actor_without_room_and_with_nodes_that_come_and_go(
+    cluster, monkeypatch
+):
+    """One of two nodes dies in the middle, a third joins; not one death is allowed for a bug."""
+    monkeypatch.setattr(pool, "MAX_DEATHS", 0)
+    monkeypatch.setattr(pool, "LOOK_SECONDS", SOON)
+    first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
+    tasks, seen = Slow(400), dict[int, str]()
+    with Pool(worker(), {}, actors=3, cpus=1) as workers:
+        for number, node in workers.run("where", tasks):
+            assert number not in seen
+            seen[number] = node
+            if len(set(seen.values())) == 2 and second is not None:
+                cluster.remove_node(second, allow_graceful=False)
+                second, third = None, cluster.add_node(num_cpus=1)
+            if len(set(seen.values())) == 3:
+                tasks.seconds = 0.0
+    assert sorted(seen) == list(range(len(tasks)))
+    assert {first.node_id, third.node_id} < set(seen.values())
+    assert len(set(seen.values())) == 3
+
+
+def test_an_actor_that_has_no_room_gets_no_calls(cluster):
+    """Two CPUs, of which somebody else holds one: the cluster's size promises what is not free."""
+    cluster.add_node(num_cpus=2)
+    with (
+        Pool(worker(), {}, actors=1, cpus=1) as other,
+        Pool(worker(), {}, actors=2, cpus=1) as workers,
+    ):
+        assert len(list(other.run("where", [(0.0,)]))) == 1
+        assert len(dict(workers.run("where", 6 * [(0.0,)]))) == 6
+
+
+def test_deaths_are_counted_by_the_hour(cluster, monkeypatch, tmp_path):
+    cluster.add_node(num_cpus=1)
+    monkeypatch.setattr(pool, "NODE_SECONDS", SOON)  # it lives
+    enough = pool.MAX_DEATHS + 2
+    for seconds in (pool.DEATH_SECONDS, 0.0):
+        monkeypatch.setattr(pool, "DEATH_SECONDS", seconds)
+        folder = tmp_path / str(seconds)
+        folder.mkdir()
+        with Pool(worker(), {}, actors=1, cpus=1) as workers:
+            calls = workers.run("die_until", [(folder, enough)])
+            if seconds:
+                with pytest.raises(RuntimeError, match="Worker died more than 3 times within"):
+                    list(calls)
+                assert len(list(folder.iterdir())) == pool.MAX_DEATHS + 1
+            else:
+                assert list(calls) == [(0, enough)]
