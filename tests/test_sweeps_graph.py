@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from eupe.errors import BadInput
+from pipelines.caching import plan
+from pipelines.caching.rates import Rates
 from pipelines.recipe import addresses, recipes
-from pipelines.sweeps import describe
+from pipelines.sweeps import describe, planned
 from pipelines.sweeps.file import Sweep, base, read, runs
 from pipelines.sweeps.graph import expand
 
@@ -137,3 +139,35 @@ def test_weights_of_a_hub_are_not_downloaded_to_say_what_would_be_done():
     asked = runs(Sweep(name="some", recipe="eupe_vitb16", axes={}))
     _, found = describe.told(asked)
     assert found[0].why == "its weights were never read here"
+
+
+def test_the_plan_of_a_sweep_counts_what_its_runs_share_once():
+    asked = runs(read(ROOT / "recipes" / "ablations" / "table2_tiny.yaml"))
+    graph = describe.laid_out(asked)
+    found = planned.of_graph(graph, Rates(), {})
+    alone = {run.values["stages"]: plan.of_recipe(run.recipe, Rates()) for run in asked}
+    assert len(found.stages) == 5 < sum(len(each.stages) for each in alone.values()) == 8
+    assert {*found.stages} == {node.address for node in graph.nodes.values() if node.output}
+    assert found.num_bytes == alone["1-2-3"].num_bytes  # the others draw from the same stores
+    train = sum(stage.train_flops for stage in found.stages.values())
+    assert train < sum(s.train_flops for each in alone.values() for s in each.stages.values())
+
+
+def test_the_plan_of_another_codec_or_another_proxy_is_of_other_stores(tmp_path):
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        "recipe: demo\n"
+        "axes: {a: {x: {}, y: {stages.stage1.steps: 6, stages.stage1.warmup_steps: 1}}}"
+    )
+    proxies = planned.of_graph(describe.laid_out(runs(read(path))), Rates(), {})
+    one = plan.of_recipe(recipes.get("demo"), Rates())
+    own = sum(store.num_bytes for store in one.stores.values() if store.teacher == "proxy")
+    assert own > 0
+    assert proxies.num_bytes == pytest.approx(one.num_bytes + own)
+    path.write_text(
+        "recipe: demo_stage2\naxes: {a: {x: {}, y: {teachers.efficientnet_lite0.codec: rot4}}}"
+    )
+    codecs = planned.of_graph(describe.laid_out(runs(read(path))), Rates(), {})
+    plain = plan.of_recipe(recipes.get("demo_stage2"), Rates())
+    assert len(codecs.stores) > len(plain.stores)
+    assert sum(codecs.decoded.values()) == 2 * sum(plain.decoded.values())

@@ -17,7 +17,11 @@ app = typer.Typer()
 @app.command("plan")
 def plan(
     recipe: Annotated[
-        str, typer.Argument(help="Name of a recipe; [b]eupe recipes[/b] lists them.")
+        str,
+        typer.Argument(
+            help="Name of a recipe, [b]eupe recipes[/b] lists them; a YAML file that changes one; "
+            "or a sweep file, of [b]eupe ablate[/b]."
+        ),
     ],
     images: Annotated[
         list[str] | None,
@@ -65,20 +69,37 @@ def plan(
 ) -> None:
     """Say what will be drawn and built, in bytes, hours and money, cached beside live.
 
+    Of a sweep: of all its runs together, what they share once; a run is then all of its stages.
+
     Bytes and FLOPs follow from the recipe. Hours and money rest on rates, each with its source
     ([b]--json[/b] lists them), and are marked so.
     """
+    from pipelines.caching import plan as plans
     from pipelines.caching import planning, rates
     from pipelines.recipe import recipes
     from pipelines.recipe.override import override
+    from pipelines.sweeps import describe, file, planned
 
-    asked = recipes.get(recipe, overrides or [])
-    asked = override(asked, planning.changes(asked, views, codec))
+    sweep = recipes.home() / recipe
+    of_sweep = file.is_sweep(sweep)
+    asked = (
+        file.runs(file.read(sweep), overrides or [])[0].recipe
+        if of_sweep
+        else recipes.get(recipe, overrides or [])
+    )
+    more = planning.changes(asked, views, codec)
     assumed = rates.Rates() if prices is None else rates.read(prices)
     if bandwidth is not None:
         assumed = assumed.model_copy(update={"disk_bytes": bandwidth * 1e9})
     machine = rates.machine(gpus)
-    found = planning.outlook(asked, images or [], machine, assumed, disk, measure)
+    given = planning.sizes(asked, images or [])
+    if of_sweep:
+        graph = describe.laid_out(file.runs(file.read(sweep), [*(overrides or []), *more]))
+        told = planned.of_graph(graph, assumed, given)
+    else:
+        asked = override(asked, more)
+        told = plans.of_recipe(asked, assumed, given)
+    found = planning.on_machine(told, asked, machine, assumed, disk, measure)
     if figure is not None:
         found.draw(figure)
     if as_json:

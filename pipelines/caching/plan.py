@@ -123,13 +123,13 @@ class Plan:
     Attributes:
         stores: key -> store.
         stages: name -> stage.
-        decoded: pictures that builds decode, each view once for all teachers of a pass.
+        decoded: keys of a pass's stores -> pictures that it decodes, each view once for all.
         notes: what is said of it in sentences.
     """
 
     stores: Mapping[str, StorePlan] = field(default_factory=dict)
     stages: Mapping[str, StagePlan] = field(default_factory=dict)
-    decoded: Mapping[str, int] = field(default_factory=dict)
+    decoded: Mapping[frozenset[str], int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __add__(self, other: "Plan") -> "Plan":
@@ -196,9 +196,9 @@ def _stores(
         for job in groups[0]
     }
     plan = Plan()
-    for number, group in enumerate(groups):
+    for group in groups:
         for job in group:
-            plan += _of_job(job, sets[job.dataset.name], rates, number)
+            plan += _of_job(job, sets[job.dataset.name], rates)
     return plan, sets
 
 
@@ -242,7 +242,7 @@ def _dataset(recipe: Recipe, job: CacheJob, per_shard: int, given: Mapping[str, 
     return _Dataset(shards, own, ())
 
 
-def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates, group: int) -> Plan:
+def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
     """Plan the stores of one job, which come out of one pass over its pictures."""
     stores, seen = {}, np.zeros((job.num_views, len(dataset.shards)), bool)
     for teacher in job.teachers:
@@ -284,8 +284,7 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates, group: int) -> Plan:
                 ),
             )
     rows = int(seen.sum(axis=0) @ dataset.shards.lengths)
-    decoded = {f"{job.root}/{job.dataset.name}/{job.views.model_dump_json()}/{group}": rows}
-    return Plan(stores=stores, decoded=decoded)
+    return Plan(stores=stores, decoded={frozenset(stores): rows})
 
 
 def _of_stage(

@@ -11,6 +11,7 @@ from cache.store import store_directories, store_info
 from eupe.errors import BadInput
 from pipelines.caching import calibrate, plan
 from pipelines.caching.outlook import Outlook, shown
+from pipelines.caching.plan import Plan
 from pipelines.caching.rates import Machine, Rates, machine
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import CacheJob
@@ -43,6 +44,27 @@ def outlook(
         BadInput: as for `plan.of_recipe`, or sizes that are no numbers.
     """
     found = plan.of_recipe(recipe, rates, sizes(recipe, images))
+    return on_machine(found, recipe, on, rates, disk_terabytes, measure)
+
+
+def on_machine(
+    found: Plan,
+    recipe: Recipe,
+    on: Machine,
+    rates: Rates,
+    disk_terabytes: float | None = None,
+    measure: bool = False,
+) -> Outlook:
+    """Look at what was planned, of one recipe or of many, on a machine.
+
+    Args:
+        found: the plan.
+        recipe: whose pictures are decoded where decoding is measured, and where caches lie.
+        on: as in `outlook`, like what follows.
+        rates: what is assumed.
+        disk_terabytes: that caches may take.
+        measure: True to measure decoding here.
+    """
     measured: frozenset[str] = frozenset()
     if measure:
         rates = rates.model_copy(update=calibrate.rates(recipe))

@@ -2,6 +2,7 @@
 
     file      a sweep file: a base recipe and axes with named values; its runs
     graph     caches, stages and evaluations of all runs, equal ones once
+    planned   what all of it takes, before anything is computed
     standing  what is there of a graph, what is in work, and why the rest is not there
     work      does what is left, whatever other processes do of it meanwhile
     results   every figure of every run, and each setting beside the base

@@ -106,6 +106,12 @@ def read(path: Path) -> Sweep:
     return sweep
 
 
+def is_sweep(path: Path) -> bool:
+    """Return True if a file is there that has axes, as no recipe file has."""
+    said = yaml_file.read(path, "sweep") if path.is_file() else None
+    return isinstance(said, dict) and "axes" in said
+
+
 def base(sweep: Sweep) -> dict[str, str]:
     """Return the setting that others are compared with: the first value of every axis."""
     return {axis: next(iter(values)) for axis, values in sweep.axes.items()}
