@@ -58,18 +58,19 @@ class Rates(Spec):
     """What is assumed of machines and prices; a file given by `--prices` changes any of it."""
 
     extraction_utilisation: float = Field(
-        0.45,
+        0.3,
         gt=0,
         le=1,
-        description="share of the peak in a frozen transformer's forward pass, bfloat16; ours: "
-        "matrix products of these widths reach 0.6 to 0.7, and copies do not overlap yet",
+        description="share of the peak in an extraction, decoding apart, bfloat16; measured on one "
+        "H100: 0.20 to 0.37 for transformers, 0.31 for the ViT-g (docs/performance.md); a small "
+        "CNN reaches 0.03",
     )
     training_utilisation: float = Field(
-        0.35,
+        0.18,
         gt=0,
         le=1,
-        description="share of the peak in a training step; ours: small students are bound by "
-        "memory, and the loss's passes over float32 targets count as no work",
+        description="share of the peak in a training step; measured on one H100: a compiled "
+        "ViT-S/16 at 256 px (docs/performance.md); not compiled 0.09, a ViT-B 0.16",
     )
     decode_views: float = Field(
         25,
