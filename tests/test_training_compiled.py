@@ -10,6 +10,7 @@ import torch
 from support import compiled_child, small_stage
 
 from eupe.encoders import Encoder
+from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 from eupe.students import FAMILY
 from pipelines.training import compiled
@@ -28,6 +29,22 @@ from pipelines.training import compiled
 def test_long_stages_on_cuda_are_compiled_unless_it_is_said(tmp_path, said, steps, device, wanted):
     stage = small_stage.recipe(tmp_path, steps=steps, compile=said).stage("stage2")
     assert compiled.pays(stage, torch.device(device)) is wanted
+
+
+def test_without_a_compiler_what_is_asked_is_refused_and_the_default_does_without(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    stage = small_stage.recipe(tmp_path, steps=2000, compile=None).stage("stage2")
+    assert not compiled.pays(stage, torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+    assert not compiled.pays(stage, torch.device("cuda"))
+    assert "stage2: torch.compile wants a C compiler" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="install one, name it in CC, or set compile=false"):
+        compiled.pays(stage.model_copy(update={"compile": True}), torch.device("cuda"))
+    (tmp_path / "gcc").touch(0o755)
+    assert compiled.pays(stage, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", ["eupe_vits16", "eupe_convnext_tiny"])

@@ -5,11 +5,16 @@ it, checkpoints see no other names, and a first step takes seconds where the stu
 takes more than a minute. Losses are equal up to rounding; what a compiler refuses is raised.
 """
 
+import os
+import shutil
+import sys
+
 import torch
 from torch import Tensor, nn
 
 from eupe import losses
 from eupe.encoders import Features
+from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from pipelines.recipe.stage import StageConfig
 
@@ -22,11 +27,26 @@ GRAPHS = 64
 """Of one function at most, for shapes and widths: four teachers at three grids are a dozen."""
 
 
+COMPILERS = ("cc", "gcc", "clang")
+"""One of which torch's own compilers call, unless CC names another."""
+
+
 def pays(stage: StageConfig, device: torch.device) -> bool:
-    """Return True if a stage is compiled: as it says, or on CUDA if it is not short."""
-    if stage.compile is None:
-        return device.type == "cuda" and stage.steps >= WORTH_STEPS
-    return stage.compile
+    """Return True if a stage is compiled: as it says, or on CUDA if it is not short.
+
+    Raises:
+        BadInput: it says so, and there is no C compiler.
+    """
+    wanted = stage.compile
+    if wanted is None:
+        wanted = device.type == "cuda" and stage.steps >= WORTH_STEPS
+    if not wanted or any(map(shutil.which, (os.environ.get("CC") or "cc", *COMPILERS))):
+        return wanted
+    lacks = f"{stage.name}: torch.compile wants a C compiler, and there is none of {COMPILERS}"
+    if stage.compile:
+        raise BadInput(f"{lacks}: install one, name it in CC, or set compile=false")
+    print(f"{lacks}: computed without, at half the speed", file=sys.stderr)
+    return False
 
 
 def compile_regions(model: DistillationModel) -> None:
