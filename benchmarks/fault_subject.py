@@ -135,10 +135,10 @@ class HerePool:
     def __init__(self, work: CacheJob) -> None:
         self._extractor = Extractor(work.teachers, decode_threads=1, compute_threads=1)
 
-    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[int, Any]]]:
         """Do one call after the other."""
         for number, task in enumerate(tasks):
-            yield number, getattr(self._extractor, method)(*task)
+            yield [(number, getattr(self._extractor, method)(*task))]
 
 
 def build(

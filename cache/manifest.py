@@ -16,6 +16,7 @@ from pydantic import JsonValue
 
 from cache.errors import Corrupt, NotBuilt, StoreError
 from cache.files import atomic
+from cache.files.bucket import BucketPath
 from cache.format import arrow_tables, layout
 from cache.format.record_table import (
     END_KEY,
@@ -243,7 +244,12 @@ class Manifest:
         return self.version
 
     def settle(self) -> None:
-        """Make HEAD the newest version, where a killed committer has not come to that."""
+        """Make HEAD the newest version, where a killed committer has not come to that.
+
+        In a bucket it always is: its replacement is the commit.
+        """
+        if isinstance(self.directory, BucketPath):
+            return
         scratch = layout.scratch_directory(self.directory.parent)
         commit(self.directory, ManifestHead, lambda there: None, scratch)
 

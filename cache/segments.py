@@ -97,10 +97,17 @@ Columns: TypeAlias = pa.Schema | Callable[[pa.Schema], bool]
 
 
 class HeadFile(NamedTuple, Generic[H]):
-    """A HEAD as read: what it says, and the bytes that its next writer expects to find."""
+    """A HEAD as read: what it says, and what its next writer expects to find.
+
+    Attributes:
+        head: what it says.
+        content: of the file.
+        stamp: of an object of a bucket; see `bucket.Stamped`.
+    """
 
     head: H
     content: bytes
+    stamp: dict[str, str] | None = None
 
 
 class _Numbered(NamedTuple):
@@ -246,7 +253,7 @@ def restore(directory: Path, head: Head, scratch: Path) -> None:
     """
     path, content = directory / layout.HEAD, head.to_bytes()
     if isinstance(path, BucketPath):
-        bucket.swap(path, content, path.read_bytes() if path.is_file() else None)
+        bucket.swap(path, content, bucket.read(path))
         return
     atomic.write(_numbered_head(directory, head.version), [content], scratch)
     atomic.write(path, [content], scratch)
@@ -299,7 +306,7 @@ def _put(directory: Path, head: H, there: HeadFile[H] | None, scratch: Path) -> 
     assert head.version == next_version(there)
     content = head.to_bytes()
     if isinstance(directory, BucketPath):
-        expected = None if there is None else there.content
+        expected = None if there is None else bucket.Stamped(there.content, there.stamp or {})
         bucket.swap(directory / layout.HEAD, content, expected)
         return HeadFile(head, content)
     claim = _numbered_head(directory, head.version)
@@ -384,8 +391,15 @@ def _numbered_head(directory: Path, version: int) -> Path:
 
 def _read(path: Path, kind: type[H]) -> HeadFile[H] | None:
     """Read a HEAD file; None if there is none."""
+    stamp = None
     try:
-        content = path.read_bytes()
+        if isinstance(path, BucketPath):
+            found = bucket.read(path)
+            if found is None:
+                return None
+            content, stamp = found
+        else:
+            content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
@@ -397,7 +411,7 @@ def _read(path: Path, kind: type[H]) -> HeadFile[H] | None:
         raise Corrupt(f"{path}: {what}; {REPAIR}") from error
     if not sealed.is_whole(content, CHECKSUM):
         raise Corrupt(f"{path}: contents do not match the {CHECKSUM} in it; {REPAIR}")
-    return HeadFile(head, content)
+    return HeadFile(head, content, stamp)
 
 
 def write_segment(directory: Path, version: int, table: pa.Table, scratch: Path) -> Segment:

@@ -184,8 +184,7 @@ class Store:
             Busy: other processes have been committing for a minute.
         """
         manifest = self.manifest()
-        for view in sorted({record.view for record in records}):
-            self._write_array_metadata(view)
+        self._describe_arrays(sorted({record.view for record in records}))
         return manifest.commit(records)
 
     def mend_metadata(self) -> None:
@@ -195,8 +194,11 @@ class Store:
         """
         manifest = self.manifest()
         manifest.settle()
-        for view in manifest.totals():
-            self._write_array_metadata(view)
+        views = list(manifest.totals())
+        if FITTED in self.description["codec"]:
+            for view in views:
+                self._copy_fitted(view)
+        self._describe_arrays(views)
 
     def array_metadata(self, num_rows: int) -> bytes:
         """Return the zarr.json of a view, of so many rows."""
@@ -213,22 +215,35 @@ class Store:
         """What the patches array says about itself: all of spec.json, which is lost with less."""
         return {"eupe": self.description}
 
-    def _write_array_metadata(self, view: int) -> None:
-        """Write the zarr.json of the dataset as it is now; once more if it grew meanwhile.
+    def _describe_arrays(self, views: Sequence[int]) -> None:
+        """Write the zarr.json of views for the dataset as it is now; again if it grew meanwhile.
 
         Samples are only added: who looks again after writing has shortened nobody's array.
         """
-        path = layout.zarr_file(self.directory, view)
-        scratch = layout.scratch_directory(self.directory)
-        copy = layout.codec_file(path.parent)
-        if FITTED in self.description["codec"] and not copy.is_file():
-            # Beside every array: what is small is no single point of loss (law 17).
-            atomic.write_once(copy, layout.codec_file(self.directory).read_bytes(), scratch)
-        while True:
+        fitted = FITTED in self.description["codec"]
+        left = list(views)
+        while left:
             content = self.array_metadata(num_rows_now(self.root, self.spec.dataset.name))
-            if path.is_file() and path.read_bytes() == content:
-                return
-            atomic.write(path, [content], scratch)
+            left = [view for view in left if not self._is_described(view, content)]
+            for view in left:
+                if fitted:
+                    self._copy_fitted(view)
+                path = layout.zarr_file(self.directory, view)
+                atomic.write(path, [content], layout.scratch_directory(self.directory))
+
+    def _is_described(self, view: int, content: bytes) -> bool:
+        """True if a view's zarr.json is this one."""
+        try:
+            return layout.zarr_file(self.directory, view).read_bytes() == content
+        except FileNotFoundError:
+            return False
+
+    def _copy_fitted(self, view: int) -> None:
+        """Lay the codec's fitted values beside an array, if they are not there (law 17)."""
+        copy = layout.codec_file(layout.view_directory(self.directory, view))
+        if not copy.is_file():
+            content = layout.codec_file(self.directory).read_bytes()
+            atomic.write_once(copy, content, layout.scratch_directory(self.directory))
 
 
 @dataclass(frozen=True)

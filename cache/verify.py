@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,21 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cache.errors import AGAIN, Corrupt, StoreError
+from cache.files import place
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
-from cache.format.record_table import ShardRecord
-from cache.manifest import Manifest
+from cache.format.record_table import ShardRecord, records_of
+from cache.manifest import Manifest, Totals
 from cache.samples import DROPPED_REASON, Samples, num_rows_now, segment_files
 from cache.shard_ranges import Rows
 from cache.store import FITTED, Store, open_store, store_directories, store_info
+from cache.verified import NOTHING
 
 READ_BYTES = 1 << 22
+CHECKSUMS_BYTES = 1 << 25
+"""Of a shard, so much lies between the first and the last of the checksums that are read at once:
+a bucket sends what lies between them, too."""
+LOOKED_AT = 256
+"""Shards that are looked at before the next ones are."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Report:
         num_invalid: rows recorded as invalid (no problem, but counted).
         num_bytes: bytes read and compared with their checksums (0 for a shallow check).
         problems: empty if the store is sound.
+        version: of the manifest.
     """
 
     num_shards: int = 0
@@ -50,6 +60,7 @@ class Report:
     num_invalid: int = 0
     num_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
+    version: int = 0
 
 
 Progress = Callable[[int, int], None]
@@ -115,40 +126,83 @@ def all_folders(base: Path) -> tuple[list[Path], list[Path]]:
     return sorted(tables), sorted(stores)
 
 
-def verify(store: Store, deep: bool = True, progress: Progress | None = None) -> Report:
-    """Check every committed shard.
+def verify(
+    store: Store, deep: bool = True, progress: Progress | None = None, since: int = NOTHING
+) -> Report:
+    """Check committed shards.
 
     Args:
         store: the store.
         deep: also read every byte and compare checksums; else sizes, indexes and tables only.
         progress: called with (shards done, shards in all) after each shard.
+        since: version of the manifest whose shards were verified before (`cache.verified`): only
+            what was committed after it is looked at.
 
     Returns:
         The report; a damaged store is a finding, not an exception.
     """
-    manifest, report = _check_pinned(store)
+    if since != NOTHING:
+        manifest = store.manifest()
+        if manifest.version < since:  # of a backup
+            return verify(store, deep, progress)
+        if manifest.version == since:
+            return _counted(manifest, manifest.totals(), Report())
+    manifest, report = _check_pinned(store, segments=since == NOTHING)
     store = Store(store.root, store.spec, manifest)  # with the samples of now, as its manifest is
     if report.problems:
         return report  # shards cannot be judged by tables that are damaged themselves
     totals = manifest.totals()
-    num_shards = sum(own.num_shards for own in totals.values())
-    ends = {view: own.end for view, own in totals.items()}
-    report.problems.extend(_check_metadata(store, ends))
-    for done, record in enumerate(manifest.records(), 1):
-        report.num_shards += 1
-        report.num_rows += record.stop - record.start
-        report.num_invalid += record.num_invalid
-        for problem in check_shard(store, record, deep, report):
-            report.problems.append(problem)
-        if progress is not None:
-            progress(done, num_shards)
+    _counted(manifest, totals, report)
+    report.problems.extend(_check_metadata(store, {view: own.end for view, own in totals.items()}))
+    num_shards = num_new(manifest, since)
+    size_of = place.sizes_below(store.directory, 2 * num_shards, 2 * report.num_shards)
+
+    def look(record: ShardRecord) -> Report:
+        own = Report()
+        own.problems.extend(check_shard(store, record, deep, own, size_of))
+        return own
+
+    done, records = 0, _records(manifest, since)
+    with ThreadPoolExecutor(place.at_once(store.directory), "verify") as lookers:
+        while some := list(islice(records, LOOKED_AT)):
+            for own in lookers.map(look, some):
+                report.num_bytes += own.num_bytes
+                report.problems.extend(own.problems)
+                done += 1
+                if progress is not None:
+                    progress(done, num_shards)
     return report
 
 
-def _check_pinned(store: Store) -> tuple[Manifest, Report]:
+def num_new(manifest: Manifest, since: int) -> int:
+    """Count the shards that were committed after a version of the manifest."""
+    versions = (arrow_tables.to_numpy(table["version"]) for table in manifest.tables())
+    return sum(int(np.count_nonzero(of_table > since)) for of_table in versions)
+
+
+def _records(manifest: Manifest, since: int) -> Iterator[ShardRecord]:
+    """Yield the records that were committed after a version, sorted by view and shard."""
+    for table in manifest.tables():
+        later = np.flatnonzero(arrow_tables.to_numpy(table["version"]) > since)
+        yield from records_of(table.take(arrow_tables.from_numpy(later)))
+
+
+def _counted(manifest: Manifest, totals: Mapping[int, Totals], report: Report) -> Report:
+    """Say in a report what a manifest holds."""
+    total = sum(totals.values(), Totals())
+    report.version, report.num_shards = manifest.version, total.num_shards
+    report.num_rows, report.num_invalid = total.num_rows, total.num_rows - total.num_valid
+    return report
+
+
+def _check_pinned(store: Store, segments: bool) -> tuple[Manifest, Report]:
     """Check the files that HEADs pin by checksum: spec, moments, segments of samples and manifest.
 
     Again, if a builder has replaced HEAD meanwhile: it deletes segments that it merged.
+
+    Args:
+        store: the store.
+        segments: False: leave out the segments, which are compared where they are used.
     """
     while True:
         manifest, report = store.manifest(), Report()
@@ -156,9 +210,10 @@ def _check_pinned(store: Store) -> tuple[Manifest, Report]:
             (layout.spec_file(store.directory), manifest.head.spec_sha256),
             (layout.moments_file(store.directory), manifest.head.moments_sha256),
             *_fitted_files(store, manifest),
-            *manifest.segment_files,
-            *segment_files(store.root, store.spec.dataset.name),
         ]
+        if segments:
+            pinned += manifest.segment_files
+            pinned += segment_files(store.root, store.spec.dataset.name)
         for path, sha256 in pinned:
             problem = _compare(path, sha256, report)
             if problem is not None:
@@ -209,7 +264,13 @@ def _check_metadata(store: Store, ends: Mapping[int, int]) -> Iterator[Problem]:
             yield Problem(path, "describes another array than this store's")
 
 
-def check_shard(store: Store, record: ShardRecord, deep: bool, report: Report) -> Iterator[Problem]:
+def check_shard(
+    store: Store,
+    record: ShardRecord,
+    deep: bool,
+    report: Report,
+    size_of: Callable[[Path], int] = place.size,
+) -> Iterator[Problem]:
     """Yield what is wrong with a shard's files.
 
     Args:
@@ -217,6 +278,7 @@ def check_shard(store: Store, record: ShardRecord, deep: bool, report: Report) -
         record: of the shard.
         deep: also read every byte.
         report: the bytes read are added to it.
+        size_of: tells the size of a file, -1 where there is none.
     """
     patches = layout.patches_file(store.directory, record.view, record.shard)
     rows = layout.rows_file(store.directory, record.view, record.shard)
@@ -225,11 +287,12 @@ def check_shard(store: Store, record: ShardRecord, deep: bool, report: Report) -
         (patches, record.patches_bytes, record.patches_sha256),
         (rows, record.rows_bytes, record.rows_sha256),
     ):
-        if not path.is_file():
+        there = size_of(path)
+        if there < 0:
             yield Problem(path, "missing")
             whole = False
-        elif path.stat().st_size != size:
-            yield Problem(path, f"{path.stat().st_size} bytes, its record says {size}")
+        elif there != size:
+            yield Problem(path, f"{there} bytes, its record says {size}")
             whole = False
         elif deep:
             problem = _compare(path, sha256, report)
@@ -253,9 +316,8 @@ def _check_contents(
     samples = store.samples
     if record.samples_digest != samples.shard_digest(record.shard):
         yield Problem(patches, "made of other samples or images than the dataset's table names")
-    with patches.open("rb") as file:
-        file.seek(-zarr_shard.index_bytes(samples.rows_per_shard), 2)
-        tail = file.read()
+    num_bytes = zarr_shard.index_bytes(samples.rows_per_shard)
+    (tail,) = place.ranges(patches, [record.patches_bytes - num_bytes], num_bytes)
     slots = zarr_shard.parse_index(tail, store.row_bytes, record.patches_bytes, str(patches))
     table = arrow_tables.map_table(rows, record.rows_bytes, record.rows_sha256)
     if table.schema != store.rows_schema:
@@ -296,11 +358,12 @@ def _stored_checksums(
     path: Path, slots: npt.NDArray[np.int64], row_bytes: int
 ) -> npt.NDArray[np.uint32]:
     """Return the crc32c that a shard file has beside the rows in these slots; reads no row."""
-    kept = bytearray()
-    with path.open("rb") as file:
-        for slot in slots.tolist():
-            file.seek(slot * zarr_shard.stored_bytes(row_bytes) + row_bytes)
-            kept += file.read(zarr_shard.CHECKSUM_BYTES)
+    stored, kept = zarr_shard.stored_bytes(row_bytes), bytearray()
+    starts = (slots * stored + row_bytes).tolist()
+    at_once = max(CHECKSUMS_BYTES // stored, 2)
+    for first in range(0, len(starts), at_once):
+        some = starts[first : first + at_once]
+        kept += b"".join(place.ranges(path, some, zarr_shard.CHECKSUM_BYTES))
     return np.frombuffer(kept, "<u4").astype(np.uint32)
 
 

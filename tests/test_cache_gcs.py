@@ -67,8 +67,9 @@ def google(tmp_path, monkeypatch):
 def test_a_head_is_replaced_if_it_is_as_expected(google):
     head = BucketPath("gs://bucket/HEAD")
     bucket.swap(head, b"1", None)
-    bucket.swap(head, b"2", b"1")
+    first = bucket.read(head)
+    bucket.swap(head, b"2", first)
     assert head.read_bytes() == b"2"
     with pytest.raises(Busy, match="another process has replaced it"):
-        bucket.swap(head, b"3", b"1")
+        bucket.swap(head, b"3", first)
     assert (google.content, google.generation) == (b"2", 2)

@@ -253,11 +253,15 @@ def test_a_head_that_moved_meanwhile_is_not_replaced(root, tmp_path):
     bucket.swap(head, b"1", None)
     with pytest.raises(Busy, match="another process has replaced it"):
         bucket.swap(head, b"2", None)
+    first = bucket.read(head)
+    bucket.swap(head, b"2", first)
+    bucket.swap(head, b"2", first)  # an attempt whose answer was lost
     with pytest.raises(Busy, match="another process has replaced it"):
-        bucket.swap(head, b"2", b"0")
-    bucket.swap(head, b"2", b"1")
-    bucket.swap(head, b"2", b"1")  # an attempt whose answer was lost
+        bucket.swap(head, b"3", first)
     assert head.read_bytes() == b"2"
+    head.unlink()
+    with pytest.raises(Busy, match="another process has replaced it"):
+        bucket.swap(head, b"3", first)
 
 
 def test_heads_in_another_formatting_are_moved_too(root, tmp_path):

@@ -102,7 +102,7 @@ def test_a_build_calls_the_steps_it_is_given_in_order(tmp_path, images):
 def test_a_build_with_nothing_to_do_touches_nothing(tmp_path, images):
     """So a complete cache that one may only read is enough to build, train and report from."""
     work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
-    build(work)
+    precompute.verify_stores(build(work))
 
     def touched() -> dict[Path, tuple[int, int]]:
         paths = [work_root, *work_root.rglob("*")]

@@ -32,6 +32,14 @@ def pool(ray_cluster: None) -> Iterator[Pool]:
         def begin(self, file: Path) -> None:
             file.touch()
 
+        def nap(self, seconds: float) -> None:
+            time.sleep(seconds)
+
+        def refuse_late(self, seconds: float) -> None:
+            time.sleep(seconds)
+            if seconds:
+                raise NotBuilt("no shard yet")
+
     with Pool(Faulty, {}, actors=1, cpus=1) as started:
         yield started
 
@@ -68,6 +76,31 @@ def test_a_bug_keeps_the_traceback_it_had_in_the_actor(pool, method, kind):
 def test_an_actor_gets_its_next_call_when_the_last_result_is_taken_in(pool, tmp_path):
     """What is taken in may be lost until it is committed: with the call in flight, two shards."""
     files = [tmp_path / str(number) for number in range(6)]
-    for taken_in, _ in enumerate(pool.run("begin", [(file,) for file in files])):
+    taken_in = 0
+    for results in pool.run("begin", [(file,) for file in files]):
         time.sleep(0.3)  # for a call that should not be there to begin
         assert sum(file.exists() for file in files) <= taken_in + 2
+        taken_in += len(results)
+    assert taken_in == len(files)
+
+
+@pytest.mark.ray
+def test_results_are_gathered_while_every_actor_has_a_call_to_work_on(pool):
+    """Whoever takes them in slowly gets them together, and no actor waits for that."""
+    naps = [(0.0,), (0.4,)] * 4  # the second of each two is what the actor works on meanwhile
+    together = []
+    for results in pool.run("nap", naps):
+        time.sleep(0.3)
+        together.append(len(results))
+    assert sum(together) == len(naps)
+    assert max(together) == 2  # both have ended: the actor has nothing to do
+
+
+@pytest.mark.ray
+def test_what_ended_beside_a_refusal_is_taken_in_first(pool):
+    ended = pool.run("refuse_late", [(0.0,), (1.5,), (0.0,)])
+    assert [number for number, _ in next(ended)] == [0]
+    time.sleep(0.4)  # so the third result waits for the second, which is worked on
+    assert [number for number, _ in next(ended)] == [2]
+    with pytest.raises(NotBuilt, match="no shard yet"):
+        next(ended)

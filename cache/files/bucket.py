@@ -10,12 +10,12 @@ import fnmatch
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path, PosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import obstore
 from obstore import exceptions
@@ -235,6 +235,24 @@ class _Ranges:
             return bytes(self._reader.read(None if size < 0 else size))
 
 
+def ranges(path: BucketPath, starts: Sequence[int], num_bytes: int) -> list[bytes]:
+    """Return parts of an object, those that lie near each other by one request.
+
+    Args:
+        path: the object.
+        starts: of the parts.
+        num_bytes: of each.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        StoreError: it cannot be read.
+    """
+    with _asking(path, "read"):
+        lengths = [num_bytes] * len(starts)
+        found = obstore.get_ranges(_store(path), path.key, starts=starts, lengths=lengths)
+        return [bytes(part) for part in found]
+
+
 def receive(path: BucketPath, into: IO[bytes]) -> tuple[int, str]:
     """Copy an object into a file; return how many bytes came and their sha256.
 
@@ -271,40 +289,58 @@ def send(file: Path, path: BucketPath, new: bool = False) -> None:
             obstore.put(_store(path), path.key, file, chunk_size=PART_BYTES)
 
 
-def swap(path: BucketPath, content: bytes, expected: bytes | None) -> None:
-    """Replace an object's contents if they are as expected: compare and swap, in the bucket.
+class Stamped(NamedTuple):
+    """An object as read, and what tells whether it has been replaced since.
+
+    Attributes:
+        content: of the object.
+        stamp: entity tag, which S3 and Azure compare, and version, which Google does.
+    """
+
+    content: bytes
+    stamp: dict[str, str]
+
+
+def read(path: BucketPath) -> Stamped | None:
+    """Return an object as it is now, to be swapped; None if there is none.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    with _asking(path, "read"):
+        try:
+            found = obstore.get(_store(path), path.key)
+            stamp = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
+            return Stamped(bytes(found.bytes()), stamp)
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise
+            return None
+
+
+def swap(path: BucketPath, content: bytes, there: Stamped | None) -> None:
+    """Replace an object if it is as it was read: compare and swap, in the bucket.
 
     Args:
         path: the object.
         content: what it shall be.
-        expected: what it is; None: there is none.
+        there: what it was; None: there was none.
 
     Raises:
         Busy: somebody else has written it.
         StoreError: it cannot be written.
     """
     store = _store(path)
-    there: bytes | None = None
+    mode: Any = "create" if there is None else there.stamp
     with _asking(path, "written"):
         try:
-            found = obstore.get(store, path.key)
-            # S3 and Azure compare the entity tag, Google the version.
-            read = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
-            there = bytes(found.bytes())
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise
-        if there == content:
+            obstore.put(store, path.key, content, mode=mode, use_multipart=False)
             return
-        if there == expected:
-            mode: Any = "create" if there is None else read
-            try:
-                obstore.put(store, path.key, content, mode=mode, use_multipart=False)
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
+            # An attempt whose answer was lost may have been ours.
+            now = read(path)
+            if now is not None and now.content == content:
                 return
-            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
-                # An attempt whose answer was lost may have been ours.
-                if bytes(obstore.get(store, path.key).bytes()) == content:
-                    return
     raise Busy(f"{path}: another process has replaced it meanwhile; run the same again")
 
 

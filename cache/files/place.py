@@ -5,7 +5,7 @@ files to be mapped or opened are asked for here.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
@@ -19,8 +19,12 @@ from eupe.errors import BadInput
 T = TypeVar("T")
 OPEN_TRIES = 8
 """A copy may be evicted between being filled and being opened; so often in a row it is not."""
-FEW = 16
+FEW = 4
 """Sizes of so many objects are asked one by one; of more, by listing."""
+LISTED = 1000
+"""Objects that one request lists."""
+AT_ONCE = 16
+"""Requests to a bucket that are worth making at once."""
 
 
 def root(name: str | Path) -> Path:
@@ -104,17 +108,48 @@ def will_need(files: Iterable[tuple[Path, int | None, str | None]]) -> None:
         mirror.default().will_need(wanted)
 
 
-def sizes_below(directory: Path, num_files: int) -> Callable[[Path], int]:
+def sizes_below(
+    directory: Path, num_files: int, num_there: int | None = None
+) -> Callable[[Path], int]:
     """Return what tells the size of a file below a directory, -1 where there is none.
 
     Args:
-        directory: the folder; of a bucket it is listed at once if many files are asked for.
+        directory: the folder; of a bucket it is listed at once where that takes fewer requests.
         num_files: that will be asked for, about.
+        num_there: files below it, about; None: those that will be asked for.
     """
-    if isinstance(directory, BucketPath) and num_files > FEW:
+    listed = FEW + (num_files if num_there is None else num_there) // LISTED
+    if isinstance(directory, BucketPath) and num_files > listed:
         there: dict[Path, int] = dict(directory.files_below())
         return lambda path: there.get(path, -1)
-    return _size
+    return size
+
+
+def ranges(path: Path, starts: Sequence[int], num_bytes: int) -> list[bytes]:
+    """Return parts of a file or object, not of its mirrored copy: few of a large one.
+
+    Args:
+        path: of the file.
+        starts: of the parts.
+        num_bytes: of each.
+
+    Raises:
+        OSError: there is no such file.
+        StoreError: the bucket does not answer.
+    """
+    if isinstance(path, BucketPath):
+        return bucket.ranges(path, starts, num_bytes)
+    with path.open("rb") as file:
+        found = []
+        for start in starts:
+            file.seek(start)
+            found.append(file.read(num_bytes))
+        return found
+
+
+def at_once(directory: Path) -> int:
+    """Return how many files of a folder are worth asking for at once."""
+    return AT_ONCE if isinstance(directory, BucketPath) else 1
 
 
 def listing(directory: Path) -> Iterator[tuple[Path, int, float]]:
@@ -149,7 +184,8 @@ def may_write(directory: Path) -> bool:
     return os.access(there, os.W_OK, effective_ids=True)
 
 
-def _size(path: Path) -> int:
+def size(path: Path) -> int:
+    """Return the size of a file or object, -1 where there is none."""
     try:
         return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):

@@ -73,9 +73,9 @@ def measure(
     wanted = compute_batch, per_chunk, rows_per_chunk
     tasks = [(where, job.views, chunk, outputs, *wanted) for chunk in chunks]
     with track(count, f"Measuring moments of {job}") as progress:
-        for number, result in pool.run("measure", tasks):
-            measured[number] = result
-            progress.advance(len(chunks[number]))
+        for results in pool.run("measure", tasks):
+            measured.update(results)
+            progress.advance(sum(len(chunks[number]) for number, _ in results))
     in_order = [measured[number] for number in range(len(chunks))]
     return {
         output: Sample(

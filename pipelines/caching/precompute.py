@@ -8,6 +8,7 @@ Each step looks at what is there and does what is missing: it may be killed and 
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -15,14 +16,16 @@ from itertools import chain
 import numpy as np
 import polars as pl
 
+from cache import verified
 from cache.codec.known import kind, make_codec, name_of, source_of
 from cache.errors import Corrupt, FingerprintMismatch, NotBuilt
 from cache.files import atomic
 from cache.format import arrow_tables, layout
+from cache.format.record_table import ShardRecord
 from cache.samples import DROPPED_REASON
 from cache.shard_ranges import Rows
 from cache.store import Store, create_store, open_store
-from cache.verify import Report, verify
+from cache.verify import Report, num_new, verify
 from eupe.errors import BadInput
 from eupe.preprocessing import normalisation
 from eupe.spec import StoreSpec
@@ -78,7 +81,8 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
         StoreError: the dataset is not indexed, or a store of another spec is in the way.
     """
     specs = store_specs(job)
-    absent = [spec for spec in specs if _open(job, spec) is None]
+    there = [_open(job, spec) for spec in specs]
+    absent = [spec for spec, store in zip(specs, there, strict=True) if store is None]
     _check_built(absent)
     if absent:
         _say_whose_pixels(job)
@@ -94,7 +98,7 @@ def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
             if kind(spec.codec.name).of_rows:
                 codec = make_codec(spec.codec, sample.moments["patches"], spec.grid, sample.rows)
             create_store(job.root, spec, sample.moments, {**made_by, **measured}, codec)
-    return [open_store(job.root, spec) for spec in specs]
+    return [store or open_store(job.root, spec) for spec, store in zip(specs, there, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Extracted:
 
 
 def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = None) -> Extracted:
-    """Compute the shards that the stores want and do not have, and commit each as it arrives.
+    """Compute the shards that the stores want and do not have, and commit them as they arrive.
 
     Args:
         job: whose views.
@@ -145,17 +149,26 @@ def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = 
                 tasks.all_images, f"Extracting {job}", before=tasks.all_images - num_images
             ) as progress,
         ):
-            for number, records in workers.run("extract", tasks):
-                _, of_shard, shard = tasks[number]
-                theirs = [store for of_view in of_shard.values() for store in of_view]
-                for store, record in zip(theirs, records, strict=True):
-                    store.commit([record])
-                    num_shards += 1
-                    num_dropped = _num_dropped(store, np.array([record.shard]))[0]
-                    invalid[id(store)] += record.num_invalid - int(num_dropped)
-                progress.advance(len(of_shard) * len(shard))
-                _check_invalid(job, theirs, [invalid[id(store)] for store in theirs])
-    counts = [_num_invalid(job, store) for store in stores]
+            for results in workers.run("extract", tasks):
+                arrived: dict[int, list[ShardRecord]] = {id(store): [] for store in stores}
+                num_done = 0
+                for number, records in results:
+                    _, of_shard, shard = tasks[number]
+                    theirs = [store for of_view in of_shard.values() for store in of_view]
+                    for store, record in zip(theirs, records, strict=True):
+                        arrived[id(store)].append(record)
+                    num_done += len(of_shard) * len(shard)
+                touched = [store for store in stores if arrived[id(store)]]
+                _commit(touched, [arrived[id(store)] for store in touched])
+                for store in touched:
+                    own = arrived[id(store)]
+                    num_shards += len(own)
+                    dropped = _num_dropped(store, np.array([record.shard for record in own]))
+                    num_invalid = sum(record.num_invalid for record in own)
+                    invalid[id(store)] += num_invalid - int(dropped.sum())
+                progress.advance(num_done)
+                _check_invalid(job, touched, [invalid[id(store)] for store in touched])
+    counts = [_num_invalid(job, store) if tasks else invalid[id(store)] for store in stores]
     _check_invalid(job, stores, counts)
     named = [_reasons(store) for store, count in zip(stores, counts, strict=True) if count]
     reasons = list(dict.fromkeys(chain.from_iterable(named)))[:REASONS_SHOWN]
@@ -166,20 +179,22 @@ def verify_stores(stores: Sequence[Store], deep: bool = True) -> list[Report]:
     """Check stores against their manifests.
 
     Args:
-        stores: to check.
-        deep: also read every byte.
+        stores: to check; of each, what was committed since it was verified last.
+        deep: all of it, every byte.
 
     Raises:
         Corrupt: a store is not sound, with the first of its problems.
     """
     reports = []
     for store in stores:
-        total = store.manifest().total().num_shards
+        since = verified.NOTHING if deep else verified.version(store)
+        total = num_new(store.manifest(), since)
         with track(total, f"Verifying {store.spec.directory()}", "shards") as progress:
-            report = verify(store, deep, lambda done, all_of_them: progress.advance())
+            report = verify(store, deep, lambda done, all_of_them: progress.advance(), since)
         if report.problems:
             more = f", and {len(report.problems) - 1} more" if len(report.problems) > 1 else ""
             raise Corrupt(f"{report.problems[0]}{more}")
+        verified.note(store, report.version)
         reports.append(report)
     return reports
 
@@ -328,6 +343,12 @@ def _say_whose_pixels(job: CacheJob) -> None:
                 f"{record[1]}",
                 file=sys.stderr,
             )
+
+
+def _commit(stores: Sequence[Store], records: Sequence[Sequence[ShardRecord]]) -> None:
+    """Commit what has arrived of each store, all stores at once."""
+    with ThreadPoolExecutor(max(len(stores), 1), "commit") as committers:
+        list(committers.map(Store.commit, stores, records))
 
 
 def _num_invalid(job: CacheJob, store: Store) -> int:

@@ -21,6 +21,11 @@ NODE_SECONDS = 30.0
 """Until Ray finds a node dead that has stopped answering."""
 LOOK_SECONDS = 10.0
 """Between two looks at a cluster whose nodes come and go."""
+GATHERED = 9
+"""Results are gathered for so many times as long as the last ones took to be taken in: who commits
+them does so for a tenth of the time, in a bucket every few seconds, on a disk at once."""
+GATHERED_SECONDS = 5.0
+"""And no longer: followers see progress."""
 
 
 class Lost(Exception):
@@ -78,12 +83,15 @@ class Pool:
     def __exit__(self, *error: object) -> None:
         self._connected.close()
 
-    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Call a method for each task; yield (task number, result) as calls end, in any order.
+    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[int, Any]]]:
+        """Call a method for each task; yield the results that are there together, in any order.
 
         Args:
             method: of the actor class.
             tasks: positional arguments of each call.
+
+        Yields:
+            (task number, result) of the calls that have ended since the last.
 
         Raises:
             BadInput: one actor needs more than any node of the cluster has, or a call refused.
@@ -110,36 +118,80 @@ class Pool:
                 self._follow(place, error)
                 starting[self._ask_where(place)] = place
 
+        def take(ended: ray.ObjectRef[Any]) -> None:
+            if ended in starting:
+                place = starting.pop(ended)
+                try:
+                    place.node = self._result(ended)
+                except Lost as error:
+                    follow(place, place.actor, error)
+                    return
+                for _ in range(IN_FLIGHT):
+                    feed(place)
+                return
+            number, place, actor = running.pop(ended)
+            try:
+                results.append((number, self._result(ended)))
+            except Lost as error:
+                again.append(number)
+                follow(place, actor, error)
+                return
+            free.append((place, actor))
+
+        taking_in = 0.0
         while num_left:
-            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
+            seconds = min(GATHERED * taking_in, GATHERED_SECONDS)
+            places = {call: place for call, (_, place, _) in running.items()}
+            done = self._gathered(places, starting, seconds)
             if time.monotonic() - looked >= LOOK_SECONDS:
                 for place in self._joined(min(self._actors, num_left)):
                     starting[self._ask_where(place)] = place
                 looked = time.monotonic()
+            results: list[tuple[int, Any]] = []
+            free: list[tuple[_Place, Any]] = []
+            refusal = None
             for each in done:
-                if each in starting:
-                    place = starting.pop(each)
-                    try:
-                        place.node = self._result(each)
-                    except Lost as error:
-                        follow(place, place.actor, error)
-                        continue
-                    for _ in range(IN_FLIGHT):
-                        feed(place)
-                    continue
-                number, place, actor = running.pop(each)
                 try:
-                    result = self._result(each)
-                except Lost as error:
-                    again.append(number)
-                    follow(place, actor, error)
-                    continue
-                # Taken in before the actor gets another call: what is lost with this process are
-                # the calls in flight, and not one more that it was about to commit.
-                num_left -= 1
-                yield number, result
+                    take(each)
+                except Exception as error:  # raised once the others are taken in
+                    refusal = refusal or error
+            # Taken in before the actors get other calls: what is lost with this process are the
+            # calls in flight, and not one more that it was about to commit.
+            if results:
+                num_left -= len(results)
+                began = time.monotonic()
+                yield results
+                taking_in = time.monotonic() - began
+            if refusal is not None:
+                raise refusal
+            for place, actor in free:
                 if place.actor is actor:
                     feed(place)
+
+    @staticmethod
+    def _gathered(
+        running: Mapping[Any, _Place], starting: Mapping[Any, _Place], seconds: float
+    ) -> list[Any]:
+        """Wait for a call to end, and for others so long as every actor has one to work on.
+
+        Args:
+            running: call -> where its actor stands.
+            starting: question where an actor lives -> where it stands.
+            seconds: to wait for others, at most.
+        """
+        import ray
+
+        until = time.monotonic() + seconds
+        ended, rest = ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
+        while ended and rest and (left := until - time.monotonic()) > 0:
+            busy = {id(running[call]) for call in rest if call in running}
+            if any(call in starting or id(running[call]) not in busy for call in ended):
+                break
+            more, rest = ray.wait(rest, num_returns=1, timeout=left)
+            ended += more
+        if ended and rest:
+            ended += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return list(ended)
 
     def _start(self, count: int) -> None:
         """Have at least so many actors, or as many as fit."""

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Behaviour:
         cut: send half of the answer's body and close.
         kill_before: kill the client before the bucket hears of the request.
         kill_after: kill the client when the bucket has done it, before it is told.
+        victim: process to kill.
+        delay_seconds: before a request is passed on, as of a bucket far away.
     """
 
     throttle: Callable[[Request], bool] = lambda request: False
@@ -43,6 +46,7 @@ class Behaviour:
     kill_before: Callable[[Request], bool] = lambda request: False
     kill_after: Callable[[Request], bool] = lambda request: False
     victim: int | None = None
+    delay_seconds: float = 0.0
 
 
 @dataclass
@@ -122,6 +126,7 @@ def _handler(bucket: Bucket, host: str, port: int) -> type[BaseHTTPRequestHandle
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             request = bucket.come(self.command, urlsplit(self.path).path.partition(NAME)[2])
             does = bucket.behaviour
+            time.sleep(does.delay_seconds)
             if does.throttle(request):
                 self.answer(503, {}, SLOW_DOWN)
                 return

@@ -142,9 +142,9 @@ class HerePool:
         extraction = job.extraction
         self._extractor = Extractor(job.teachers, extraction.decode_threads, extraction.device)
 
-    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[int, Any]]]:
         for number, task in enumerate(tasks):
-            yield number, getattr(self._extractor, method)(*task)
+            yield [(number, getattr(self._extractor, method)(*task))]
 
 
 def build(job: CacheJob) -> list[Store]:
