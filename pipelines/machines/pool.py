@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -100,61 +100,13 @@ class Pool:
             RuntimeError: actors died more often than others follow them.
         """
         self._start(min(self._actors, len(tasks)))
-        import ray  # after `connect` has settled its environment
-
-        fresh, again = iter(range(len(tasks))), deque[int]()
-        starting = {self._ask_where(place): place for place in self._places}
-        running: dict[ray.ObjectRef[Any], tuple[int, _Place, Any]] = {}
-        num_left, looked = len(tasks), time.monotonic()
-
-        def feed(place: _Place) -> None:
-            number = again.popleft() if again else next(fresh, None)
-            if number is not None:
-                call = place.actor.__ray_call__.remote(_call, method, *tasks[number])
-                running[call] = (number, place, place.actor)
-
-        def follow(place: _Place, actor: Any, error: Lost) -> None:
-            if place.actor is actor:  # the first of its calls that is known to be lost
-                self._follow(place, error)
-                starting[self._ask_where(place)] = place
-
-        def take(ended: ray.ObjectRef[Any]) -> None:
-            if ended in starting:
-                place = starting.pop(ended)
-                try:
-                    place.node = self._result(ended)
-                except Lost as error:
-                    follow(place, place.actor, error)
-                    return
-                for _ in range(IN_FLIGHT):
-                    feed(place)
-                return
-            number, place, actor = running.pop(ended)
-            try:
-                results.append((number, self._result(ended)))
-            except Lost as error:
-                again.append(number)
-                follow(place, actor, error)
-                return
-            free.append((place, actor))
-
-        taking_in = 0.0
+        calls = _Calls(self, method, tasks)
+        num_left, looked, taking_in = len(tasks), time.monotonic(), 0.0
         while num_left:
-            seconds = min(GATHERED * taking_in, GATHERED_SECONDS)
-            places = {call: place for call, (_, place, _) in running.items()}
-            done = self._gathered(places, starting, seconds)
+            results, refusal = calls.ended(min(GATHERED * taking_in, GATHERED_SECONDS))
             if time.monotonic() - looked >= LOOK_SECONDS:
-                for place in self._joined(min(self._actors, num_left)):
-                    starting[self._ask_where(place)] = place
+                calls.welcome(self._joined(min(self._actors, num_left)))
                 looked = time.monotonic()
-            results: list[tuple[int, Any]] = []
-            free: list[tuple[_Place, Any]] = []
-            refusal = None
-            for each in done:
-                try:
-                    take(each)
-                except Exception as error:  # raised once the others are taken in
-                    refusal = refusal or error
             # Taken in before the actors get other calls: what is lost with this process are the
             # calls in flight, and not one more that it was about to commit.
             if results:
@@ -164,34 +116,7 @@ class Pool:
                 taking_in = time.monotonic() - began
             if refusal is not None:
                 raise refusal
-            for place, actor in free:
-                if place.actor is actor:
-                    feed(place)
-
-    @staticmethod
-    def _gathered(
-        running: Mapping[Any, _Place], starting: Mapping[Any, _Place], seconds: float
-    ) -> list[Any]:
-        """Wait for a call to end, and for others so long as every actor has one to work on.
-
-        Args:
-            running: call -> where its actor stands.
-            starting: question where an actor lives -> where it stands.
-            seconds: to wait for others, at most.
-        """
-        import ray
-
-        until = time.monotonic() + seconds
-        ended, rest = ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
-        while ended and rest and (left := until - time.monotonic()) > 0:
-            busy = {id(running[call]) for call in rest if call in running}
-            if any(call in starting or id(running[call]) not in busy for call in ended):
-                break
-            more, rest = ray.wait(rest, num_returns=1, timeout=left)
-            ended += more
-        if ended and rest:
-            ended += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        return list(ended)
+            calls.go_on()
 
     def _start(self, count: int) -> None:
         """Have at least so many actors, or as many as fit."""
@@ -352,3 +277,109 @@ def num_that_fit(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -
             fit = min(fit, have * (1 // each_gpus) if each_gpus < 1 else have // each_gpus)
         total += int(fit)
     return total
+
+
+class _Calls:
+    """The calls of one `Pool.run`: in flight, to be made, and to be made again.
+
+    Args:
+        pool: whose actors they are of.
+        method: of the actor class.
+        tasks: positional arguments of each call.
+    """
+
+    def __init__(self, pool: Pool, method: str, tasks: Sequence[tuple[Any, ...]]) -> None:
+        self._pool, self._method, self._tasks = pool, method, tasks
+        self._fresh, self._again = iter(range(len(tasks))), deque[int]()
+        self._starting: dict[Any, _Place] = {}
+        self._running: dict[Any, tuple[int, _Place, Any]] = {}
+        self._free: list[tuple[_Place, Any]] = []
+        self.welcome(pool._places)
+
+    def welcome(self, places: Iterable[_Place]) -> None:
+        """Have actors get calls once they live."""
+        for place in places:
+            self._starting[self._pool._ask_where(place)] = place
+
+    def ended(self, seconds: float) -> tuple[list[tuple[int, Any]], Exception | None]:
+        """Return what has ended, task number and result; and the first refusal among it.
+
+        Args:
+            seconds: to wait for others after the first, at most.
+        """
+        places = {call: place for call, (_, place, _) in self._running.items()}
+        results, refusal = list[tuple[int, Any]](), None
+        for each in _gathered(places, self._starting, seconds):
+            try:
+                results += self._starts(each) if each in self._starting else self._ends(each)
+            except Exception as error:  # raised once the others are taken in
+                refusal = refusal or error
+        return results, refusal
+
+    def go_on(self) -> None:
+        """Make other calls where some have ended."""
+        for place, actor in self._free:
+            if place.actor is actor:
+                self._feed(place)
+        self._free.clear()
+
+    def _feed(self, place: _Place) -> None:
+        number = self._again.popleft() if self._again else next(self._fresh, None)
+        if number is not None:
+            call = place.actor.__ray_call__.remote(_call, self._method, *self._tasks[number])
+            self._running[call] = (number, place, place.actor)
+
+    def _starts(self, asked: Any) -> list[tuple[int, Any]]:
+        """Give an actor that lives its first calls."""
+        place = self._starting.pop(asked)
+        try:
+            place.node = self._pool._result(asked)
+        except Lost as error:
+            self._lost(place, place.actor, error)
+            return []
+        for _ in range(IN_FLIGHT):
+            self._feed(place)
+        return []
+
+    def _ends(self, call: Any) -> list[tuple[int, Any]]:
+        """Return a call's task number and result; none if its actor was lost."""
+        number, place, actor = self._running.pop(call)
+        try:
+            result = self._pool._result(call)
+        except Lost as error:
+            self._again.append(number)
+            self._lost(place, actor, error)
+            return []
+        self._free.append((place, actor))
+        return [(number, result)]
+
+    def _lost(self, place: _Place, actor: Any, error: Lost) -> None:
+        """Have another actor follow one that died."""
+        if place.actor is actor:  # the first of its calls that is known to be lost
+            self._pool._follow(place, error)
+            self.welcome([place])
+
+
+def _gathered(
+    running: Mapping[Any, _Place], starting: Mapping[Any, _Place], seconds: float
+) -> list[Any]:
+    """Wait for a call to end, and for others so long as every actor has one to work on.
+
+    Args:
+        running: call -> where its actor stands.
+        starting: question where an actor lives -> where it stands.
+        seconds: to wait for others, at most.
+    """
+    import ray
+
+    until = time.monotonic() + seconds
+    ended, rest = ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
+    while ended and rest and (left := until - time.monotonic()) > 0:
+        busy = {id(running[call]) for call in rest if call in running}
+        if any(call in starting or id(running[call]) not in busy for call in ended):
+            break
+        more, rest = ray.wait(rest, num_returns=1, timeout=left)
+        ended += more
+    if ended and rest:
+        ended += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+    return list(ended)
