@@ -43,11 +43,10 @@ def of(table: pl.DataFrame, encoder: str, metric: str) -> pl.DataFrame:
 
 
 def draw(axes: Axes, table: pl.DataFrame, metric: str) -> None:
-    """Draw the students of one probe over their bits, beside raw pixels and the experts."""
-    for encoder in EXPERTS:
-        best = of(table, encoder, metric)["mean"].max()
-        axes.axhline(best, color="black", lw=0.8, ls="--")
-        axes.annotate(encoder, (16, best), fontsize=7, ha="right", va="bottom")
+    """Draw the students of one probe over their bits, beside raw pixels and the better expert."""
+    best = max(of(table, encoder, metric)["mean"].max() for encoder in EXPERTS)
+    axes.axhline(best, color="black", lw=0.8, ls="--")
+    axes.annotate("the better expert", (16, best), fontsize=7, ha="right", va="bottom")
     pixels = of(table, "pixels", metric)["mean"][0]
     axes.axhline(pixels, color="tab:red", lw=0.8, ls="--")
     axes.annotate("raw pixels", (16, pixels), fontsize=7, ha="right", va="bottom", color="tab:red")
@@ -65,6 +64,8 @@ def draw(axes: Axes, table: pl.DataFrame, metric: str) -> None:
 
 def points(axes: Axes, found: dict[str, dict[str, float]], label: str, style: str = "-") -> None:
     """Draw the settings of a family, codec -> row of `of`, with the spread of their seeds."""
+    if not found:  # a sweep has the codecs that its file names
+        return
     rows: Iterable[tuple[float, dict[str, float]]] = sorted(
         ((bits(codec), row) for codec, row in found.items()), key=lambda each: each[0]
     )
@@ -82,7 +83,7 @@ def main() -> int:
     for axes, metric in zip(figure.subplots(1, len(PROBES)), PROBES, strict=True):
         draw(axes, table, metric)
     figure.axes[0].set_ylabel("held-out images told right, per cent")
-    figure.axes[-1].legend(fontsize=7, loc="lower right")
+    figure.axes[0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.93))
     figure.savefig(Path(sys.argv[2]), dpi=110)
     print(sys.argv[2])
     return 0

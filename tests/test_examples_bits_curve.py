@@ -48,8 +48,11 @@ def test_bits_are_all_told(example):
     assert example.bits("grid1") <= 1
 
 
-def test_the_figure_is_written(example, tmp_path, monkeypatch):
-    stores = ["float16", "int8", "rot4", "grid1", "float16_1_view", "rot4_4_views"]
+@pytest.mark.parametrize(
+    "stores",
+    [["float16", "int8", "rot4", "grid1", "float16_1_view", "rot4_4_views"], ["float16", "rot4"]],
+)
+def test_the_figure_is_written(example, tmp_path, monkeypatch, stores):
     table(stores).write_parquet(tmp_path / "results.parquet")
     words = ["bits_curve.py", str(tmp_path / "results.parquet"), str(tmp_path / "bits.png")]
     monkeypatch.setattr("sys.argv", words)
