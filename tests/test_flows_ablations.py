@@ -38,8 +38,10 @@ def test_a_flow_works_a_sweep_and_leaves_its_table(tmp_path):
     first = run(tmp_path, path)
     assert first.returncode == 0, first.stderr
     rows = json.loads(first.stdout)
-    assert {row["width"] for row in rows} == {"w8", "w16", "w24"}
+    assert {row["width"] for row in rows if row["seeds"]} == {"w8", "w16", "w24"}
+    assert rows[0]["width"] == "raw pixels"
     assert (tmp_path / "toy_stages" / "results.parquet").is_file()
+    assert (tmp_path / "toy_stages" / "results.html").is_file()
     again = run(tmp_path, path)
     assert again.returncode == 0, again.stderr
     assert "0 nodes computed here, 8 were there" in again.stderr
