@@ -232,7 +232,7 @@ def test_two_machines_that_commit_at_once_lose_nothing(root, monkeypatch, tmp_pa
     records = [toy.write(store, view, shard) for view, shard in todo]
     mirrors = [Mirror(tmp_path / name, 1 << 26) for name in ("one", "two")]
     of_thread = threading.local()
-    monkeypatch.setattr(mirror, "default", lambda: of_thread.mirror)
+    monkeypatch.setattr(mirror, "default", lambda: getattr(of_thread, "mirror", mirrors[0]))
 
     def commit(which: int) -> None:
         of_thread.mirror = mirrors[which]
@@ -242,7 +242,6 @@ def test_two_machines_that_commit_at_once_lose_nothing(root, monkeypatch, tmp_pa
 
     with ThreadPoolExecutor(2) as both:
         list(both.map(commit, range(2)))
-    of_thread.mirror = mirrors[0]
     assert list(store.manifest().records()) == sorted(records, key=lambda r: (r.view, r.shard))
     assert store.manifest().version == len(records)
     assert not verify(store).problems
