@@ -56,7 +56,7 @@ def first(home: Path) -> subprocess.CompletedProcess:
 
 def test_a_run_goes_from_images_to_a_summary(first, home):
     assert first.returncode == 0, first.stderr
-    assert "6 shards computed" in first.stderr  # 3 jobs x 2 teachers, each one shard
+    assert "9 shards computed" in first.stderr  # 3 jobs x 2 teachers and the pixels, one shard each
     summary = json.loads(first.stdout)
     assert json.loads((home / "runs/demo_stage2/summary.json").read_text()) == summary
     assert (summary["images"], summary["training_steps"]) == (42, 2)
