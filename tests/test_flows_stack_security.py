@@ -173,7 +173,7 @@ def test_caches_are_built_once_and_a_student_learns_from_them(stack):
     log = stack / "runs/local/stack.log"
     first = shell(stack, RUN_FLOW)
     assert first.returncode == 0, first.stdout + log.read_text()[-3000:]
-    assert "9 shards computed" in log.read_text()
+    assert "15 shards computed" in log.read_text()  # 3 jobs x 2 teachers and 3 scales
     assert "Extracting" in first.stdout  # its progress and its table, as whoever watches sees it
     assert "Stores of recipe demo" in first.stdout
     assert sum(line.startswith("●") for line in first.stdout.splitlines()) < WATCHED_EVENTS
