@@ -74,32 +74,27 @@ def plan(
     Bytes and FLOPs follow from the recipe. Hours and money rest on rates, each with its source
     ([b]--json[/b] lists them), and are marked so.
     """
-    from pipelines.caching import plan as plans
     from pipelines.caching import planning, rates
     from pipelines.recipe import recipes
     from pipelines.recipe.override import override
     from pipelines.sweeps import describe, file, planned
 
-    sweep = recipes.home() / recipe
-    of_sweep = file.is_sweep(sweep)
-    asked = (
-        file.runs(file.read(sweep), overrides or [])[0].recipe
-        if of_sweep
-        else recipes.get(recipe, overrides or [])
-    )
-    more = planning.changes(asked, views, codec)
+    said = overrides or []
     assumed = rates.Rates() if prices is None else rates.read(prices)
     if bandwidth is not None:
         assumed = assumed.model_copy(update={"disk_bytes": bandwidth * 1e9})
     machine = rates.machine(gpus)
-    given = planning.sizes(asked, images or [])
-    if of_sweep:
-        graph = describe.laid_out(file.runs(file.read(sweep), [*(overrides or []), *more]))
-        told = planned.of_graph(graph, assumed, given)
+    path = recipes.home() / recipe
+    if file.is_sweep(path):
+        sweep = file.read(path)
+        asked = file.runs(sweep, said)[0].recipe
+        graph = describe.laid_out(file.runs(sweep, [*said, *planning.changes(asked, views, codec)]))
+        told = planned.of_graph(graph, assumed, planning.sizes(asked, images or []))
+        found = planning.on_machine(told, asked, machine, assumed, disk, measure)
     else:
-        asked = override(asked, more)
-        told = plans.of_recipe(asked, assumed, given)
-    found = planning.on_machine(told, asked, machine, assumed, disk, measure)
+        asked = recipes.get(recipe, said)
+        asked = override(asked, planning.changes(asked, views, codec))
+        found = planning.outlook(asked, images or [], machine, assumed, disk, measure)
     if figure is not None:
         found.draw(figure)
     if as_json:

@@ -1,6 +1,6 @@
 """The page of a sweep: every setting's students beside raw pixels and the experts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cache.files import atomic
@@ -26,7 +26,7 @@ def write(graph: Graph, found: Sequence[Compared]) -> Path:
         StoreError: it cannot be written.
     """
     first = graph.runs[0][0].recipe
-    path = first.directory.parent / FILE
+    path, rivals = first.directory.parent / FILE, results.rivals(graph)
     text = pages.page(
         TEMPLATE,
         name=first.name,
@@ -35,24 +35,23 @@ def write(graph: Graph, found: Sequence[Compared]) -> Path:
         finished=len(results.finished(graph)),
         asked=len(graph.runs),
         label=first.evaluation.label,
-        rows=results.rows(found, results.rivals(graph)),
-        dots=dots(graph, found),
+        rows=results.rows(found, rivals),
+        dots=dots(found, rivals),
     )
     atomic.write(path, [text.encode()], layout.scratch_directory(path.parent))
     return path
 
 
-def dots(graph: Graph, found: Sequence[Compared]) -> str:
+def dots(found: Sequence[Compared], rivals: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Draw every setting by every probe beside its rivals; the line is at raw pixels.
 
     Args:
-        graph: of the sweep.
         found: of `results.compare`.
+        rivals: of `results.rivals`.
 
     Returns:
         an <svg> element, its text in the colour of its surroundings.
     """
-    rivals = results.rivals(graph)
     probes = [probe for probe in figures.DOTTED if any(each.probe == probe for each in found)]
     shares = {(*each.values.values(), each.probe): vars(each.share) for each in found}
     settings = list(dict.fromkeys(tuple(each.values.values()) for each in found))
