@@ -7,25 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.small_demo import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_SECONDS = 500
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
-
-# "Stage 2 only" of the demo, shrunk: 16 games to learn from, 26 held-out pictures, two steps.
-TINY = [
-    "num_views=1",
-    "train.emoji-train.source.where={split: train, subcategory: game}",
-    "held_out.source.where={split: test, category: Activities}",
-    "extraction.moments_samples=4",
-    "extraction.compute_batch=4",
-    "stages.stage2.steps=2",
-    "stages.stage2.global_batch=4",
-    "stages.stage2.micro_batch=4",
-    "stages.stage2.warmup_steps=0",
-    "evaluation.k=1",
-]
 
 
 def run(home: Path, *words: str) -> subprocess.CompletedProcess:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.small_demo import TINY
 
 from flows.local_stack import running
 
@@ -23,19 +24,6 @@ WATCHED_EVENTS = 60  # of Prefect's own, three a task
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 
-# The demo, shrunk: 16 games to learn from, 26 held-out pictures, one view, two steps.
-TINY = [
-    "num_views=1",
-    "train.emoji-train.source.where={split: train, subcategory: game}",
-    "held_out.source.where={split: test, category: Activities}",
-    "extraction.moments_samples=4",
-    "extraction.compute_batch=4",
-    "stages.stage2.steps=2",
-    "stages.stage2.global_batch=4",
-    "stages.stage2.micro_batch=4",
-    "stages.stage2.warmup_steps=0",
-    "evaluation.k=1",
-]
 RUN_FLOW = (
     "prefect deployment run teacher-cache/default --watch --watch-timeout 300 "
     f"-p {shlex.quote('overrides=' + json.dumps(TINY))}"
