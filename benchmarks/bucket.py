@@ -16,15 +16,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import polars as pl
 from support import bucket_server
 
 from benchmarks import tables
-from benchmarks.read_peers import DIM, Ours
+from benchmarks.scale import begun
 from cache.files import place
 from cache.format.record_table import ShardRecord
-from cache.samples import Samples
-from cache.store import Store, create_store
+from cache.store import Store
 from pipelines.machines.pool import IN_FLIGHT
 
 ROWS_PER_SHARD = 4
@@ -38,25 +36,6 @@ COLUMNS = {
     "head": ",",
     "seconds": ".1f",
 }
-
-
-def make(num_shards: int) -> Store:
-    """Create a store of so many shards in the bucket."""
-    root = place.root(f"s3://{bucket_server.NAME}/commits-{num_shards}")
-    text = pl.col("n").cast(pl.String)
-    numbers = pl.DataFrame({"n": np.arange(num_shards * ROWS_PER_SHARD)})
-    rows = numbers.select(
-        sample_id="class/" + text.str.zfill(12),
-        uri="class/" + text.str.zfill(12) + ".jpg",
-        offset=pl.lit(0),
-        bytes=pl.lit(110_000),
-        digest=text.str.zfill(32).cast(pl.Binary),
-        labels=pl.lit("{}"),
-    )
-    Samples.append(root, Ours.spec.dataset, rows, ROWS_PER_SHARD)
-    dims = {"summary": Ours.spec.summary_dim, "patches": DIM}
-    moments = {kind: (1, np.zeros(dim), np.zeros((dim, dim))) for kind, dim in dims.items()}
-    return create_store(root, Ours.spec, moments, {})
 
 
 def record(shard: int) -> ShardRecord:
@@ -114,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "AWS_REGION": "us-east-1",
             "EUPE_MIRROR": mirror,
         }
-        store = make(arguments.shards)
+        root = place.root(f"s3://{bucket_server.NAME}/commits-{arguments.shards}")
+        store = begun(root, arguments.shards * ROWS_PER_SHARD, ROWS_PER_SHARD)
         together = IN_FLIGHT * arguments.actors
         found = [measure(store, s3, together, arguments.delay_ms / 1000)]
     title = f"committing to a bucket of {arguments.delay_ms:g} ms a request"

@@ -73,27 +73,28 @@ PAGE = mmap.PAGESIZE
 Numbers = npt.NDArray[np.int64]
 
 
-def build(root: Path, num_rows: int, console: Console) -> Store:
-    """Write the store."""
+def begun(root: Path, num_rows: int, rows_per_shard: int) -> Store:
+    """Create a store of made-up samples; no shard is in it yet."""
     numbers = pl.DataFrame({"n": np.arange(num_rows)})
     text = pl.col("n").cast(pl.String)
-    samples = Samples.append(
-        root,
-        Ours.spec.dataset,
-        numbers.select(
-            sample_id="class/" + text.str.zfill(12),
-            uri="class/" + text.str.zfill(12) + ".jpg",
-            offset=pl.lit(0),
-            bytes=pl.lit(110_000),
-            digest=text.str.zfill(32).cast(pl.Binary),
-            labels=pl.lit('{"class":"n01440764"}'),
-        ),
-        ROWS_PER_SHARD,
+    rows = numbers.select(
+        sample_id="class/" + text.str.zfill(12),
+        uri="class/" + text.str.zfill(12) + ".jpg",
+        offset=pl.lit(0),
+        bytes=pl.lit(110_000),
+        digest=text.str.zfill(32).cast(pl.Binary),
+        labels=pl.lit('{"class":"n01440764"}'),
     )
-    spec = Ours.spec
-    dims = {"summary": spec.summary_dim, "patches": DIM}
+    Samples.append(root, Ours.spec.dataset, rows, rows_per_shard)
+    dims = {"summary": Ours.spec.summary_dim, "patches": DIM}
     moments = {kind: (1, np.zeros(dim), np.zeros((dim, dim))) for kind, dim in dims.items()}
-    store = create_store(root, spec, moments, {})
+    return create_store(root, Ours.spec, moments, {})
+
+
+def build(root: Path, num_rows: int, console: Console) -> Store:
+    """Write the store."""
+    store = begun(root, num_rows, ROWS_PER_SHARD)
+    samples, spec = store.samples, store.spec
 
     stored = zarr_shard.stored_bytes(ROW_BYTES)
     offsets = np.arange(ROWS_PER_SHARD, dtype="<u8") * np.uint64(stored)
