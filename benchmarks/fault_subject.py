@@ -6,7 +6,7 @@ Everything here is called in processes of its own (`fault_children`), and may en
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from cache.verify import unseen, verify_root
 from eupe.spec import AugmentedView, CentreView, CodecName, EncoderSpec, StoreSpec
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Extractor
+from pipelines.machines.in_process import InProcess
 from pipelines.recipe import family
 from pipelines.recipe.config import (
     DatasetConfig,
@@ -129,18 +130,6 @@ def job(images: Path, root: Path, parts: str = ALL) -> CacheJob:
     return next(job for job in cache_jobs(recipe(images, root, parts)) if job.num_views > 1)
 
 
-class HerePool:
-    """Does in this process what actors do: a builder and a writer of shards in one."""
-
-    def __init__(self, work: CacheJob) -> None:
-        self._extractor = Extractor(work.teachers, decode_threads=1, compute_threads=1)
-
-    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[int, Any]]]:
-        """Do one call after the other."""
-        for number, task in enumerate(tasks):
-            yield [(number, getattr(self._extractor, method)(*task))]
-
-
 def build(
     images: Path, root: Path, indexed: Sequence[str] = GROWING, ray_address: str | None = None
 ) -> dict[str, Any]:
@@ -152,7 +141,9 @@ def build(
     for parts in indexed:
         work = job(images, root, parts)
         indexing.index_samples(work)
-    pool: AbstractContextManager[Any] = nullcontext(HerePool(work))
+    pool: AbstractContextManager[Any] = nullcontext(
+        InProcess(Extractor(work.teachers, decode_threads=1, compute_threads=1))
+    )
     if ray_address is not None:
         os.environ["RAY_ADDRESS"] = ray_address
         pool = precompute.extractors(work)

@@ -5,8 +5,6 @@ large product (the bound); and the whole of what an extractor does with pictures
 already: copy in, forward, encode, copy out.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ from eupe.teachers import Teacher
 from pipelines.caching import indexing, precompute
 from pipelines.caching.extractor import Extractor
 from pipelines.features.codec_torch import encode
+from pipelines.machines.in_process import InProcess
 from pipelines.machines.pool import IN_FLIGHT
 from pipelines.recipe import family, recipes
 from pipelines.recipe.config import ExtractionConfig, TeacherConfig
@@ -144,19 +143,6 @@ def _measured(bench: Bench, subject: Subject) -> list[Row]:
     return rows
 
 
-class InProcess:
-    """Does in this process what `pipelines.machines.pool.Pool` has an actor do, as many at once."""
-
-    def __init__(self, extractor: Extractor) -> None:
-        self._extractor = extractor
-
-    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Call a method for each task; yield (task number, result) in their order."""
-        call = getattr(self._extractor, method)
-        with ThreadPoolExecutor(IN_FLIGHT) as calls:
-            yield from enumerate(calls.map(lambda task: call(*task), tasks))
-
-
 def build(bench: Bench) -> None:
     """Measure a build as it is: real pictures read, decoded, drawn, computed, encoded, written."""
     bench.do("build", partial(_built, bench))
@@ -195,7 +181,7 @@ def _built(bench: Bench) -> list[Row]:
     threads = torch.get_num_threads()
     extractor = Extractor(job.teachers, threads, str(bench.device))
     indexing.index_samples(job)
-    pool: Any = InProcess(extractor)
+    pool = InProcess(extractor, IN_FLIGHT)
     stores = precompute.resolve_stores(job, pool)
     precompute.extract_missing(job, stores, pool)  # view 0 warms it up
     more = job.model_copy(update={"num_views": 2})

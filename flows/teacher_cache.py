@@ -21,7 +21,7 @@ from flows.parameters import Overrides, RecipeName
 from pipelines.caching import beforehand, indexing, precompute
 from pipelines.caching.indexing import Indexed
 from pipelines.caching.precompute import Built, Extracted, Steps
-from pipelines.machines.pool import Pool
+from pipelines.machines.pool import Workers
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import CacheJob, job_groups
 
@@ -34,14 +34,14 @@ def index_samples(job: CacheJob) -> Indexed:
 
 
 @task(name="resolve stores", task_run_name="resolve {job}", cache_policy=NO_CACHE)
-def resolve_stores(job: CacheJob, pool: Pool) -> list[Store]:
+def resolve_stores(job: CacheJob, pool: Workers) -> list[Store]:
     """Open the job's stores; create those that are not there with measured moments."""
     with artifacts.progress("measure-moments"):
         return precompute.resolve_stores(job, pool)
 
 
 @task(name="extract missing", task_run_name="extract {job}", cache_policy=NO_CACHE)
-def extract_missing(job: CacheJob, stores: list[Store], pool: Pool) -> Extracted:
+def extract_missing(job: CacheJob, stores: list[Store], pool: Workers) -> Extracted:
     """Compute and commit the shards that are missing."""
     with artifacts.progress("extract-missing"):
         return precompute.extract_missing(job, stores, pool)

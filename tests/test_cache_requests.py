@@ -12,6 +12,8 @@ from cache.files import place
 from cache.verify import verify
 from eupe.pixels import RGB
 from pipelines.caching import indexing, precompute
+from pipelines.caching.extractor import Extractor
+from pipelines.machines.in_process import InProcess
 from pipelines.recipe.config import TeacherConfig
 
 pytestmark = pytest.mark.slow
@@ -94,7 +96,7 @@ def test_a_shard_that_is_damaged_after_it_was_verified_is_found_by_a_deep_look(t
         precompute.verify_stores([store], deep=True)
 
 
-class Together(small_caches.HerePool):
+class Together(InProcess):
     """Yields all results at once, as many actors do."""
 
     def run(self, method, tasks):
@@ -114,7 +116,7 @@ def test_a_build_commits_what_has_arrived_at_once_and_asks_little_when_all_is_th
     for run in range(3):
         counted(s3)
         indexing.index_samples(work)
-        pool = Together(work)
+        pool = Together(Extractor(work.teachers, decode_threads=1))
         stores = precompute.resolve_stores(work, pool)
         done = precompute.extract_missing(work, stores, pool)
         precompute.verify_stores(stores, deep=False)

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support.small_caches import (
     COMPUTE_BATCH,
-    HerePool,
     build,
     data_files,
+    in_process,
     job,
     pictures,
     teacher,
@@ -41,7 +41,7 @@ def test_one_decode_serves_all_resolutions_and_up_to_four_views(
         build(job(tmp_path / "apart", source, num_views=count, teachers=teachers))
     work = job(tmp_path / "together", source, num_views=num_views, teachers=teachers)
     indexing.index_samples(work)
-    pool = HerePool(work)
+    pool = in_process(work)
     stores = precompute.resolve_stores(work, pool)
     decoded, decode = [], views.decode
 
@@ -61,7 +61,7 @@ def test_the_next_shard_is_decoded_while_this_one_computes(tmp_path, images, mon
         tmp_path / "root", write_folder(tmp_path / "images", images), rows_per_shard=COMPUTE_BATCH
     )
     indexing.index_samples(work)
-    stores = precompute.resolve_stores(work, HerePool(work))
+    stores = precompute.resolve_stores(work, in_process(work))
     shards = [shard for _, shard in stores[0].todo(1)[:IN_FLIGHT]]
     decoded, both_decoded, decode = [], threading.Event(), views.decode
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.small_caches import POLICY, HerePool, build, job, pictures, write_folder
+from support.small_caches import POLICY, build, in_process, job, pictures, write_folder
 
 from cache.reader import Reader
 from eupe.normalise import Normaliser
@@ -56,7 +56,7 @@ def test_an_image_lost_or_changed_after_indexing_is_an_invalid_row(
     indexing.index_samples(work)
     change(tmp_path / "images" / first)
     assert indexing.index_samples(work).num_new == 0
-    pool = HerePool(work)
+    pool = in_process(work)
     (store,) = precompute.resolve_stores(work, pool)
     done = precompute.extract_missing(work, [store], pool)
     assert done.num_invalid == 1
@@ -74,7 +74,7 @@ def test_images_that_are_all_out_of_reach_leave_no_shard(tmp_path, images):
     work = job(tmp_path / "root", write_folder(tmp_path / "images", images), max_failure_share=1)
     indexing.index_samples(work)
     (tmp_path / "images").rename(tmp_path / "elsewhere")
-    pool = HerePool(work)
+    pool = in_process(work)
     with pytest.raises(ValueError, match="all 8 images of a batch are lost; is their source in"):
         precompute.resolve_stores(work, pool)
     (tmp_path / "elsewhere").rename(tmp_path / "images")

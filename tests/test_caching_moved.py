@@ -11,8 +11,8 @@ import torch
 from support.bucket_server import NAME
 from support.small_caches import (
     POLICY,
-    HerePool,
     build,
+    in_process,
     job,
     pictures,
     write_folder,
@@ -75,7 +75,7 @@ def extended(work: CacheJob) -> int:
     """Build what is missing; return how many shards were computed."""
     indexed = indexing.index_samples(work)
     assert (indexed.num_samples, indexed.num_new) == (COUNT, 0)
-    pool = HerePool(work)
+    pool = in_process(work)
     stores = precompute.resolve_stores(work, pool)
     done = precompute.extract_missing(work, stores, pool)
     precompute.verify_stores(stores)
@@ -190,7 +190,7 @@ def test_no_file_of_a_cache_names_a_path_of_this_machine(tmp_path, images):
     work = job(tmp_path / "root", source, max_failure_share=0.1)
     indexing.index_samples(work)
     (tmp_path / "images" / first).unlink()
-    pool = HerePool(work)
+    pool = in_process(work)
     precompute.extract_missing(work, precompute.resolve_stores(work, pool), pool)
     named = os.fsencode(tmp_path.name)
     files = [path for path in (tmp_path / "root").rglob("*") if path.is_file()]

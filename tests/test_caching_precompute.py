@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import precompute_child
 from support.small_caches import (
-    HerePool,
     build,
     data_files,
+    in_process,
     job,
     pictures,
     teacher,
@@ -87,7 +87,7 @@ def test_a_build_calls_the_steps_it_is_given_in_order(tmp_path, images):
         def wrapped(*arguments):
             called.append(name)
             # The pool it is handed starts Ray with the first work; this one works here.
-            return step(*(HerePool(work) if isinstance(a, Pool) else a for a in arguments))
+            return step(*(in_process(work) if isinstance(a, Pool) else a for a in arguments))
 
         return wrapped
 
@@ -131,7 +131,7 @@ def test_a_lost_shard_alone_is_computed_again(tmp_path, images):
     (store.directory / "view-0001" / "c.1.0.0").unlink()
     with pytest.raises(NotBuilt, match="half built, 1 of 6 shards are missing"):
         open_stores(work)
-    done = precompute.extract_missing(work, [store], HerePool(work))
+    done = precompute.extract_missing(work, [store], in_process(work))
     assert (done.num_shards, done.num_images) == (1, 10)
     assert data_files(tmp_path / "root") == before
     assert open_stores(work)[0].spec == store.spec
@@ -258,13 +258,13 @@ def test_a_resolution_the_teacher_does_not_take_is_refused(tmp_path, images):
         teachers=(teacher((16,)),),
     )
     with pytest.raises(ValueError, match="at 16 px: wants at least"):
-        precompute.resolve_stores(work, HerePool(work))
+        precompute.resolve_stores(work, in_process(work))
 
 
 def test_an_extraction_without_samples_is_refused(tmp_path, images):
     work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
     with pytest.raises(StoreError, match="no samples here"):
-        precompute.resolve_stores(work, HerePool(work))
+        precompute.resolve_stores(work, in_process(work))
 
 
 @pytest.mark.ray

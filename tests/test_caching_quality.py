@@ -1,8 +1,5 @@
 """Lossy codecs on a teacher's features: measured before a store is made, refused, trained on."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +13,9 @@ from cache.store import find_stores
 from cache.verify import verify
 from eupe.moments import Moments
 from pipelines.caching import indexing, precompute
-from pipelines.caching.extractor import Measured
+from pipelines.caching.extractor import Measured, Output
 from pipelines.caching.quality import quality
+from pipelines.machines.in_process import InProcess
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs, open_stores
 from pipelines.records import tracking
@@ -46,16 +44,14 @@ def two_kinds(ratio: float, count: int = 600) -> np.ndarray:
 
 
 class HandedOut:
-    """A pool whose extractors found these tokens in every chunk of samples."""
+    """An extractor that found these tokens in every chunk of samples."""
 
     def __init__(self, tokens: np.ndarray) -> None:
         self._tokens = tokens
 
-    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        assert method == "measure"
-        for number, (_, _, _, outputs, *_) in enumerate(tasks):
-            moments = Moments.of(self._tokens)
-            yield number, dict.fromkeys(outputs, Measured(moments, moments, self._tokens))
+    def measure(self, _where, _views, _chunk, outputs, *_) -> dict[Output, Measured]:
+        moments = Moments.of(self._tokens)
+        return dict.fromkeys(outputs, Measured(moments, moments, self._tokens))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +71,9 @@ def test_a_teacher_that_its_codec_serves_badly_is_refused(codec, ratio, serves, 
         rf"tokens, below the {documented:g} it documents; {serves} \(0\.99\d+\) would serve"
     )
     with pytest.raises(ValueError, match=wanted):
-        precompute.resolve_stores(job, HandedOut(two_kinds(ratio)))
+        precompute.resolve_stores(job, InProcess(HandedOut(two_kinds(ratio))))
     assert not find_stores(tmp_path / "root")
-    precompute.resolve_stores(job, HandedOut(two_kinds(1.0)))  # a better teacher
+    precompute.resolve_stores(job, InProcess(HandedOut(two_kinds(1.0))))  # a better teacher
     assert len(find_stores(tmp_path / "root")) == 1
 
 

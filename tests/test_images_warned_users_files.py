@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.small_caches import HerePool, job
+from support.small_caches import in_process, job
 
 from pipelines.caching import indexing, precompute
 from pipelines.images import index, warned
@@ -64,7 +64,7 @@ def test_a_build_names_it_too(folder, tmp_path, capsys):
     asked = job(tmp_path / "caches", SourceConfig(kind="folder", path=str(folder)))
     indexing.index_samples(asked)
     capsys.readouterr()
-    precompute.resolve_stores(asked, HerePool(asked))
+    precompute.resolve_stores(asked, in_process(asked))
     said = [line for line in lines(capsys.readouterr().err) if "pixels" in line]
     assert said
     assert all(line.startswith("a/large: a very large picture") for line in said)

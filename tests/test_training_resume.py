@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 import torch
 from support import small_run
-from support.small_caches import HerePool
+from support.small_caches import in_process
 
 from cache.errors import NotBuilt
 from cache.samples import Samples
@@ -236,6 +236,6 @@ def test_who_creates_stores_for_actors_with_gpus_needs_none(tmp_path, monkeypatc
     far = job.model_copy(
         update={"extraction": job.extraction.model_copy(update={"gpus_per_actor": 1})}
     )
-    (store,) = precompute.resolve_stores(far, HerePool(job))
+    (store,) = precompute.resolve_stores(far, in_process(job))
     assert store.provenance["compute_batch"] == 8
     assert "device" not in store.provenance

@@ -14,7 +14,7 @@ from eupe.moments import Moments, merge
 from eupe.spec import StoreSpec
 from pipelines.caching.extractor import Measured, Output
 from pipelines.images.walks import base
-from pipelines.machines.pool import Pool
+from pipelines.machines.pool import Workers
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob
 
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 def measure(
-    job: CacheJob, specs: Sequence[StoreSpec], compute_batch: int, pool: Pool
+    job: CacheJob, specs: Sequence[StoreSpec], compute_batch: int, pool: Workers
 ) -> dict[Output, Sample]:
     """Measure what new stores are created with: moments of both token kinds, in view 0.
 

@@ -36,7 +36,7 @@ from pipelines.caching.measure import measure
 from pipelines.caching.tasks import Tasks
 from pipelines.images.index import check_there
 from pipelines.images.walks import base
-from pipelines.machines.pool import Pool
+from pipelines.machines.pool import Pool, Workers
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob, store_specs
 
@@ -65,7 +65,7 @@ def extractors(job: CacheJob) -> Pool:
     )
 
 
-def resolve_stores(job: CacheJob, pool: Pool | None = None) -> list[Store]:
+def resolve_stores(job: CacheJob, pool: Workers | None = None) -> list[Store]:
     """Open a job's stores; those that are not there yet are created with measured moments.
 
     Moments are measured on samples spread evenly over the dataset, in view 0, and merged in a
@@ -120,7 +120,9 @@ class Extracted:
     seconds: float
 
 
-def extract_missing(job: CacheJob, stores: Sequence[Store], pool: Pool | None = None) -> Extracted:
+def extract_missing(
+    job: CacheJob, stores: Sequence[Store], pool: Workers | None = None
+) -> Extracted:
     """Compute the shards that the stores want and do not have, and commit them as they arrive.
 
     Args:
@@ -245,8 +247,8 @@ class Steps:
     """The steps that `build` calls, in this order. Whoever orchestrates a build wraps them."""
 
     index_samples: Callable[[CacheJob], Indexed] = index_samples
-    resolve_stores: Callable[[CacheJob, Pool], list[Store]] = resolve_stores
-    extract_missing: Callable[[CacheJob, list[Store], Pool], Extracted] = extract_missing
+    resolve_stores: Callable[[CacheJob, Workers], list[Store]] = resolve_stores
+    extract_missing: Callable[[CacheJob, list[Store], Workers], Extracted] = extract_missing
     verify_stores: Callable[[list[Store], bool], list[Report]] = verify_stores
 
 
@@ -303,7 +305,7 @@ def _datasets(groups: Sequence[Sequence[CacheJob]]) -> list[CacheJob]:
     return list({job.dataset.name: job for job in reversed(jobs)}.values())[::-1]
 
 
-def _borrowed(pool: Pool | None, job: CacheJob) -> AbstractContextManager[Pool]:
+def _borrowed(pool: Workers | None, job: CacheJob) -> AbstractContextManager[Workers]:
     """Use the caller's pool and leave it running, or one of our own."""
     return extractors(job) if pool is None else nullcontext(pool)
 

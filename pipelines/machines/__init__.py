@@ -2,6 +2,7 @@
 
     cluster    connecting to Ray: the cluster RAY_ADDRESS names, or one of our own
     pool       restartable actors with a few calls in flight each
+    in_process the same calls without Ray
     lease      one process at a time works on something, and a dead one holds nothing
     progress   how far a long step is, shown here or told to another process
     errors     bad input is one sentence at the edge, a bug keeps its traceback

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from eupe.errors import BadInput
 from pipelines.machines.cluster import connect
@@ -26,6 +26,14 @@ GATHERED = 9
 them does so for a tenth of the time, in a bucket every few seconds, on a disk at once."""
 GATHERED_SECONDS = 5.0
 """And no longer: followers see progress."""
+
+
+class Workers(Protocol):
+    """Whoever does calls of one class's methods: the actors of a `Pool`, or an object here."""
+
+    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[int, Any]]]:
+        """Call a method for each task; yield (task number, result) of the calls that have ended."""
+        ...
 
 
 class Lost(Exception):

@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from pipelines.caching.extractor import Extractor
 from pipelines.images import index as image_index
 from pipelines.images.reader import ImageReader
 from pipelines.images.walks import base
+from pipelines.machines.in_process import InProcess
 from pipelines.recipe.config import DatasetConfig, ExtractionConfig, SourceConfig, TeacherConfig
 from pipelines.recipe.stores import CacheJob
 
@@ -135,22 +136,16 @@ def reader(source: SourceConfig) -> ImageReader:
     return ImageReader(base(source))
 
 
-class HerePool:
-    """Does in this process what `pipelines.machines.pool.Pool` has actors do."""
-
-    def __init__(self, job: CacheJob) -> None:
-        extraction = job.extraction
-        self._extractor = Extractor(job.teachers, extraction.decode_threads, extraction.device)
-
-    def run(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[int, Any]]]:
-        for number, task in enumerate(tasks):
-            yield [(number, getattr(self._extractor, method)(*task))]
+def in_process(job: CacheJob) -> InProcess:
+    """Return what does a job's work in this process, where Ray's actors would."""
+    extraction = job.extraction
+    return InProcess(Extractor(job.teachers, extraction.decode_threads, extraction.device))
 
 
 def build(job: CacheJob) -> list[Store]:
     """Index, measure and extract in this process; return the job's stores."""
     indexing.index_samples(job)
-    pool = HerePool(job)
+    pool = in_process(job)
     stores = precompute.resolve_stores(job, pool)
     precompute.extract_missing(job, stores, pool)
     return stores

@@ -18,13 +18,14 @@ from pathlib import Path
 import yaml
 
 from pipelines.caching import precompute
+from pipelines.machines.in_process import InProcess
 from pipelines.recipe import recipes
 from pipelines.recipe.stores import CacheJob
 from pipelines.sweeps import results, work
 from pipelines.sweeps.file import Run, read, runs
 from pipelines.sweeps.graph import Node
 from support import stage_runs
-from support.small_caches import HerePool
+from support.small_caches import in_process
 
 EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "emoji.parquet"
 NAME = "toy"
@@ -60,9 +61,9 @@ def install(folder: Path) -> None:
 
 
 @contextmanager
-def here(job: CacheJob) -> Iterator[HerePool]:
+def here(job: CacheJob) -> Iterator[InProcess]:
     """Do in this process what actors do."""
-    yield HerePool(job)
+    yield in_process(job)
 
 
 def asked(path: Path) -> list[Run]:
