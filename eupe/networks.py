@@ -5,10 +5,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import open_clip
 import timm
 import torch
-from open_clip.model import _build_vision_tower  # no public way builds a tower without its text
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -94,6 +92,8 @@ def _timm_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _open_clip_tower(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    import open_clip  # brings torchvision, transformers and torch's compiler: seconds a process
+
     config = open_clip.get_model_config(architecture)
     if config is None:
         raise BadInput(_unknown("open_clip", architecture, open_clip.list_models()))
@@ -116,6 +116,8 @@ def _open_clip_tower(architecture: str, arguments: Mapping[str, Any]) -> nn.Modu
 
 
 def _tower(width: int, vision: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
+    from open_clip.model import _build_vision_tower  # no public way builds one without its text
+
     tower: nn.Module = _build_vision_tower(width, dict(vision), config.get("quick_gelu", False))
     return tower
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import timm
 
 from eupe.spec import EncoderSpec, Triple
@@ -55,6 +54,8 @@ def on_record(spec: EncoderSpec, weights: str) -> dict[str, Any]:
         return own
     tag = place if scheme == "hub" else ""
     if spec.library == "open_clip":
+        import open_clip  # seconds, see `eupe.networks`
+
         tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
         chosen = tag or (tags[0] if tags else "")
         return dict(open_clip.pretrained.get_pretrained_cfg(spec.architecture, chosen))

@@ -25,7 +25,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
-import open_clip
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -237,6 +236,8 @@ def _pretrained_tag(spec: EncoderSpec, asked: str, name: str) -> str:
         there = timm.list_pretrained(f"{architecture}.*")
         tags = [timm.models.split_model_name_tag(each)[1] for each in there]
     else:
+        import open_clip  # seconds, see `eupe.networks`
+
         tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
     if not tags:
         raise BadInput(f"weights 'hub' of {name}: it has none there; name a file:<path>")
@@ -260,6 +261,8 @@ def _from_hub(spec: EncoderSpec, tag: str) -> dict[str, Tensor]:
             architecture, _ = timm.models.split_model_name_tag(spec.architecture)
             network = timm.create_model(f"{architecture}.{tag}", pretrained=True, **arguments)
         else:
+            import open_clip
+
             network = open_clip.create_model(spec.architecture, pretrained=tag).visual
     except (OSError, RuntimeError) as error:
         raise BadInput(
