@@ -99,42 +99,72 @@ def _follow(client: "JobSubmissionClient", job: str, say: Callable[[str], None])
 
     The job API may be away for a while (its node's dashboard starts anew): the job does not mind.
     """
-    from aiohttp import ClientError  # what Ray's client speaks with
     from ray.job_submission import JobStatus
 
-    started, told, said, ended = time.monotonic(), False, 0, 0.0
-
-    async def stream() -> bool:
-        """Say what was not said yet; return True if the log ended, and not the connection."""
-        nonlocal said
-        chunks, passed = client.tail_job_logs(job), 0  # from the log's beginning
-        while True:
-            try:
-                chunk = await anext(chunks)
-            except StopAsyncIteration:
-                return True
-            except (RuntimeError, OSError, ClientError):
-                return False
-            passed += len(chunk)
-            new, said = max(passed - said, 0), max(passed, said)
-            if new:
-                say(chunk[-new:])
-
+    started, told, said = time.monotonic(), False, 0
     away = Retrying(
         stop=stop_after_delay(AWAY_SECONDS), wait=wait_fixed(POLL_SECONDS), reraise=True
     )
     while True:
         info = away(client.get_job_info, job)
+        if info.status.is_terminal():
+            say(_log(client, job)[said:])
+            return info
         if info.status != JobStatus.PENDING:
-            whole = asyncio.run(stream())
-            if info.status.is_terminal():
-                ended = ended or time.monotonic()
-                if whole or time.monotonic() - ended > STOP_SECONDS:
-                    return info
+            said = asyncio.run(_stream(client, job, said, say))
         elif not told and time.monotonic() - started > PENDING_SECONDS:
             say(f"{info.entrypoint}: {info.message}\n")
             told = True
         time.sleep(POLL_SECONDS)
+
+
+async def _stream(
+    client: "JobSubmissionClient", job: str, said: int, say: Callable[[str], None]
+) -> int:
+    """Say what a job writes until it has ended, or the connection.
+
+    Ray's stream of a log ends five seconds after its job: between chunks the job is asked itself.
+
+    Args:
+        client: of the job API.
+        job: that runs.
+        said: characters of its log that were said before.
+        say: called with each chunk.
+
+    Returns:
+        characters of its log that are said.
+    """
+    from aiohttp import ClientError  # what Ray's client speaks with
+
+    chunks, passed = client.tail_job_logs(job), 0  # from the log's beginning
+    coming = asyncio.ensure_future(anext(chunks))
+    try:
+        while True:
+            await asyncio.wait({coming}, timeout=POLL_SECONDS)
+            if coming.done():
+                passed += len(chunk := coming.result())
+                new, said = max(passed - said, 0), max(passed, said)
+                if new:
+                    say(chunk[-new:])
+                coming = asyncio.ensure_future(anext(chunks))
+            elif client.get_job_info(job).status.is_terminal():
+                return said
+    except (StopAsyncIteration, RuntimeError, OSError, ClientError):
+        return said
+    finally:
+        coming.cancel()
+
+
+def _log(client: "JobSubmissionClient", job: str) -> str:
+    """Return the whole log of a job that has ended; its node may not be there to give it."""
+    tries = Retrying(
+        stop=stop_after_delay(STOP_SECONDS), wait=wait_fixed(POLL_SECONDS), reraise=True
+    )
+    try:
+        return str(tries(client.get_job_logs, job))
+    except (RuntimeError, OSError) as error:  # requests' errors among them
+        print(f"the end of the log of job {job} cannot be had: {error}", file=sys.stderr)
+        return ""
 
 
 @contextmanager

@@ -234,5 +234,12 @@ def test_a_store_opens_without_torch_ray_or_prefect():
 
 
 @pytest.mark.slow
+def test_a_run_without_networks_of_open_clip_does_not_wait_for_its_imports():
+    """Seconds of each of a demo's ten processes: transformers, and all of torchvision."""
+    work = "pipelines.stages, pipelines.caching.extractor, pipelines.evaluation.report"
+    assert loaded_by(f"import {work}", {"open_clip", "transformers"}) == set()
+
+
+@pytest.mark.slow
 def test_the_subprocess_test_can_fail():
     assert loaded_by("import cache, torch", {"torch", "ray"}) == {"torch"}

@@ -4,6 +4,7 @@ Figures are of held-out images. Each stands with its 95 % bootstrap interval ove
 """
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from eupe.likeness import linear_cka, shared_neighbours
@@ -154,5 +156,8 @@ def _linear(
         found = linear_probe(bank.double().numpy(), labels, queries.double().numpy())
         return found.predicted == truth, found.regularisation, found.converged
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, LINEAR_WORKERS)) as workers:
+    threads = min(os.cpu_count() or 1, LINEAR_WORKERS)
+    # Filters are the whole process's: they are set around the threads, not in each.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as workers:
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it is in what is returned
         return dict(zip(encoders, workers.map(one, encoders), strict=True))
