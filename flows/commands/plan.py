@@ -58,7 +58,10 @@ def plan(
     ] = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Time decoding and teachers here, for a minute at most."),
+        typer.Option(
+            "--measure",
+            help="Time decoding, and a build of some hundred pictures of each set.",
+        ),
     ] = False,
     figure: Annotated[
         Path | None,

@@ -36,6 +36,7 @@ class Outlook:
         rates: what is assumed.
         measured: fields of `rates` that were measured here.
         disk_bytes: that caches may take.
+        here_seconds: of a build on the Ray at hand, as a short one was measured; None: it was not.
     """
 
     plan: Plan
@@ -43,13 +44,15 @@ class Outlook:
     rates: Rates
     measured: frozenset[str]
     disk_bytes: float
+    here_seconds: float | None = None
 
     def build_seconds(self) -> dict[str, float]:
         """Return what a build takes of each: GPUs, cores, and the disk; the longest counts."""
         flops = sum(store.flops for store in self.plan.stores.values())
+        pictures = sum(each.images for each in self.plan.passes.values())
         return {
             "teachers on GPUs": flops / self._flops("extraction_utilisation"),
-            "decoding on cores": sum(self.plan.decoded.values()) / self._decoding,
+            "decoding on cores": pictures / self._decoding,
             "writing to disk": self.plan.num_bytes / self._disk,
         }
 
@@ -204,9 +207,13 @@ class Outlook:
             live: sum(max(self.stage_seconds(stage, live).values()) for stage in stages) / HOUR
             for live in (False, True)
         }
+        here = {}
+        if self.here_seconds is not None:
+            here["building here"] = Figure(self.here_seconds / HOUR, "h", "measured")
         return {
             "caches on disk": Figure(self.plan.num_bytes, "B", "computed"),
             "room for caches": Figure(self.disk_bytes, "B", "computed"),
+            **here,
             f"building, bound by {order[0]}, then {order[1]}": self._on(
                 build[order[0]] / HOUR, "h", *price[1:]
             ),

@@ -8,6 +8,7 @@ uses (`sizes`), FLOPs are counted on the meta device, the rest rests on `rates`.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -116,6 +117,18 @@ class StagePlan:
     read_shards: float
 
 
+class Pass(NamedTuple):
+    """One pass of a set's pictures through some teachers.
+
+    Attributes:
+        job: that makes it.
+        images: that it decodes, each view once for all teachers.
+    """
+
+    job: CacheJob
+    images: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """What some recipes take.
@@ -123,13 +136,13 @@ class Plan:
     Attributes:
         stores: key -> store.
         stages: name -> stage.
-        decoded: keys of a pass's stores -> pictures that it decodes, each view once for all.
+        passes: keys of a pass's stores -> the pass.
         notes: what is said of it in sentences.
     """
 
     stores: Mapping[str, StorePlan] = field(default_factory=dict)
     stages: Mapping[str, StagePlan] = field(default_factory=dict)
-    decoded: Mapping[frozenset[str], int] = field(default_factory=dict)
+    passes: Mapping[frozenset[str], Pass] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __add__(self, other: "Plan") -> "Plan":
@@ -145,7 +158,7 @@ class Plan:
         return Plan(
             {**self.stores, **larger},
             {**self.stages, **other.stages},
-            {**self.decoded, **other.decoded},
+            {**self.passes, **other.passes},
             tuple(dict.fromkeys((*self.notes, *other.notes))),
         )
 
@@ -284,7 +297,7 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
                 ),
             )
     rows = int(seen.sum(axis=0) @ dataset.shards.lengths)
-    return Plan(stores=stores, decoded={frozenset(stores): rows})
+    return Plan(stores=stores, passes={frozenset(stores): Pass(job, rows)})
 
 
 def _of_stage(

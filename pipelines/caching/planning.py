@@ -38,7 +38,7 @@ def outlook(
         on: what it runs on.
         rates: what is assumed.
         disk_terabytes: that caches may take; None: what is free at the cache root.
-        measure: True to measure decoding here, instead of assuming it.
+        measure: True to measure decoding and a short build here, instead of assuming.
 
     Raises:
         BadInput: as for `plan.of_recipe`, or sizes that are no numbers.
@@ -63,14 +63,14 @@ def on_machine(
         on: as in `outlook`, like what follows.
         rates: what is assumed.
         disk_terabytes: that caches may take.
-        measure: True to measure decoding here.
+        measure: as in `outlook`.
     """
-    measured: frozenset[str] = frozenset()
-    if measure:
-        rates = rates.model_copy(update=calibrate.rates(recipe))
-        measured = frozenset({"decode_views"})
     room = free_bytes(recipe) if disk_terabytes is None else disk_terabytes * 1e12
-    return Outlook(found, on, rates, measured, room)
+    if not measure:
+        return Outlook(found, on, rates, frozenset(), room)
+    rates = rates.model_copy(update=calibrate.rates(recipe))
+    here_seconds = calibrate.build_seconds(found.passes.values())
+    return Outlook(found, on, rates, frozenset({"decode_views"}), room, here_seconds)
 
 
 def in_short(recipe: Recipe) -> str:
