@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support import small_recipe, small_run
+from support import small_caches, small_recipe, small_run
 
 from cache.store import store_directories
 from eupe.errors import BadInput
@@ -174,3 +174,16 @@ def test_students_of_the_permissive_recipe_may_be_used_commercially():
     )
     assert verdict.startswith("All that it was made from may be used commercially")
     assert barred.startswith("Not for commercial use: pictures imagenet1k")
+
+
+def test_the_pictures_themselves_stand_beside_their_caches(built):
+    known = planning.outlook(built, (), ON, rates.Rates()).totals()["pictures themselves"]
+    pictures = small_caches.pictures(small_run.EMOJI, 48).values()
+    assert known.how == "measured"
+    assert known.value == sum(len(picture) for picture in pictures)
+    totals = planning.outlook(recipes.get("imagenet1k_vits16"), (), ON, rates.Rates()).totals()
+    assert totals["pictures themselves"].how == "assumed"
+    assert totals["pictures themselves"].value == pytest.approx(
+        147.9e9 * 1_331_167 / 1_281_167, rel=1e-3
+    )
+    assert 0 < totals["of which pixels of views"].value < totals["caches on disk"].value

@@ -13,6 +13,7 @@ import matplotlib
 
 from pipelines.caching.plan import Plan, StagePlan, StorePlan
 from pipelines.caching.rates import Figure, How, Machine, Rates, described
+from pipelines.recipe.config import PIXELS
 
 NODE_GPUS = 8
 """Accelerators of a usual node."""
@@ -207,11 +208,15 @@ class Outlook:
             live: sum(max(self.stage_seconds(stage, live).values()) for stage in stages) / HOUR
             for live in (False, True)
         }
+        stores = self.plan.stores.values()
+        pixels = sum(each.num_bytes for each in stores if each.teacher == PIXELS)
         here = {}
         if self.here_seconds is not None:
             here["building here"] = Figure(self.here_seconds / HOUR, "h", "measured")
         return {
+            "pictures themselves": _pictures(self.plan, self.rates),
             "caches on disk": Figure(self.plan.num_bytes, "B", "computed"),
+            "of which pixels of views": Figure(pixels, "B", "computed"),
             "room for caches": Figure(self.disk_bytes, "B", "computed"),
             **here,
             f"building, bound by {order[0]}, then {order[1]}": self._on(
@@ -299,6 +304,14 @@ def lines(table: list[dict[str, object]]) -> list[dict[str, str]]:
         {name: shown(cell) if isinstance(cell, Figure) else str(cell) for name, cell in row.items()}
         for row in table
     ]
+
+
+def _pictures(plan: Plan, rates: Rates) -> Figure:
+    """Return the bytes of all sets' pictures."""
+    sets = plan.pictures.values()
+    total = sum(each.number * (each.mean_bytes or rates.picture_bytes) for each in sets)
+    known = all(each.mean_bytes is not None for each in sets)
+    return Figure(total, "B", "measured" if known else "assumed")
 
 
 def _plain(row: Mapping[str, object]) -> dict[str, object]:

@@ -129,6 +129,18 @@ class Pass(NamedTuple):
     images: int
 
 
+class Pictures(NamedTuple):
+    """A set's pictures as they are.
+
+    Attributes:
+        number: of them.
+        mean_bytes: of one, as some are; None where the set is not indexed here.
+    """
+
+    number: int
+    mean_bytes: float | None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What some recipes take.
@@ -137,12 +149,14 @@ class Plan:
         stores: key -> store.
         stages: name -> stage.
         passes: keys of a pass's stores -> the pass.
+        pictures: set -> its pictures as they are.
         notes: what is said of it in sentences.
     """
 
     stores: Mapping[str, StorePlan] = field(default_factory=dict)
     stages: Mapping[str, StagePlan] = field(default_factory=dict)
     passes: Mapping[frozenset[str], Pass] = field(default_factory=dict)
+    pictures: Mapping[str, Pictures] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __add__(self, other: "Plan") -> "Plan":
@@ -159,6 +173,7 @@ class Plan:
             {**self.stores, **larger},
             {**self.stages, **other.stages},
             {**self.passes, **other.passes},
+            {**self.pictures, **other.pictures},
             tuple(dict.fromkeys((*self.notes, *other.notes))),
         )
 
@@ -208,7 +223,9 @@ def _stores(
         job.dataset.name: _dataset(recipe, job, per_shard[job.dataset.name], given)
         for job in groups[0]
     }
-    plan = Plan()
+    plan = Plan(
+        pictures={name: Pictures(each.num_rows, each.mean_bytes) for name, each in sets.items()}
+    )
     for group in groups:
         for job in group:
             plan += _of_job(job, sets[job.dataset.name], rates)
@@ -222,6 +239,7 @@ class _Dataset:
     shards: ShardRanges
     rows_per_shard: int
     sample_ids: tuple[str, ...]
+    mean_bytes: float | None = None
 
     @property
     def num_rows(self) -> int:
@@ -241,8 +259,13 @@ def _dataset(recipe: Recipe, job: CacheJob, per_shard: int, given: Mapping[str, 
         except NotBuilt:
             pass
         else:
-            ids = samples.at(np.arange(min(len(samples), sizes.EXAMPLES)))["sample_id"].to_list()
-            return _Dataset(samples.shards(), samples.rows_per_shard, tuple(ids))
+            some = samples.at(np.arange(min(len(samples), sizes.EXAMPLES)))
+            return _Dataset(
+                samples.shards(),
+                samples.rows_per_shard,
+                tuple(some["sample_id"]),
+                float(some["bytes"].to_numpy().mean()),
+            )
     count = given.get(name, KNOWN_IMAGES.get(name))
     if count is None:
         raise UnknownSize(

@@ -78,6 +78,12 @@ class Rates(Spec):
         description="pictures a second that one core decodes, augments on a canvas of 512 and "
         "resizes; ours: 240 cores for 8 GPUs at some 6,000 a second",
     )
+    picture_bytes: float = Field(
+        115_440,
+        gt=0,
+        description="bytes of a picture of a set that is not indexed here; ILSVRC 2012: 1,281,167 "
+        "training JPEGs in an archive of 147,897,477,120 bytes",
+    )
     disk_bytes: float = Field(
         10e9,
         gt=0,

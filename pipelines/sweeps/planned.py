@@ -48,5 +48,6 @@ def _of_run(recipe: Recipe, addresses: Mapping[StageName, str], own: Plan) -> Pl
     return Plan(
         stores={named[key]: replace(each, key=named[key]) for key, each in own.stores.items()},
         stages={addresses[name]: replace(each, name=addresses[name]) for name, each in stages},
+        pictures=own.pictures,
         passes={frozenset(named[key] for key in keys): each for keys, each in own.passes.items()},
     )
