@@ -99,6 +99,12 @@ def test_losses_are_those_written_down(tmp_path):
     check(trained(tmp_path), json.loads(GOLDEN.read_text()), RTOL)
 
 
+@pytest.mark.parametrize("scaling", ["sqrt", "linear"])
+def test_a_base_rate_is_scaled_by_the_batch(scaling, tmp_path):
+    steeper = OptimizerConfig(lr=0.05, lr_scaling=scaling, betas=(0.7, 0.93), clip_norm=0.3)
+    check(trained(tmp_path, optimizer=steeper), reference(optimizer=steeper), RTOL)
+
+
 def test_bfloat16_is_entered_and_changes_what_it_should(tmp_path):
     """Every row valid: the trainer's mean over the others multiplies what 8 bits have rounded."""
     half = trained(tmp_path, (), precision="bfloat16")[:BFLOAT16_STEPS]

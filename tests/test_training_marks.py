@@ -80,6 +80,7 @@ CHANGED: dict[type[BaseModel], dict[str, Changes]] = {
     },
     OptimizerConfig: {
         "lr": {"lr": 1e-3},
+        "lr_scaling": {"lr_scaling": "sqrt"},
         "weight_decay": {"weight_decay": 0.1},
         "betas": {"betas": (0.8, 0.9)},
         "clip_norm": {"clip_norm": None},

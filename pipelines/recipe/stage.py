@@ -1,5 +1,6 @@
 """One stage of distillation as a recipe says it: its loss, its optimizer and everything else."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -28,11 +29,25 @@ class LossConfig(Spec):
     )
 
 
+SQRT_BATCH = 1024
+"""Batch at which `lr_scaling: sqrt` leaves a rate as it is (DINOv2, arXiv:2304.07193)."""
+LINEAR_BATCH = 256
+"""Batch at which `lr_scaling: linear` does (Goyal et al., arXiv:1706.02677)."""
+
+
 class OptimizerConfig(Spec):
-    """AdamW. The paper states lr and weight decay only."""
+    """AdamW. The paper states a base learning rate and weight decay only."""
 
     lr: Annotated[float, IDENTITY] = Field(
-        2e-5, gt=0, description="learning rate after the warm-up, from where a cosine ends at 0"
+        2e-5,
+        gt=0,
+        description="base learning rate: scaled, it is what the warm-up ends at and a cosine "
+        "begins at, which ends at 0",
+    )
+    lr_scaling: Annotated[Literal["none", "sqrt", "linear"], IDENTITY] = Field(
+        "none",
+        description="what lr is multiplied by: 1; sqrt: the root of global_batch / 1024 (DINOv2's "
+        "rule); linear: global_batch / 256 (that of supervised training)",
     )
     weight_decay: Annotated[float, IDENTITY] = Field(
         1e-4, ge=0, description="of matrices and convolution kernels"
@@ -135,3 +150,13 @@ class StageConfig(Spec):
                 f"loss.gamma names {sorted(unknown)}; the stage's teachers are {self.teachers}"
             )
         return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the end of the warm-up: the base one, scaled by the batch."""
+        scales = {
+            "none": 1.0,
+            "sqrt": math.sqrt(self.global_batch / SQRT_BATCH),
+            "linear": self.global_batch / LINEAR_BATCH,
+        }
+        return self.optimizer.lr * scales[self.optimizer.lr_scaling]

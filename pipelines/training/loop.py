@@ -219,7 +219,7 @@ class _Run:
                 f"step {step}: the gradient's norm is {norm.item()}; weights and checkpoints are "
                 "still sound; a lower optimizer.lr, float32 precision or clipping may help"
             )
-        rate = self.stage.optimizer.lr * warmup_cosine(
+        rate = self.stage.peak_lr * warmup_cosine(
             step - self.schedule_start,
             steps=self.stage.steps - self.schedule_start,
             warmup_steps=self.stage.warmup_steps,

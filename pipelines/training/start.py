@@ -171,7 +171,7 @@ def optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
             {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": free, "weight_decay": 0.0},
         ],
-        lr=settings.lr,
+        lr=stage.peak_lr,
         betas=settings.betas,
         fused=True,
     )

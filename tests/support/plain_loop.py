@@ -96,10 +96,13 @@ def terms(stage: StageConfig, name: str, predicted: Tokens, target: Tokens) -> T
 
 def rate(stage: StageConfig, step: int) -> float:
     """Linear warm-up, then half a cosine to zero."""
+    batch = stage.global_batch
+    scaled = {"none": 1, "linear": batch / 256, "sqrt": math.sqrt(batch / 1024)}
+    peak = stage.optimizer.lr * scaled[stage.optimizer.lr_scaling]
     if step < stage.warmup_steps:
-        return stage.optimizer.lr * (step + 1) / stage.warmup_steps
+        return peak * (step + 1) / stage.warmup_steps
     done = (step - stage.warmup_steps) / (stage.steps - stage.warmup_steps)
-    return stage.optimizer.lr * (1 + math.cos(math.pi * done)) / 2
+    return peak * (1 + math.cos(math.pi * done)) / 2
 
 
 def train(
