@@ -5,7 +5,7 @@ The shape is the paper's, three stages with a proxy; teachers, proxy, batches an
 cost, in bytes, hours and money: `eupe plan`.
 """
 
-from eupe.spec import AugmentedView, CentreView, EncoderSpec
+from eupe.spec import AugmentedView, EncoderSpec
 from eupe.students import FAMILY
 from pipelines.recipe import family
 from pipelines.recipe.config import (
@@ -138,7 +138,7 @@ def _recipe(
         held_out=held_out,
         views=AugmentedView(),
         num_views=2,
-        held_out_views=CentreView(),
+        held_out_views=family.USUAL_CROP,
         teachers=by_name(*teachers),
         proxy=StudentConfig(
             name=PROXY, encoder=EncoderSpec(architecture="vit_large_patch16_dinov3_qkvb")
@@ -150,7 +150,7 @@ def _recipe(
             _stage("stage2", {PROXY: first}, first, 125_000, 2048, lr=2e-4),
             _stage("stage3", {PROXY: pyramid}, pyramid, 50_000, 1024, lr=1e-4, initial="stage2"),
         ),
-        extraction=family.NODE_EXTRACTION.model_copy(update={"moments_samples": 16_384}),
+        extraction=family.NODE_EXTRACTION,
         workers=family.NODE_WORKERS,
         evaluation=EvaluationConfig(label=label, resolution=224),
     )
