@@ -73,3 +73,11 @@ def test_a_refused_write_says_what_helps_and_leaves_the_old_file(
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "sub", "sub/folder"])
+def test_a_file_in_the_way_of_a_folder_is_named_and_kept(below, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(StoreError, match=r"/notes: is a file, where a folder is wanted"):
+        atomic.make_directories(tmp_path / "notes" / below)
+    assert (tmp_path / "notes").read_text() == "mine"

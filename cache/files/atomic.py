@@ -173,11 +173,20 @@ def temporary_name(name: str) -> str:
 
 
 def make_directories(path: Path) -> None:
-    """Make a folder and its parents, each durable before the next is made inside it."""
+    """Make a folder and its parents, each durable before the next is made inside it.
+
+    Raises:
+        StoreError: a file is in the way.
+    """
     if path.is_dir():
         return
     make_directories(path.parent)
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StoreError(
+            f"{path}: is a file, where a folder is wanted; name another place"
+        ) from error
     _sync_directory(path.parent)
 
 
