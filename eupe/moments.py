@@ -1,6 +1,7 @@
 """Moments: count, mean and scatter of tokens, mergeable in any order (numpy, float64)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -66,3 +67,26 @@ def merge(a: Moments, b: Moments) -> Moments:
     mean = a.mean + shift * (b.count / count)
     scatter = a.scatter + b.scatter + np.outer(shift, shift) * (a.count * b.count / count)
     return Moments(count, mean, scatter)
+
+
+def mixed(parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
+    """Return the moments of tokens that are drawn from several sets, however many were measured.
+
+    Args:
+        parts: of each set.
+        shares: of all draws that fall to it; they sum to 1.
+
+    Returns:
+        mean and covariance of a draw; the count is that of all parts.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    count = sum(part.count for part in parts)
+    mean = np.add.reduce([s * part.mean for part, s in zip(parts, shares, strict=True)])
+    covariance = np.add.reduce(
+        [
+            s * (part.covariance() + np.outer(part.mean - mean, part.mean - mean))
+            for part, s in zip(parts, shares, strict=True)
+        ]
+    )
+    return Moments(count, mean, covariance * count)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eupe.hadamard import hadamard
-from eupe.moments import Moments, merge
+from eupe.moments import Moments, merge, mixed
 from eupe.normalise import phi_s, zscore
 
 MERGE = {"rtol": 1e-9, "atol": 1e-9}  # float64 sums in another order
@@ -68,6 +68,23 @@ def test_a_large_mean_does_not_cancel():
 def test_bad_tokens_are_refused(bad, reason):
     with pytest.raises(ValueError, match=reason):
         Moments.of(bad)
+
+
+@pytest.mark.parametrize("sizes", [(40, 40), (5, 400)])
+def test_a_mixture_counts_sets_by_their_draws_and_not_by_what_was_measured(sizes):
+    """Drawn tokens, nine of the first for one of the second, have those moments."""
+    rng = np.random.default_rng(3)
+    sets = [rng.normal(place, 1 + place, (n, 3)) for place, n in enumerate(sizes)]
+    drawn = np.concatenate([np.repeat(sets[0], 9 * sizes[1], 0), np.repeat(sets[1], sizes[0], 0)])
+    found = mixed([Moments.of(each) for each in sets], [0.9, 0.1])
+    np.testing.assert_allclose(found.mean, drawn.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance(), np.cov(drawn.T, ddof=0), rtol=1e-10)
+    assert found.count == sum(sizes)
+
+
+def test_one_set_is_its_own_mixture_to_the_bit():
+    only = Moments.of(np.random.default_rng(0).normal(size=(7, 2)))
+    assert mixed([only], [1.0]) is only
 
 
 def test_different_widths_do_not_merge():

@@ -203,7 +203,7 @@ def test_one_wrong_view_number_is_refused(float32, tmp_path):
 
     stage = float32.stage("stage2")
     (store,) = open_stores(training_job(float32, stage))
-    normalisers = inputs.normalisers_of(stage, [[store]])
+    normalisers = inputs.normalisers_of(stage, [(1.0, [store])])
     feed = inputs.CachedSource({("lite0", SIDE): Reader(store, range(2))}, normalisers)
     right = Feed(feed, ImageReader(base(float32.train["emoji"].source)), float32.views)
     wrong = dataclasses.replace(right, source=OffByOne(feed))

@@ -31,6 +31,14 @@ def test_frequencies_over_100_000_draws() -> None:
     assert abs(rest[2] / rest.sum() - 0.25) < TOLERANCE
 
 
+def test_shares_that_are_expected_are_those_that_are_drawn() -> None:
+    mix = paper_mix(64)
+    drawn = mix.consumed(20_000) / mix.consumed(20_000).sum()
+    np.testing.assert_allclose(mix.expected(), drawn, atol=0.01)
+    assert mix.expected().sum() == pytest.approx(1)
+    assert Mix({"alone": 3.0}, {}, 8, 0).expected().tolist() == [1.0]
+
+
 @pytest.mark.slow
 def test_a_mixed_batch_holds_its_shares_to_within_one_slot() -> None:
     counts = np.stack([paper_mix(global_batch=30).counts(step) for step in range(2000)])

@@ -139,7 +139,7 @@ class Small:
 
     def given(self, run: Recipe, stage: StageConfig) -> inputs.Inputs:
         """Return a stage's inputs, its views drawn and seen by its teachers as it goes."""
-        normalisers = inputs.normalisers_of(stage, [self.stores])
+        normalisers = inputs.normalisers_of(stage, [(1.0, self.stores)])
         images = ImageReader(base(run.train["train"].source))
         source = LiveSource(
             {name: self.teachers[name] for name in stage.teachers},

@@ -77,6 +77,11 @@ class Mix:
         self._totals = [np.zeros(len(self.names), dtype=np.int64)]
         self._blocks: dict[int, np.ndarray] = {}
 
+    def expected(self) -> np.ndarray:
+        """Return the share of all slots that each dataset fills on average, float64 [datasets]."""
+        shares: np.ndarray = self._kinds[:-1] + self._kinds[-1] * self._rest
+        return shares
+
     def counts(self, step: int) -> np.ndarray:
         """Return how many slots each dataset fills at a step: int64 [number of datasets]."""
         block, place = divmod(step, STEPS_PER_BLOCK)

@@ -12,7 +12,7 @@ from cache.reader import Reader
 from cache.shard_ranges import ShardRanges
 from cache.store import Store
 from eupe.errors import BadInput
-from eupe.moments import Moments, merge
+from eupe.moments import Moments, merge, mixed
 from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features.cached import CachedSource, samples_pin
 from pipelines.features.sources import Normalisers
@@ -119,7 +119,10 @@ def fixed_normalisers(
         StoreError: as for `from_caches`.
     """
     training = _training_stores(recipe, stage, opened, resuming)
-    normalisers = normalisers_of(stage, [stores for _, stores in training.values()])
+    mix = Mix(recipe.shares, recipe.homogeneous, stage.global_batch, recipe.seed)
+    shares = dict(zip(mix.names, mix.expected().tolist(), strict=True))
+    own = [(shares[name], stores) for name, (_, stores) in training.items()]
+    normalisers = normalisers_of(stage, own)
     saved = checkpoint.latest(recipe.stage_directory(stage.name)) if resuming else None
     return normalisers if saved is None else _as_saved(normalisers, saved.normalisers())
 
@@ -226,21 +229,33 @@ def centre_feeds(
     }
 
 
-def normalisers_of(stage: StageConfig, stores: Sequence[Sequence[Store]]) -> dict[str, Normalisers]:
+def normalisers_of(
+    stage: StageConfig, stores: Sequence[tuple[float, Sequence[Store]]]
+) -> dict[str, Normalisers]:
     """Make the normalisers of a stage: one a teacher and kind, over all resolutions and datasets.
 
-    EUPE (arXiv:2603.22387), Fig. 3: statistics are measured once and then fixed.
+    EUPE (arXiv:2603.22387), Fig. 3: statistics are measured once and then fixed. Datasets count as
+    much as batches draw from them, whatever number of samples each was measured on.
 
     Args:
         stage: its teachers and which normaliser.
-        stores: of each dataset; moments are merged in this order.
+        stores: share of the draws, and stores, of each dataset; they are mixed in this order.
     """
     make = NORMALISERS[stage.normaliser]
+    shares = [share for share, _ in stores]
     out = {}
     for teacher in stage.teachers:
-        own = [s.moments() for each in stores for s in each if s.spec.teacher.name == teacher]
+        measured = [
+            [store.moments() for store in each if store.spec.teacher.name == teacher]
+            for _, each in stores
+        ]
         modules = [
-            make(reduce(merge, [Moments(*moments[kind]) for moments in own]))
+            make(
+                mixed(
+                    [reduce(merge, (Moments(*own[kind]) for own in each)) for each in measured],
+                    shares,
+                )
+            )
             for kind in Normalisers._fields
         ]
         out[teacher] = Normalisers(*modules)

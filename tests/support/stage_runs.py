@@ -48,7 +48,7 @@ def live(run: Recipe, stage: StageConfig, compute_batch: int) -> inputs.Inputs:
     """Return a stage's inputs with its teachers in the loop, normalised as the cached run's."""
     job = training_job(run, stage)
     stores = open_stores(job)
-    normalisers = inputs.normalisers_of(stage, [stores])
+    normalisers = inputs.normalisers_of(stage, [(1.0, stores)])
     images = ImageReader(base(job.dataset.source))
     source = LiveSource(
         {each.name: load_teacher(each.name, each.encoder, each.weights) for each in job.teachers},
