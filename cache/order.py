@@ -144,8 +144,11 @@ class EpochOrder:
         low = int(positions.min())
         ends = self._epoch(epoch)[1]
         shards = np.searchsorted(ends, np.arange(low, positions.max() + 1), side="right")
-        for start, stop, label in zip(*(stretches - begin).tolist(), labels.tolist(), strict=True):
-            found[label, shards[positions[start:stop] - low]] = True
+        starts, stops = stretches - begin
+        lengths = stops - starts
+        # Places of all stretches, one after the other.
+        places = np.arange(lengths.sum()) + np.repeat(stops - np.cumsum(lengths), lengths)
+        found[np.repeat(labels, lengths), shards[positions[places] - low]] = True
 
     def _order_block(self, epoch: int, block: int) -> Rows:
         """Return the rows at places [block B, (block + 1) B)."""

@@ -114,6 +114,7 @@ def _restore(changed: object, original: object) -> int:
         ("homogeneous.emoji-train=1.5", "sum to at most 1"),
         ("evaluation.bank=[]", "evaluation.bank: "),
         ("evaluation.bank=[emoji-test]", "the train sets are ['emoji-train']"),
+        ("lanes=3", "stage1: global_batch = 32 takes no equal part of each of 3 lanes"),
         ("held_out.name=emoji-train", "more than one data set of that name"),
     ],
 )

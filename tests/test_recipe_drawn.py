@@ -10,7 +10,6 @@ from support import small_recipe
 
 from cache.order import EpochOrder
 from cache.shard_ranges import ShardRange, ShardRanges
-from eupe.addressed import bits
 from pipelines.recipe import drawn, draws, resolutions
 from pipelines.recipe.drawn import Drawing
 from pipelines.recipe.draws import TrainingDraw
@@ -62,7 +61,9 @@ def by_counting(drawing: Drawing, views: dict[str, int]):
     shards = {"a": SHARDS, "b": OTHERS}
     found = {}
     for each in drawing.stages:
-        mix = Mix(drawing.shares, drawing.homogeneous, each.global_batch, drawing.seed)
+        mix = Mix(
+            drawing.shares, drawing.homogeneous, each.global_batch, drawing.seed, drawing.lanes
+        )
         draw = TrainingDraw(mix, {n: shards[n] for n in mix.names}, views, drawing.seed)
         for step in range(each.steps):
             batch, at = draw(step), resolutions.draw(each, drawing.seed, step)
@@ -78,12 +79,9 @@ def by_counting(drawing: Drawing, views: dict[str, int]):
 
 @pytest.mark.parametrize("steps", [1, 9, 60, 333])
 @pytest.mark.parametrize("seed", [0, 3])
-def test_what_is_drawn_is_what_the_steps_read(steps, seed, monkeypatch):
-    def little_buffer(shards, seed, dataset):
-        return EpochOrder.of(shards, bits(f"pipelines.draws/order/{seed}/{dataset}"), 32)
-
-    for module in (draws, drawn):
-        monkeypatch.setattr(module, "order_of", little_buffer)
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_what_is_drawn_is_what_the_steps_read(lanes, steps, seed, monkeypatch):
+    monkeypatch.setattr(draws, "BUFFER_ROWS", 32)
     drawn._answer.cache_clear()
     views = {"a": 3, "b": 2}
     drawing = Drawing(
@@ -94,6 +92,7 @@ def test_what_is_drawn_is_what_the_steps_read(steps, seed, monkeypatch):
         shares={"a": 1.0, "b": 1.0},
         homogeneous={"b": 0.3},
         seed=seed,
+        lanes=lanes,
     )
     counted = by_counting(drawing, views)
     assert steps > 60 or not all(mask.all() for mask in counted.values())  # something is left out

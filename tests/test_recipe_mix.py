@@ -15,8 +15,8 @@ PINNED_COUNTS = [[0, 6, 2], [0, 6, 2], [8, 0, 0]]
 PINNED_POSITIONS = [6, 8, 10, 2, 3, 9, 7, 11]
 
 
-def paper_mix(global_batch: int = 8, seed: int = 3) -> Mix:
-    return Mix({"in1k": 1.0, "web": 3.0, "photos": 1.0}, {"in1k": 0.1}, global_batch, seed)
+def paper_mix(global_batch: int = 8, seed: int = 3, lanes: int = 1) -> Mix:
+    return Mix({"in1k": 1.0, "web": 3.0, "photos": 1.0}, {"in1k": 0.1}, global_batch, seed, lanes)
 
 
 def test_frequencies_over_100_000_draws() -> None:
@@ -63,16 +63,46 @@ def test_any_step_can_be_asked_first() -> None:
     np.testing.assert_array_equal(walked.slots(3).positions, paper_mix().slots(3).positions)
 
 
-def test_every_dataset_is_walked_position_by_position() -> None:
-    mix = paper_mix()
-    seen: list[list[int]] = [[], [], []]
-    for step in range(STEPS_PER_BLOCK - 20, STEPS_PER_BLOCK + 20):
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_every_dataset_is_walked_position_by_position_in_every_lane(lanes) -> None:
+    mix = paper_mix(global_batch=32, lanes=lanes)
+    steps = range(STEPS_PER_BLOCK - 20, STEPS_PER_BLOCK + 20)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for step in steps:
         slots = mix.slots(step)
-        for dataset in range(3):
-            seen[dataset] += sorted(slots.positions[slots.datasets == dataset].tolist())
-    for dataset, positions in enumerate(seen):
-        first = int(mix.consumed(STEPS_PER_BLOCK - 20)[dataset])
+        for lane in range(lanes):
+            own = slice(lane * 32 // lanes, (lane + 1) * 32 // lanes)
+            for dataset in range(3):
+                found = slots.positions[own][slots.datasets[own] == dataset]
+                seen.setdefault((lane, dataset), []).extend(sorted(found.tolist()))
+    for (lane, dataset), positions in seen.items():
+        first = int(mix.consumed(steps[0])[lane, dataset])
         assert positions == list(range(first, first + len(positions)))
+        bounds = mix.stretches(mix.names[dataset], steps[-1] + 1, lane)
+        assert [first, first + len(positions)] == bounds[[steps[0], -1]].tolist()
+
+
+def test_lanes_share_a_batch_out_and_leave_it_as_it_is() -> None:
+    alone, dealt = paper_mix(global_batch=64), paper_mix(global_batch=64, lanes=16)
+    for step in range(200):
+        of_lanes = np.diff([dealt.consumed(at) for at in (step, step + 1)], axis=0)[0]
+        assert of_lanes.sum(axis=0).tolist() == alone.counts(step).tolist()
+        assert (of_lanes.sum(axis=1) == 4).all()
+        assert (of_lanes.max(axis=0) - of_lanes.min(axis=0)).max() <= 1
+    for name in alone.names:
+        whole = sum(dealt.stretches(name, 200, lane) for lane in range(16))
+        assert np.array_equal(whole, alone.stretches(name, 200))
+        assert np.array_equal(whole, dealt.stretches(name, 200))
+
+
+def test_no_lane_gets_more_of_a_dataset_than_another_in_the_long_run() -> None:
+    """The lane that has one slot more is another at every step, by chance."""
+    steps = 40_000
+    mix = paper_mix(global_batch=20, lanes=4)  # 3.75 slots of web in a heterogeneous batch
+    for name in mix.names:
+        counts = [int(mix.stretches(name, steps, lane)[-1]) for lane in range(4)]
+        # A step moves a lane from the mean by half a slot's deviation at most.
+        assert max(counts) - min(counts) < 2 * 4 * 0.5 * steps**0.5
 
 
 def test_another_seed_draws_otherwise() -> None:
@@ -98,3 +128,8 @@ def test_bad_mixes_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         Mix(shares, homogeneous, 8, 0)
+
+
+def test_a_batch_that_lanes_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"global_batch = 12 .* 8 lanes; .* or lanes = 4"):
+        Mix({"a": 1.0}, {}, 12, 0, lanes=8)

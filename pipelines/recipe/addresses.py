@@ -66,6 +66,7 @@ def made_of(
         "samples": {name: samples(recipe.cache_root, name) for name in recipe.train},
         "views": recipe.views.model_dump(mode="json"),
         "num_views": {name: recipe.views_of(name) for name in recipe.train},
+        **lanes(recipe),
         "teachers": {
             name: _proxy(recipe, address_of("stage1"))
             if name == PROXY
@@ -78,6 +79,11 @@ def made_of(
 def address(stage: StageName, made: Mapping[str, Any]) -> str:
     """Return the name of the output of a stage that is made of this."""
     return f"{stage}-{fp.short(fp.fingerprint(made))}"
+
+
+def lanes(recipe: Recipe) -> dict[str, int]:
+    """Return what the lanes add to an address: nothing where there is one, as before there were."""
+    return {"lanes": recipe.lanes} if recipe.lanes > 1 else {}
 
 
 def differing(asked: object, there: object, path: str = "") -> Iterator[tuple[str, object, object]]:

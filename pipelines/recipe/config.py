@@ -21,7 +21,7 @@ from eupe.spec import (
     ViewPolicy,
 )
 from pipelines.recipe.marks import EXECUTION, IDENTITY, OneOf
-from pipelines.recipe.mix import Mix
+from pipelines.recipe.mix import Mix, per_lane
 from pipelines.recipe.named import Named
 from pipelines.recipe.stage import StageConfig, StageName
 
@@ -299,6 +299,13 @@ class Recipe(Spec):
     seed: Annotated[int, IDENTITY] = Field(
         0, description="of networks, order, mix and scales; views have their own"
     )
+    lanes: Annotated[int, IDENTITY] = Field(
+        1,
+        ge=1,
+        description="that the shards of each train set are dealt to; a global batch takes an equal "
+        "part of every lane, so that a worker reads the shards of its own lanes only, if the "
+        "number of workers divides them",
+    )
     train: Named[DatasetName, DatasetConfig] = Field(
         min_length=1, description="data sets that are trained on, by name"
     )
@@ -347,6 +354,11 @@ class Recipe(Spec):
                 "and the held-out set wants a name of its own"
             )
         Mix(self.shares, self.homogeneous, 1, self.seed)
+        for stage in self.stages.values():
+            try:
+                per_lane(stage.global_batch, self.lanes)
+            except BadInput as error:
+                raise BadInput(f"{stage.name}: {error}") from error
         if unknown := set(self.evaluation.bank or ()) - set(self.train):
             raise BadInput(
                 f"evaluation.bank names {sorted(unknown)}; the train sets are {list(self.train)}"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cache.shard_ranges import Rows, ShardRanges
 from eupe.spec import Spec
 from pipelines.recipe import resolutions
-from pipelines.recipe.draws import order_of, view_numbers
+from pipelines.recipe.draws import lanes_of, order_of, view_numbers
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.stage import StageConfig
 
@@ -34,12 +34,14 @@ class Drawing(Spec):
         shares: train set -> its share of heterogeneous batches, in the order of the mix.
         homogeneous: train set -> chance of a batch of its own.
         seed: of the run.
+        lanes: that shards are dealt to.
     """
 
     stages: tuple[StageConfig, ...]
     shares: dict[str, float]
     homogeneous: dict[str, float]
     seed: int
+    lanes: int = 1
 
     def of_teacher(
         self, dataset: str, shards: ShardRanges, num_views: int, teacher: str, resolution: int
@@ -115,20 +117,23 @@ class _Question:
 @lru_cache(maxsize=64)
 def _answer(asked: _Question) -> dict[int, Mask]:
     """Return resolution -> what a stage draws at it."""
-    (stage,), seed = asked.drawing.stages, asked.drawing.seed
-    mix = Mix(asked.drawing.shares, asked.drawing.homogeneous, stage.global_batch, seed)
-    bounds = mix.stretches(asked.dataset, stage.steps)
-    order = order_of(asked.shards, seed, asked.dataset)
+    drawing, (stage,), seed = asked.drawing, asked.drawing.stages, asked.drawing.seed
+    mix = Mix(drawing.shares, drawing.homogeneous, stage.global_batch, seed, drawing.lanes)
     scales, turns = _turns(stage, seed, asked.teacher)
     found = np.zeros((len(scales), asked.num_views, len(asked.shards)), bool)
-    every = np.arange(len(asked.shards))
-    for epoch, cuts, labels in _by_epoch(order.num_rows, bounds, turns):
-        epochs = np.full(len(every), epoch)
-        views = view_numbers(seed, epochs, asked.shards.starts, asked.num_views)
-        if not found[:, views, every].all():
-            found[:, views, every] |= order.touched(epoch, cuts, labels, len(scales))
-            if found.all():
-                break
+    dealt = lanes_of(asked.shards, asked.dataset, mix.lanes)
+    for number, lane in enumerate(dealt):
+        order = order_of(lane, seed, asked.dataset, number, mix.lanes)
+        bounds = mix.stretches(asked.dataset, stage.steps, number)
+        own = found[:, :, lane.places]
+        firsts, every = asked.shards.starts[lane.places], np.arange(len(lane.places))
+        for epoch, cuts, labels in _by_epoch(order.num_rows, bounds, turns):
+            views = view_numbers(seed, np.full(len(every), epoch), firsts, asked.num_views)
+            if not own[:, views, every].all():
+                own[:, views, every] |= order.touched(epoch, cuts, labels, len(scales))
+                if own.all():
+                    break
+        found[:, :, lane.places] = own
     found.flags.writeable = False
     return dict(zip(scales, found, strict=True))
 

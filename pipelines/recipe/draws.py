@@ -5,9 +5,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from cache.order import EpochOrder
+from cache import lanes
+from cache.lanes import Lane
+from cache.order import BUFFER_ROWS, EpochOrder
 from cache.shard_ranges import ShardRange, ShardRanges
 from eupe.addressed import bits, hashed
+from eupe.errors import BadInput
 from pipelines.recipe.mix import Mix
 
 
@@ -36,8 +39,12 @@ class Draw(Protocol):
         """Datasets that rows are drawn from."""
         ...
 
-    def __call__(self, step: int) -> Drawn:
-        """Return the global batch of a step."""
+    def size(self, step: int) -> int:
+        """Return how many rows the global batch of a step has."""
+        ...
+
+    def __call__(self, step: int, start: int = 0, stop: int | None = None) -> Drawn:
+        """Return rows [start, stop) of the global batch of a step."""
         ...
 
 
@@ -48,6 +55,9 @@ class TrainingDraw:
     view moves on by one from each epoch to the next (see `view_numbers`). The samples of a shard
     show the same view number in an epoch, so that one file a shard is read: what a view number
     looks like is drawn for each sample apart, so their views are as independent as ever.
+
+    With lanes each lane of a dataset is walked so, in epochs of its own, and a global batch is laid
+    out lane after lane: a part of a batch between lanes reads the shards of its lanes only.
 
     Args:
         mix: which dataset fills which slot.
@@ -71,31 +81,49 @@ class TrainingDraw:
                 raise ValueError(f"the mix draws from {name!r}; shards are of {sorted(shards)}")
         self.names = mix.names
         self._mix, self._seed = mix, seed
-        self._orders = [  # every dataset of the mix has an order of its own
-            order_of(shards[name], seed, name) for name in mix.names
-        ]
+        # Every dataset of the mix has an order of its own, and in it every lane.
+        self._orders = []
+        for name in mix.names:
+            dealt = lanes_of(ShardRanges.of(shards[name]), name, mix.lanes)
+            self._orders.append(
+                [order_of(lane, seed, name, n, mix.lanes) for n, lane in enumerate(dealt)]
+            )
         self._shards = [ShardRanges.of(shards[name]).starts for name in mix.names]
         self._num_views = [num_views[name] for name in mix.names]
 
-    def __call__(self, step: int) -> Drawn:
-        """Return the global batch of a step."""
-        datasets, positions = self._mix.slots(step)
-        rows, views = np.empty_like(positions), np.empty_like(positions)
-        for number, order in enumerate(self._orders):
+    def size(self, step: int) -> int:
+        """Return how many rows the global batch of a step has: the same at every one."""
+        return self._mix.global_batch
+
+    def __call__(self, step: int, start: int = 0, stop: int | None = None) -> Drawn:
+        """Return rows [start, stop) of the global batch of a step."""
+        slots, stop = self._mix.slots(step), self.size(step) if stop is None else stop
+        datasets, positions = slots.datasets[start:stop], slots.positions[start:stop]
+        rows, epochs, views = (np.empty_like(positions) for _ in range(3))
+        per_lane = self._mix.per_lane
+        for lane in range(start // per_lane, -(-stop // per_lane)):
+            own = slice(max(lane * per_lane - start, 0), (lane + 1) * per_lane - start)
+            for number in np.unique(datasets[own]).tolist():
+                ours = own.start + np.flatnonzero(datasets[own] == number)
+                order = self._orders[number][lane]
+                epochs[ours], rows[ours] = _walk(order, positions[ours])
+        for number in np.unique(datasets).tolist():
             ours = datasets == number
-            if not ours.any():
-                continue
-            epochs, places = np.divmod(positions[ours], order.num_rows)
-            own = np.empty(len(places), np.int64)
-            for epoch in np.unique(epochs).tolist():
-                there = epochs == epoch
-                first, last = int(places[there].min()), int(places[there].max())
-                own[there] = order.rows(epoch, first, last + 1)[places[there] - first]
-            rows[ours] = own
-            shards = np.searchsorted(self._shards[number], own, side="right") - 1
+            shards = np.searchsorted(self._shards[number], rows[ours], side="right") - 1
             starts = self._shards[number][shards]
-            views[ours] = view_numbers(self._seed, epochs, starts, self._num_views[number])
+            views[ours] = view_numbers(self._seed, epochs[ours], starts, self._num_views[number])
         return Drawn(datasets, rows, views)
+
+
+def _walk(order: EpochOrder, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return epochs and rows at positions of an endless sequence of epochs, int64 [n] each."""
+    epochs, places = np.divmod(positions, order.num_rows)
+    rows = np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        there = epochs == epoch
+        first, last = int(places[there].min()), int(places[there].max())
+        rows[there] = order.rows(epoch, first, last + 1)[places[there] - first]
+    return epochs, rows
 
 
 class Sweep:
@@ -117,15 +145,45 @@ class Sweep:
         """Steps until every row was there."""
         return -(-len(self._rows) // self._batch)
 
-    def __call__(self, step: int) -> Drawn:
-        """Return the rows of a step."""
-        rows = self._rows[step * self._batch : (step + 1) * self._batch]
+    def size(self, step: int) -> int:
+        """Return how many rows a step has."""
+        return len(self._rows[step * self._batch : (step + 1) * self._batch])
+
+    def __call__(self, step: int, start: int = 0, stop: int | None = None) -> Drawn:
+        """Return rows [start, stop) of a step."""
+        rows = self._rows[step * self._batch : (step + 1) * self._batch][start:stop]
         return Drawn(np.zeros_like(rows), rows, np.full_like(rows, self._view))
 
 
-def order_of(shards: Sequence[ShardRange], seed: int, dataset: str) -> EpochOrder:
-    """Return the order in which a run of that seed walks over a dataset's shards."""
-    return EpochOrder.of(shards, bits(f"pipelines.draws/order/{seed}/{dataset}"))
+def lanes_of(shards: ShardRanges, dataset: str, count: int) -> list[Lane]:
+    """Return the lanes of a dataset: the same for every seed, so that copies of shards serve all.
+
+    Raises:
+        BadInput: the dataset has fewer rows than lanes are asked for.
+    """
+    try:
+        return lanes.deal(shards, count, f"pipelines.draws/lanes/{dataset}")
+    except BadInput as error:
+        raise BadInput(f"data set {dataset}: {error}") from error
+
+
+def order_of(lane: Lane, seed: int, dataset: str, number: int = 0, count: int = 1) -> EpochOrder:
+    """Return the order in which a run walks over a lane of a dataset.
+
+    The lanes share the rows of one shuffle buffer: however many there are, as many rows wait.
+
+    Args:
+        lane: from `lanes_of`.
+        seed: of the run.
+        dataset: its name.
+        number: of the lane.
+        count: of all lanes.
+    """
+    address = f"pipelines.draws/order/{seed}/{dataset}"
+    if count > 1:
+        address += f"/lane {number} of {count}"
+    buffer_rows = max(1, BUFFER_ROWS // count)
+    return EpochOrder(lane.starts, lane.lengths, bits(address), buffer_rows)
 
 
 def view_numbers(seed: int, epochs: np.ndarray, shards: np.ndarray, num_views: int) -> np.ndarray:

@@ -34,6 +34,8 @@ NODE_EXTRACTION = ExtractionConfig(
     decode_threads=8,
 )
 """Of a node of eight GPUs, as `NODE_WORKERS`; moments of 1536 dimensions want many pictures."""
+LANES = 256
+"""Divides the batches; any number of GPUs that is a power of two, up to this, divides it."""
 NODE_WORKERS = WorkersConfig(count=8, use_gpu=True, loader_threads=16)
 USUAL_CROP = CentreView(share=0.875)
 """224 of 256 pixels: what ImageNet's kNN is judged on."""
@@ -110,6 +112,7 @@ def full(name: str) -> Recipe:
         name=name,
         run_directory=f"runs/{name}",
         cache_root="runs/cache",
+        lanes=LANES,
         train=by_name(
             DatasetConfig(
                 name="lvd1689m", source=SourceConfig(kind="webdataset", path="data/lvd1689m/*.tar")
@@ -223,6 +226,7 @@ def tiny(recipe: Recipe) -> Recipe:
             "name": f"{recipe.name}_tiny",
             "run_directory": f"runs/{recipe.name}_tiny",
             "cache_root": "runs/cache_tiny",
+            "lanes": 1,
             "train": by_name(emoji("train")),
             "homogeneous": {},
             "held_out": emoji("test"),

@@ -134,6 +134,7 @@ def _recipe(
         run_directory=f"runs/{name}",
         cache_root="runs/cache",
         pixels="all",
+        lanes=family.LANES,
         train=by_name(train),
         held_out=held_out,
         views=AugmentedView(),

@@ -194,7 +194,11 @@ def _jobs(
 ) -> list[CacheJob]:
     """List the jobs of some teachers; of training views those that `stages` draw, None: all."""
     drawing = stages and Drawing(
-        stages=stages, shares=recipe.shares, homogeneous=recipe.homogeneous, seed=recipe.seed
+        stages=stages,
+        shares=recipe.shares,
+        homogeneous=recipe.homogeneous,
+        seed=recipe.seed,
+        lanes=recipe.lanes,
     )
     judged = *recipe.bank, recipe.held_out
     wanted = [

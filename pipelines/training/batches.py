@@ -237,17 +237,18 @@ class Batches:
     def _addresses(self) -> Iterator[Address]:
         """Walk over addresses: cheap, done by the consuming thread."""
         for step in self._steps:
-            drawn = self._draw(step)
-            start, stop = self._loader.stretch(len(drawn))
+            num_rows = self._draw.size(step)
+            start, stop = self._loader.stretch(num_rows)
             if start == stop:
                 raise BadInput(
-                    f"step {step}: {len(drawn)} rows for {self._loader.world_size} workers; "
+                    f"step {step}: {num_rows} rows for {self._loader.world_size} workers; "
                     "global_batch wants at least one row a worker"
                 )
+            drawn = self._draw(step, start, stop)
             size = self._micro_batch(self._resolutions(step).student, stop - start)
             starts = range(start, stop, size)
             for micro, first in enumerate(starts):
-                rows = slice(first, min(first + size, stop))
+                rows = slice(first - start, min(first + size, stop) - start)
                 yield step, micro, len(starts), first, Drawn(*(column[rows] for column in drawn))
 
     def _announced(self, addresses: Iterator[Address]) -> Iterator[Address]:

@@ -165,6 +165,7 @@ def of_feeds(
             recipe.homogeneous,
             stage.global_batch,
             recipe.seed,
+            recipe.lanes,
         ),
         {name: feed.source.shards() for name, feed in feeds.items()},
         {name: recipe.views_of(name) for name in feeds},

@@ -10,8 +10,7 @@ from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.students import build_student
 from eupe.weights import digest
-from pipelines.recipe import marks
-from pipelines.recipe.addresses import DRAWS
+from pipelines.recipe import addresses, marks
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint, whole_state
@@ -79,7 +78,7 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         BadInput: the initial stage is not trained to its end, or weights cannot be read.
     """
     return {
-        "draws": DRAWS,
+        "draws": addresses.DRAWS,
         "seed": recipe.seed,
         "stage": marks.identity(stage),
         "student": recipe.trained_by(stage).encoder.model_dump(mode="json"),
@@ -88,6 +87,7 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         "homogeneous": dict(recipe.homogeneous),
         "views": recipe.views.model_dump(mode="json"),
         "num_views": _num_views(recipe),
+        **addresses.lanes(recipe),
         "teachers": dict(inputs.identity),
     }
 
