@@ -37,6 +37,10 @@ SMALL = {
         {"parameters", "forward_seconds", "backward_seconds", "peak_gib"},
     ),
     "extract": (["--images", "8", "--pairs", "1"], {"name", "images_per_s", "ratio_to_loop"}),
+    "lanes": (
+        ["--pictures", "40000", "80000", "--nodes", "4", "--lanes", "1", "16", "--batch", "64"],
+        {"pictures", "lanes", "fetched", "busiest_node", "classes", "pairs"},
+    ),
     "scale": (
         ["--rows", "1000", "20000"],
         {"rows", "shards", "open_seconds", "first_batch_seconds", "rss_mb"},

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import bucket_server
+from support.toy_stores import ROWS_PER_SHARD, Toy, ids
 
+from cache.files import place
+from cache.format import layout
+from cache.reader import Reader
 from cache.shard_ranges import ShardRange, ShardRanges
+from cache.store import open_store
 from pipelines.recipe import addresses, recipes
 from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.draws import TrainingDraw, lanes_of
@@ -164,6 +170,35 @@ def test_lanes_mix_a_dataset_sorted_by_class_better_than_one_buffer_of_as_many_r
     assert pairs[1] > 20
     assert entropy[256] > 4 * entropy[1]
     assert pairs[256] < pairs[1] / 4
+
+
+@pytest.mark.slow
+def test_each_byte_is_fetched_by_one_node(s3, tmp_path, monkeypatch):
+    """Four nodes of two ranks train an epoch out of a bucket, each through a mirror of its own."""
+    toy = Toy(place.root(f"s3://{bucket_server.NAME}/lanes"))
+    samples = toy.add_samples(ids(ROWS_PER_SHARD * 30))
+    store = toy.store()
+    store.commit([toy.write(store, *missing) for missing in store.todo(1)])
+    nodes, ranks, batch = 4, 8, 24
+    mix = Mix({"toy": 1.0}, {}, batch, 0, lanes=8)
+    draw = TrainingDraw(mix, {"toy": samples.shards()}, {"toy": 1}, 0)
+    s3.behave()
+    seen = []
+    for node in range(nodes):
+        monkeypatch.setenv("EUPE_MIRROR", str(tmp_path / f"mirror of node {node}"))
+        for rank in range(node * ranks // nodes, (node + 1) * ranks // nodes):
+            reader = Reader(open_store(toy.root, store.spec))
+            for step in range(len(samples) // batch):
+                drawn = draw(step, *Loader(WorkersConfig(), rank, ranks).stretch(batch))
+                selection = reader.select(drawn.rows, drawn.view_numbers)
+                assert selection.patches().shape[0] == batch // ranks
+                seen += drawn.rows.tolist()
+    assert sorted(seen) == list(range(len(samples)))
+    files = [layout.patches_file(store.directory, 0, shard.shard) for shard in samples.shards()]
+    data = sum(file.stat().st_size for file in files)
+    fetched = sum(s3.sent[f"/{file.key}"] for file in files)
+    # Every byte, and the two shards that a cut between nodes goes through once more.
+    assert data < fetched <= (1 + 2 / 30) * data < 1.1 * data
 
 
 def test_one_lane_is_no_part_of_an_address():

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,11 +57,13 @@ class Bucket:
     Attributes:
         endpoint: URL of the proxy; what AWS_ENDPOINT_URL is set to.
         requests: all that came.
+        sent: key -> bytes of it that were sent in answers to GET.
         behaviour: what is done with the next ones.
     """
 
     endpoint: str
     requests: list[Request] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
     behaviour: Behaviour = field(default_factory=Behaviour)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -75,8 +78,9 @@ class Bucket:
         return sum(each.method == "PUT" for each in self.requests)
 
     def behave(self, **changes: object) -> None:
-        """Behave so from now on, and count requests anew."""
+        """Behave so from now on, and count requests and bytes anew."""
         self.requests.clear()
+        self.sent.clear()
         self.behaviour = Behaviour(**changes)  # type: ignore[arg-type]
 
     def kill_victim(self) -> None:
@@ -143,6 +147,9 @@ def _handler(bucket: Bucket, host: str, port: int) -> type[BaseHTTPRequestHandle
                 bucket.kill_victim()
                 self.close_connection = True
                 return
+            if request.method == "GET" and answer.status < 300:
+                with bucket.lock:
+                    bucket.sent[request.key] += len(content)
             self.answer(answer.status, dict(answer.headers), content, does.cut(request))
 
         def answer(
