@@ -37,10 +37,13 @@ def short(full: str) -> str:
 
 
 def difference(ours: object, theirs: object, path: str = "") -> list[str]:
-    """List the fields in which two plain-data specs differ, one `path: ours != theirs` each."""
+    """List the fields in which two plain-data specs differ, one `path: ours != theirs` each.
+
+    In the order in which they are declared: a codec's name comes before what follows from it.
+    """
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         lines = []
-        for key in sorted({*ours, *theirs}):
+        for key in dict.fromkeys([*ours, *theirs]):
             where = f"{path}.{key}" if path else str(key)
             if key not in ours or key not in theirs:
                 side = "only there" if key not in ours else "only here"
