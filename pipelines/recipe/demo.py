@@ -51,9 +51,9 @@ def whole() -> Recipe:
         proxy_dtype="float32",
         student=StudentConfig(name="resnet_mini", encoder=_resnet(24)),
         stages=by_name(
-            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=420),
-            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=240),
-            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=420, lr=2e-3),
+            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=600),
+            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=400),
+            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=600, lr=2e-3),
         ),
         extraction=ExtractionConfig(
             rows_per_shard=256,
