@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 STOP_SECONDS = 10.0
 PENDING_SECONDS = 15.0
+SAVE_SECONDS = round(interrupt.GRACE_SECONDS)
+STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Seconds from a job's SIGTERM to its SIGKILL; Ray's own 3 are too few to save a training in."""
 AWAY_SECONDS = 600.0
 AGENT_SECONDS = 180.0  # a machine five times overloaded took more than ten, which Ray itself waits
 NEVER_RAN = 1
@@ -64,22 +67,23 @@ def run_job(
         with attempt:
             job = client.submit_job(
                 entrypoint=shlex.join(entrypoint),
-                runtime_env={"env_vars": dict(env)},
+                runtime_env={"env_vars": {STOP_VARIABLE: str(SAVE_SECONDS), **env}},
                 entrypoint_num_gpus=gpus or None,
             )
     try:
-        with interrupt.calling(partial(client.stop_job, job)):
+        with interrupt.calling(partial(_stop, client, job)):
             info = _follow(client, job, say)
     except Exception as error:
         raise RuntimeError(
             f"lost sight of job {job} at {address} ({error!r}); if that cluster is up, so is the "
             f"job: `ray job logs --follow {job}`"
         ) from error
-    except BaseException:
+    except BaseException as error:
         # Ctrl-C reaches a local Ray as well: a job API that is dying must not hold us.
-        stop = threading.Thread(target=client.stop_job, args=(job,), daemon=True)
+        seconds = STOP_SECONDS if isinstance(error, KeyboardInterrupt) else SAVE_SECONDS
+        stop = threading.Thread(target=_stop, args=(client, job, seconds), daemon=True)
         stop.start()
-        stop.join(STOP_SECONDS)
+        stop.join(seconds)
         raise
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code)
@@ -92,6 +96,14 @@ def run_job(
 def _no_agent_yet(error: BaseException) -> bool:
     """Say whether the cluster is up and its job agent, which starts after it, is not."""
     return isinstance(error, RuntimeError) and "No available agent" in str(error)
+
+
+def _stop(client: "JobSubmissionClient", job: str, seconds: float) -> None:
+    """Ask a job to end; return once it has, or after some seconds."""
+    client.stop_job(job)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not client.get_job_status(job).is_terminal():
+        time.sleep(POLL_SECONDS)
 
 
 def _follow(client: "JobSubmissionClient", job: str, say: Callable[[str], None]) -> "JobDetails":

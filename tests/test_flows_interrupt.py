@@ -1,4 +1,4 @@
-"""Ctrl-C as a person presses it: a sentence, exit code 130, nothing left, and it goes on."""
+"""Ctrl-C as a person presses it, SIGTERM as a batch system sends it: a sentence, and it goes on."""
 
 import os
 import signal
@@ -11,9 +11,13 @@ import psutil
 import pytest
 from test_flows_run import ROOT, TINY
 
+from pipelines.machines import interrupt
+from pipelines.records import checkpoint
+
 PATIENCE_SECONDS = 400
-END_SECONDS = 5.0
+END_SECONDS = {signal.SIGINT: 5.0, signal.SIGTERM: 30.0}
 MOST_LINES = 5
+STEPS = 100
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 
@@ -26,8 +30,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def command(words: list[str]) -> list[str]:
-    asked = (*TINY, "stages.stage2.steps=100", "stages.stage2.log_every=1")
+def command(words: list[str], number: signal.Signals) -> list[str]:
+    """Return a command; each signal's has a run of its own, of the same caches."""
+    stage = (f"steps={STEPS}", "log_every=1", f"checkpoint_every={STEPS}")
+    own = (f"seed={number}", f"run_directory=runs/{number.name}")
+    asked = (*TINY, *own, *(f"stages.stage2.{each}" for each in stage))
     sets = [word for item in asked for word in ("--set", item)]
     return [sys.executable, "-m", "flows.cli", *words, *sets]
 
@@ -45,19 +52,20 @@ def below(marker: str) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("words", "begun"),
+    ("number", "words", "begun"),
     [
-        (["cache", "build", "demo_stage2"], "runs/cache/**/moments.arrow"),
-        (["run", "demo_stage2"], "runs/demo_stage2/stage2/metrics.jsonl"),
+        (signal.SIGINT, ["cache", "build", "demo_stage2"], "runs/cache/**/moments.arrow"),
+        (signal.SIGTERM, ["run", "demo_stage2"], "runs/SIGTERM/stage2/metrics.jsonl"),
+        (signal.SIGINT, ["run", "demo_stage2"], "runs/SIGINT/stage2/metrics.jsonl"),
     ],
-    ids=["build", "training"],
+    ids=["build", "preempted", "training"],
 )
-def test_an_interrupt_ends_it_at_once_and_the_same_command_goes_on(home, words, begun):
-    log = home / f"{words[0]}.log"
-    marker = f"{words[0]} {os.getpid()}"
+def test_a_signal_ends_it_and_the_same_command_goes_on(home, number, words, begun):
+    log = home / f"{words[0]}-{number.name}.log"
+    marker = f"{words[0]} {number} {os.getpid()}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(words),
+            command(words, number),
             cwd=home,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -73,21 +81,30 @@ def test_an_interrupt_ends_it_at_once_and_the_same_command_goes_on(home, words, 
             time.sleep(0.1)
         before = len(log.read_text().splitlines())
         pressed = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)  # the terminal's: to the whole foreground group
+        if number is signal.SIGINT:
+            os.killpg(process.pid, number)  # the terminal's: to the whole foreground group
+        else:
+            process.send_signal(number)  # to the command alone
         code = process.wait(timeout=60)
         took = time.monotonic() - pressed
     said = log.read_text().splitlines()[before:]
-    assert code == 130
-    assert took < END_SECONDS, said
-    assert "interrupted; the same command goes on from here: " in "\n".join(said)
+    assert code == 128 + number
+    assert took < END_SECONDS[number], said
+    assert f"{interrupt.SAID[number]}; the same command goes on from here: " in "\n".join(said)
     assert len([line for line in said if line.strip()]) <= MOST_LINES, said
     assert "Traceback" not in log.read_text()
-    while below(marker) and time.monotonic() - pressed < 2 * END_SECONDS:
+    while below(marker) and time.monotonic() - pressed < 2 * END_SECONDS[number]:
         time.sleep(0.1)  # the last are being reaped
     assert below(marker) == []
     assert not list(home.rglob(".job-*"))
+    saved = checkpoint.latest(home / f"runs/{number.name}/stage2")
+    if number is signal.SIGTERM:
+        assert saved is not None, "what was trained is lost"
+        assert saved.step < STEPS, "it was not ended"
+    else:
+        assert saved is None
     again = subprocess.run(
-        command(words),
+        command(words, number),
         cwd=home,
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.machines import pool
+from pipelines.machines import deaths, pool
 from pipelines.machines.pool import Pool
 
 pytestmark = pytest.mark.ray
@@ -62,7 +62,7 @@ def test_work_goes_on_beside_an_actor_without_room_and_with_nodes_that_come_and_
     cluster, monkeypatch
 ):
     """One of two nodes dies in the middle, a third joins; not one death is allowed for a bug."""
-    monkeypatch.setattr(pool, "MAX_DEATHS", 0)
+    monkeypatch.setattr(deaths, "MAX_DEATHS", 0)
     monkeypatch.setattr(pool, "LOOK_SECONDS", SOON)
     first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
     tasks, seen = Slow(400), dict[int, str]()
@@ -93,10 +93,10 @@ def test_an_actor_that_has_no_room_gets_no_calls(cluster):
 
 def test_deaths_are_counted_by_the_hour(cluster, monkeypatch, tmp_path):
     cluster.add_node(num_cpus=1)
-    monkeypatch.setattr(pool, "NODE_SECONDS", SOON)  # it lives
-    enough = pool.MAX_DEATHS + 2
-    for seconds in (pool.DEATH_SECONDS, 0.0):
-        monkeypatch.setattr(pool, "DEATH_SECONDS", seconds)
+    monkeypatch.setattr(deaths, "NODE_SECONDS", SOON)  # it lives
+    enough = deaths.MAX_DEATHS + 2
+    for seconds in (deaths.DEATH_SECONDS, 0.0):
+        monkeypatch.setattr(deaths, "DEATH_SECONDS", seconds)
         folder = tmp_path / str(seconds)
         folder.mkdir()
         with Pool(worker(), {}, actors=1, cpus=1) as workers:
@@ -104,6 +104,6 @@ def test_deaths_are_counted_by_the_hour(cluster, monkeypatch, tmp_path):
             if seconds:
                 with pytest.raises(RuntimeError, match="Worker died more than 3 times within"):
                     list(calls)
-                assert len(list(folder.iterdir())) == pool.MAX_DEATHS + 1
+                assert len(list(folder.iterdir())) == deaths.MAX_DEATHS + 1
             else:
                 assert list(calls) == [[(0, enough)]]

@@ -18,7 +18,7 @@ from pipelines.recipe import recipes
 from pipelines.recipe.config import Recipe, StudentConfig, WorkersConfig
 from pipelines.recipe.named import by_name
 from pipelines.records import checkpoint, tracking
-from pipelines.training import launch
+from pipelines.training import launch, ray_train
 
 pytestmark = pytest.mark.slow
 
@@ -303,7 +303,7 @@ def test_ray_train_runs_the_same_loop(tmp_path, alone, capsys):
     assert done.checkpoint.step == STEPS
     assert done.checkpoint.score is not None
     assert_same_losses(run, alone[0])
-    names = [path.name for path in (run.directory / "stage2" / launch.RAY_FOLDER).iterdir()]
+    names = [path.name for path in (run.directory / "stage2" / ray_train.RAY_FOLDER).iterdir()]
     # The failure and what was done; the odd batch has an address of its own.
     assert len(names) == 2, "under one name Ray Train would have repeated the failure"
     assert train_with_ray(run).first_step == STEPS  # finds its work done

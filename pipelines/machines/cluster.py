@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from eupe.errors import BadInput
+from pipelines.machines import interrupt
 
 TOKEN_BYTES = 32
 SOCKET_BYTES = 107
@@ -50,7 +52,8 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         if address:
             _check_answers(address)
             try:
-                ray.init(address=address, logging_level=logging.WARNING)
+                with interrupt.unchanged(signal.SIGTERM):
+                    ray.init(address=address, logging_level=logging.WARNING)
             except ray.exceptions.AuthenticationError as error:
                 raise BadInput(
                     f"RAY_ADDRESS = {address}: that cluster wants its token: name the file that "
@@ -58,7 +61,7 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
                 ) from error
         else:
             kept.enter_context(short_folder())  # for as long as that Ray lives
-            with _own_agent_port():
+            with _own_agent_port(), interrupt.unchanged(signal.SIGTERM):
                 ray.init(
                     address="local",
                     include_dashboard=dashboard_port is not None,

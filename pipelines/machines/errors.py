@@ -1,8 +1,11 @@
 """Faults at the edge: bad input is one sentence and exit code 2, a bug keeps its traceback.
 
+Work that SIGTERM has asked to end, and that did in order, is one sentence and exit code 143.
+
 A process that another one waits for writes either to its job's folder, too.
 """
 
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,10 +15,13 @@ from pathlib import Path
 
 from cache.errors import StoreError
 from eupe.errors import BadInput
-from pipelines.machines import job_folder
+from pipelines.machines import interrupt, job_folder
+from pipelines.machines.interrupt import Terminated
 
 BAD_INPUT = 2
 """Exit code of a command that was asked for what cannot be done."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a command that ended because it was asked to, a shell's way of saying so."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,19 @@ def failure(folder: Path) -> Failure | None:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn bad input into its sentence on stderr and exit code 2; let every other error pass."""
+    """Turn bad input into its sentence on stderr and exit code 2; let every other error pass.
+
+    So does the end that SIGTERM asked for, with its own exit code.
+    """
     try:
         yield
+    except Terminated as ended:
+        if (folder := job_folder.ours()) is not None:
+            job_folder.write(
+                folder, job_folder.ERROR, asdict(Failure(f"terminated; {ended}", False))
+            )
+        print(f"terminated; {ended}; {interrupt.going_on()}", file=sys.stderr)
+        sys.exit(TERMINATED)
     except Exception as error:
         sentence = bad_input(error)
         if (folder := job_folder.ours()) is not None:

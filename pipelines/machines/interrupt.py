@@ -1,7 +1,10 @@
-"""Ctrl-C: one sentence, nothing left running, exit code 130, within seconds.
+"""Ctrl-C and SIGTERM: one sentence, nothing left running, exit code 130 or 143, within seconds.
 
 Nothing is unwound. What is on disk is whole at any instant (docs/design.md, law 5), while Ray and
 Prefect, asked to end in order, take minutes and print hundreds of lines of their own.
+
+SIGTERM is how a batch system or a cluster takes a machine back, and it waits half a minute before
+it kills. Work that asks for that time (`in_order`) gets it: training saves what it has.
 """
 
 import os
@@ -11,25 +14,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
 from rich.console import Console
 
-CALL_SECONDS = 2.0
+GRACE_SECONDS = 25.0
+"""From SIGTERM to the end of whatever wants that time: Slurm and Kubernetes kill after 30."""
+CALL_SECONDS = {signal.SIGINT: 2.0, signal.SIGTERM: GRACE_SECONDS}
+SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 END_SECONDS = 2.0
-_calls: list[Callable[[], object]] = []
+_calls: list[Callable[[float], object]] = []
+
+
+class Terminated(Exception):
+    """Work ended in order because SIGTERM asked it to; says what is kept."""
 
 
 @contextmanager
-def calling(end: Callable[[], object]) -> Iterator[None]:
-    """Have something called if an interrupt ends this process inside the block.
+def calling(end: Callable[[float], object]) -> Iterator[None]:
+    """Have something called if a signal ends this process inside the block.
 
     Args:
-        end: ends what is no process below this one, as a job of a cluster; given two seconds, in a
-            thread of its own.
+        end: ends what is no process below this one, as a job of a cluster; called with the seconds
+            that it has, in a thread of its own.
     """
     _calls.append(end)
     try:
@@ -40,31 +50,92 @@ def calling(end: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """End this process, and all below it, at the first interrupt inside the block."""
-    if threading.current_thread() is not threading.main_thread():
+    """End this process, and all below it, at the first SIGINT or SIGTERM inside the block."""
+    with ExitStack() as handlers:
+        for number in SAID:
+            handlers.enter_context(_handled(number, _end))
         yield
-        return
-    before = signal.signal(signal.SIGINT, _end)
+
+
+@contextmanager
+def in_order(tell: Callable[[], object] | None = None) -> Iterator[Callable[[], bool]]:
+    """Let SIGTERM ask the work inside the block to end, instead of ending it.
+
+    What has not ended GRACE_SECONDS later is ended then. Outside the main thread, which alone gets
+    signals, the work is never asked.
+
+    Args:
+        tell: called when SIGTERM comes, to ask processes elsewhere.
+
+    Yields:
+        what says if SIGTERM has come.
+    """
+    asked = list[threading.Timer]()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            return
+        asked.append(threading.Timer(GRACE_SECONDS, _end, (number, None, END_SECONDS)))
+        asked[0].daemon = True
+        asked[0].start()
+        if tell is not None:
+            tell()
+
+    try:
+        with _handled(signal.SIGTERM, ask):
+            yield lambda: bool(asked)
+    finally:
+        for timer in asked:
+            timer.cancel()
+
+
+def going_on() -> str:
+    """Return what the user is to do after an end by a signal."""
+    program, *words = sys.argv
+    return f"the same command goes on from here: {shlex.join([Path(program).name, *words])}"
+
+
+@contextmanager
+def unchanged(number: signal.Signals) -> Iterator[None]:
+    """Keep what a signal does here, if anybody said so, though the block has it do something else.
+
+    Ray's do: `ray.init` sets SIGTERM, and Ray Train SIGINT.
+    """
+    before = signal.getsignal(number)
+    ours = callable(before) and threading.current_thread() is threading.main_thread()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if ours:
+            signal.signal(number, before)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def _handled(number: signal.Signals, handler: Callable[..., object]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _end(number: int, frame: FrameType | None, seconds: float | None = None) -> None:
+    with suppress(ValueError):  # in no other thread than the main one
+        for each in SAID:
+            signal.signal(each, signal.SIG_IGN)
     with suppress(Exception):
         sys.stdout.flush()
     Console(stderr=True).show_cursor()  # a bar had hidden it
-    program, *words = sys.argv
-    again = shlex.join([Path(program).name, *words])
-    print(
-        f"\ninterrupted; the same command goes on from here: {again}", file=sys.stderr, flush=True
-    )
-    threads = [threading.Thread(target=_try, args=(call,), daemon=True) for call in _calls]
+    sent = signal.Signals(number)
+    print(f"\n{SAID[sent]}; {going_on()}", file=sys.stderr, flush=True)
+    seconds = CALL_SECONDS[sent] if seconds is None else seconds
+    threads = [threading.Thread(target=_try, args=(call, seconds), daemon=True) for call in _calls]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + CALL_SECONDS
+    deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))
     below = psutil.Process().children(recursive=True)
@@ -75,6 +146,6 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _try(call: Callable[[], object]) -> None:
+def _try(call: Callable[[float], object], seconds: float) -> None:
     with suppress(Exception):  # what it was to end may be gone already
-        call()
+        call(seconds)

@@ -2,6 +2,7 @@
 
     progress.json   how far its steps are (pipelines.machines.progress)
     error.json      why it failed (pipelines.machines.errors)
+    end.json        written by the one who waits: true once the job is to end in order
 
 VARIABLE in the job's environment names the folder. If it is set and empty, the process is one of
 several that do the same, and another of them tells. The two processes meet in the folder alone: no
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from cache.files.refused import writing
 from pipelines.machines import interrupt
 
 VARIABLE = "EUPE_JOB_FOLDER"
-PROGRESS, ERROR = "progress.json", "error.json"
+PROGRESS, ERROR, END = "progress.json", "error.json", "end.json"
+LOOK_SECONDS = 1.0
+"""Between two looks at whether to end."""
 ABANDONED_SECONDS = 30 * 24 * 3600.0
 """A folder in which nothing was written for so long was left by a killed process."""
 
@@ -49,7 +52,10 @@ def made(directory: Path, name: str) -> Iterator[Path]:
     with writing(folder):
         atomic.make_directories(folder)
     _sweep(directory)
-    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+
+    def remove(seconds: float = 0.0) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
     try:
         with interrupt.calling(remove):
             yield folder
@@ -104,3 +110,26 @@ def read(folder: Path, name: str) -> Any | None:
         return json.loads((folder / name).read_bytes())
     except OSError:  # a network drive may say so of a file that is being exchanged
         return None
+
+
+class Ending:
+    """Whether the one who waits for this job has asked it to end; looked up once a second.
+
+    Args:
+        folder: of the job, None for a process that another one tells for.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder, self._asked, self._looked = folder, False, float("-inf")
+
+    def __call__(self) -> bool:
+        """Return True once it is to end."""
+        now = time.monotonic()
+        if self._folder is not None and not self._asked and now - self._looked >= LOOK_SECONDS:
+            self._looked, self._asked = now, read(self._folder, END) is True
+        return self._asked
+
+
+def end(folder: Path) -> None:
+    """Ask the job of a folder to end in order."""
+    write(folder, END, True)

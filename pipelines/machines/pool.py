@@ -10,15 +10,12 @@ from decimal import Decimal
 from typing import Any, Protocol, Self
 
 from eupe.errors import BadInput
+from pipelines.machines import deaths
 from pipelines.machines.cluster import connect
+from pipelines.machines.deaths import Deaths
 from pipelines.machines.errors import bad_input, keeping_traceback
 
 IN_FLIGHT = 2  # a call writes its files while the next one computes
-MAX_DEATHS = 3
-"""Of actors in one place within DEATH_SECONDS, on nodes that live: more is a bug, or memory."""
-DEATH_SECONDS = 3600.0
-NODE_SECONDS = 30.0
-"""Until Ray finds a node dead that has stopped answering."""
 LOOK_SECONDS = 10.0
 """Between two looks at a cluster whose nodes come and go."""
 GATHERED = 9
@@ -47,12 +44,12 @@ class _Place:
     Attributes:
         actor: its handle.
         node: that it lives on, None until it says so.
-        deaths: of its predecessors: when, by the monotonic clock, and on which node.
+        deaths: of its predecessors.
     """
 
     actor: Any
     node: str | None = None
-    deaths: list[tuple[float, str | None]] = field(default_factory=list)
+    deaths: Deaths = field(default_factory=Deaths)
 
 
 class Pool:
@@ -184,17 +181,14 @@ class Pool:
         from ray.exceptions import ActorUnavailableError
 
         ray.kill(place.actor)  # it may be out of reach only
-        died = time.monotonic()
-        place.deaths.append((died, place.node))
         # Of an actor that only stopped answering Ray does not know yet if its node is dead.
-        unsure = NODE_SECONDS if isinstance(error.__cause__, ActorUnavailableError) else 0.0
-        while (too_many := _counted(place) > MAX_DEATHS) and time.monotonic() < died + unsure:
-            time.sleep(1)
-        if too_many:
+        unsure = isinstance(error.__cause__, ActorUnavailableError)
+        nodes = [] if place.node is None else [place.node]
+        if place.deaths.add(nodes, deaths.NODE_SECONDS if unsure else 0.0):
             raise RuntimeError(
-                f"{self._make.__name__} died more than {MAX_DEATHS} times within the hour; what "
-                "was finished is kept. Often memory ran out: lower extraction.compute_batch or "
-                "extraction.actors"
+                f"{self._make.__name__} died more than {deaths.MAX_DEATHS} times within the hour; "
+                "what was finished is kept. Often memory ran out: lower extraction.compute_batch "
+                "or extraction.actors"
             ) from error.__cause__
         place.actor, place.node = self._new(), None
 
@@ -223,15 +217,6 @@ class Pool:
             raise error.cause from None  # the sentence alone
         except gone as error:
             raise Lost from error
-
-
-def _counted(place: _Place) -> int:
-    """Count the deaths in a place within the hour, on nodes that live."""
-    import ray
-
-    lost = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-    since = time.monotonic() - DEATH_SECONDS
-    return sum(when > since and node not in lost for when, node in place.deaths)
 
 
 def _where(actor: object) -> str:

@@ -9,7 +9,9 @@
     workers       what the loop needs of the processes that train together
     distributed   those of a torch process group
     outputs       where a stage's output lies: at the address of what made it
-    launch        a stage in this process or under Ray Train
+    job           a worker's share of a stage
+    ray_train     the workers of Ray Train, and others that follow those that die
+    launch        a stage in this process or by several workers
 
 Imports features, images, recipe, machines and records; imported by evaluation, stages and flows.
 It and caching do not import each other: they meet in the stores alone.

@@ -1,6 +1,6 @@
 """Workers of a torch.distributed process group: copies that average gradients, or shards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
@@ -54,9 +54,10 @@ class _ProcessGroup:
         dist.all_reduce(total)
         return total
 
-    def count(self, number: int, device: torch.device) -> int:
-        """Return the sum over workers of what each has counted on its host."""
-        return int(self.sum(torch.full((), float(number), device=device)))
+    def count(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """Return the sums over workers of what each has counted on its host."""
+        here = torch.tensor(numbers, dtype=torch.float32, device=device)
+        return [int(total) for total in self.sum(here).tolist()]
 
     def barrier(self) -> None:
         """Return once every worker is here."""

@@ -76,6 +76,8 @@ def train_stage(
     workers: Workers | None = None,
     device: str | torch.device = "cpu",
     evaluate: Evaluate | None = None,
+    ending: Callable[[], bool] = lambda: False,
+    lock_seconds: float = 0.0,
 ) -> StageResult:
     """Train a stage to its end, from its newest checkpoint if there is one.
 
@@ -91,6 +93,9 @@ def train_stage(
         device: to train on.
         evaluate: called every `stage.evaluate_every` steps, and after the last, on rank 0; the
             other workers wait, and must be given one too.
+        ending: asked at every step. Once it says True to one of the workers, all save what they
+            have at the end of that step, leave it unjudged, and return.
+        lock_seconds: for which the lock of a worker that died may outlive it.
 
     Returns:
         what was done; nothing is trained when the last step has its checkpoint already.
@@ -101,10 +106,9 @@ def train_stage(
             row, or a gradient that is not finite.
     """
     workers = workers or OneProcess()
-    with _locked(directory, workers.rank):
-        return _Run(recipe, stage, inputs, directory, workers, torch.device(device)).train(
-            resume, evaluate
-        )
+    with _locked(directory, workers.rank, lock_seconds):
+        run = _Run(recipe, stage, inputs, directory, workers, torch.device(device), ending)
+        return run.train(resume, evaluate)
 
 
 class _Run:
@@ -118,8 +122,10 @@ class _Run:
         directory: Path,
         workers: Workers,
         device: torch.device,
+        ending: Callable[[], bool],
     ) -> None:
         self.recipe, self.stage, self.inputs = recipe, stage, inputs
+        self.ending, self.ends = ending, False
         self.directory, self.workers, self.device = directory, workers, device
         self.identity = start.identity(recipe, stage, inputs)
         model = start.initial_model(recipe, stage, inputs.dims)
@@ -170,11 +176,14 @@ class _Run:
                         figures = self._figures(done, pace)
                         trackers.log(done, figures)
                         progress.note(in_words(figures, self.inputs.dims))
-                    judge = evaluate if self._due(done) else None
-                    if judge is not None or last or done % stage.checkpoint_every == 0:
+                    judge = evaluate if self._due(done) and not self.ends else None
+                    due = last or done % stage.checkpoint_every == 0
+                    if judge is not None or due or self.ends:
                         saved = self._save(done)
                         if judge is not None:  # what it raises must lose nothing
                             saved = self._judged(judge, saved, trackers)
+                    if self.ends:
+                        break
                     pace.mark()
         finally:
             trackers.close()
@@ -200,7 +209,8 @@ class _Run:
                 sums += self._backward(batch, rows)
             valid += int(batch.valid.sum())
             pace.add(len(batch), batch.wait_seconds)
-        num_valid = self.workers.count(valid, self.device)
+        num_valid, num_ending = self.workers.count((valid, self.ending()), self.device)
+        self.ends = num_ending > 0  # on all workers at the same step
         if not num_valid:
             raise BadInput(f"step {step}: none of the batch's {rows} rows is valid in all stores")
         factor = rows / num_valid
@@ -280,7 +290,7 @@ class _Run:
 
     def _on_any(self, here: bool) -> bool:
         """Whether something holds on any worker, as all of them must see it alike."""
-        return self.workers.count(int(here), self.device) > 0
+        return self.workers.count((here,), self.device)[0] > 0
 
     def _judged(
         self, evaluate: Evaluate, saved: Checkpoint, trackers: tracking.Trackers
@@ -364,7 +374,7 @@ def _steps(batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:
 
 
 @contextmanager
-def _locked(directory: Path, rank: int) -> Iterator[None]:
+def _locked(directory: Path, rank: int, seconds: float) -> Iterator[None]:
     """Let one process (of rank 0) write below a stage's directory."""
     if rank:
         yield
@@ -373,7 +383,7 @@ def _locked(directory: Path, rank: int) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / "train.lock")
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=seconds)
         except Timeout as error:  # an OSError, too
             raise BadInput(
                 f"{directory}: another process is training there; wait for it, or give another "

@@ -4,6 +4,7 @@ The loop is written against `Workers`. One process is `OneProcess`; a process gr
 Train or any other launcher, is one of `pipelines.training.distributed`.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -43,11 +44,11 @@ class Workers(Protocol):
         """Return the sum over workers, the same on each."""
         ...
 
-    def count(self, number: int, device: torch.device) -> int:
-        """Return the sum over workers of what each has counted on its host; it waits for them.
+    def count(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """Return the sums over workers of what each has counted on its host; it waits for them.
 
         Args:
-            number: counted here.
+            numbers: counted here.
             device: of this worker.
         """
         ...
@@ -79,9 +80,9 @@ class OneProcess:
         """Return the tensor."""
         return tensor
 
-    def count(self, number: int, device: torch.device) -> int:
-        """Return the number; the device is not asked, and not waited for."""
-        return number
+    def count(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """Return the numbers; the device is not asked, and not waited for."""
+        return list(numbers)
 
     def barrier(self) -> None:
         """Return at once."""

@@ -139,6 +139,7 @@ def train(
     stop_at: int | None = None,
     look: bool = False,
     gathered: torch.dtype | None = None,
+    ask: tuple[int, int] | None = None,
 ) -> Trained:
     """Train the recipe's stage on the noise.
 
@@ -147,6 +148,7 @@ def train(
         stop_at: leave off before this step.
         look: evaluate, which remembers what the model was like.
         gathered: dtype of gathered shards, which is otherwise CUDA's affair.
+        ask: (rank, step): ask that worker to end, in that step.
     """
     stage = run.stage("stage2")
     workers = workers_here(stage) if gathered is None else distributed.Shards(gathered)
@@ -174,6 +176,7 @@ def train(
             Path(run.run_directory) / stage.name,
             workers=workers,
             evaluate=chosen,
+            ending=lambda: (workers.rank, order[-1][0]) == ask,
         )
     return Trained(order, result, looked_at)
 
