@@ -17,6 +17,7 @@ from typing import Any
 
 from cache.errors import StoreError
 from eupe.errors import BadInput
+from pipelines.machines.interrupt import Terminated
 
 OPERATIONS = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "link")
 PATIENCE_SECONDS = 120.0
@@ -28,8 +29,9 @@ class Ended:
     """How a piece of work ended.
 
     Attributes:
-        how: "done", "refused" (StoreError or BadInput), "died" (by a signal), "failed" (any other
-            error) or "hung" (killed after PATIENCE_SECONDS).
+        how: "done", "refused" (StoreError or BadInput), "died" (by a signal), "ended" (in order, as
+            SIGTERM asked it to), "failed" (any other error) or "hung" (killed after
+            PATIENCE_SECONDS).
         result: what it returned, if done.
         words: the sentence of a refusal, or the traceback.
     """
@@ -45,8 +47,8 @@ class Child:
     Args:
         function: of a module that can be imported.
         arguments: of it.
-        dies_at: the process kills itself at that file operation, a write being half done; None:
-            it lives.
+        dies_at: the process kills itself at that file operation, a write being half done unless
+            it ends in order; None: it lives.
         by: the signal that it dies by.
     """
 
@@ -129,6 +131,8 @@ def _work(
         ended = Ended("done", function(*arguments))
     except (StoreError, BadInput) as error:
         ended = Ended("refused", words=str(error))
+    except Terminated as error:
+        ended = Ended("ended", words=str(error))
     except Exception:
         ended = Ended("failed", words=traceback.format_exc())
     sends.send(ended)
@@ -143,10 +147,12 @@ def _dying(dies_at: int | None, by: signal.Signals) -> Callable[[], int]:
             nonlocal done
             done += 1
             if done == dies_at:
-                if name == "write":  # half of it reaches the file
+                dies = signal.getsignal(by) is signal.SIG_DFL
+                if dies and name == "write":  # half of it reaches the file
                     real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
                 os.kill(os.getpid(), by)
-                time.sleep(PATIENCE_SECONDS)
+                if dies:
+                    time.sleep(PATIENCE_SECONDS)
             return real(*arguments, **named)
 
         return operation

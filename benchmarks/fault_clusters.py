@@ -1,4 +1,4 @@
-"""Faults among several: two builders; Ray's driver, actors, a raylet, its head; Prefect's server.
+"""Faults among several: two builders; Ray's driver, actors, workers, nodes; Prefect's server.
 
 One Ray of two nodes serves all rounds, until one of its own processes is killed. It listens to its
 token alone, has no job API, and writes below the campaign's folder: another Ray of this machine is
@@ -7,12 +7,14 @@ not touched.
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import psutil
 from benchmarks import fault_subject
 from benchmarks.fault_children import Child, Ended, wait_until
 from benchmarks.fault_files import shard_files
-from benchmarks.fault_kinds import SIGNALS, Round, Struck, kind
+from benchmarks.fault_kinds import SIGNALS, Reference, Round, Struck, kind
 from flows.local_stack import ask, free_ports
+from pipelines.records import tracking
 
 PATIENCE_SECONDS = 240.0
 ACTORS = 2
@@ -93,14 +96,14 @@ class Nodes:
         """Kill the process that the cluster hangs on."""
         os.kill(_pid(self._cluster.head_node, "gcs_server"), signal.SIGKILL)
 
-    def actors(self) -> list[psutil.Process]:
-        """Return the processes that hold teachers."""
+    def actors(self, of_class: str) -> list[psutil.Process]:
+        """Return the processes of actors of a class: Extractor holds teachers, say."""
         raylets = [_pid(node, "raylet") for node in (self._cluster.head_node, self._second)]
         found = []
         for raylet in raylets:
             for process in psutil.Process(raylet).children(recursive=True):
                 with suppress(psutil.Error):
-                    if "ray::Extractor" in " ".join(process.cmdline()):
+                    if f"ray::{of_class}" in " ".join(process.cmdline()):
                         found.append(process)
         return sorted(found, key=lambda process: process.pid)
 
@@ -155,7 +158,7 @@ def _actor(by: str) -> None:
     def strike(round: Round) -> Struck:
         child = _begin(round)
         there = shard_files(round.root)
-        for process in NODES.actors()[:1]:
+        for process in NODES.actors("Extractor")[:1]:
             process.send_signal(SIGNALS[by])
         ended = child.end(PATIENCE_SECONDS)
         return _struck(round, ended, ended.how == "done", there)
@@ -175,6 +178,58 @@ def _raylet(round: Round) -> Struck:
     ended = child.end(PATIENCE_SECONDS)
     NODES.forget_second()
     return _struck(round, ended, ended.how == "done" or "died more than" in ended.words, there)
+
+
+@cache
+def _trained_by_two(reference: Reference) -> object:
+    """Return what two workers learn, undisturbed: sums of floats, in an order of their own."""
+    root = reference.folder / "trained-by-two"
+    shutil.copytree(reference.root / "cache", root / "cache")
+    arguments = (reference.images, root, 2, NODES.address())
+    ended = Child(fault_subject.train, *arguments).end(PATIENCE_SECONDS)
+    if ended.how != "done":
+        raise RuntimeError(f"training by two without a fault {ended.how}: {ended.words}")
+    return ended.result
+
+
+def _while_two_train(round: Round, strike: Callable[[], None]) -> Struck:
+    """Have something happen to a training by two workers: it ends by itself, with equal losses."""
+    wanted = _trained_by_two(round.reference)
+    round.copy("cache")
+    child = Child(fault_subject.train, round.reference.images, round.root, 2, NODES.address())
+    steps = round.random.randint(1, fault_subject.STEPS - 2)
+    log = round.root / "run" / fault_subject.STAGE / tracking.METRICS_FILE
+    begun = wait_until(
+        lambda: log.is_file() and log.read_text().count("\n") >= steps, child, PATIENCE_SECONDS
+    )
+    if begun:
+        strike()
+    ended = child.end(PATIENCE_SECONDS)
+    if ended.how != "done" or not begun:
+        return Struck(broken=f"{ended.how}, strike: {begun}: {ended.words}")
+    return Struck(broken="" if ended.result == wanted else "losses or weights differ")
+
+
+@kind("one of two training workers killed", slow=True)
+def _one_of_two(round: Round) -> Struck:
+    def strike() -> None:
+        processes = NODES.actors("RayTrainWorker")
+        if processes:  # else it has just ended
+            round.random.choice(processes).kill()
+
+    return _while_two_train(round, strike)
+
+
+@kind("node of one of two training workers lost", slow=True)
+def _node_of_one_of_two(round: Round) -> Struck:
+    """The one that is left has no room for two: they go on when another node joins."""
+
+    def strike() -> None:
+        NODES.kill_second()
+        NODES.forget_second()
+        NODES.address()
+
+    return _while_two_train(round, strike)
 
 
 @kind("Ray head killed", slow=True)

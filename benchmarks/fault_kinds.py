@@ -151,9 +151,15 @@ def kind(
 # ------------------------------------------------------------------------------ ends of processes
 
 
-def died(ended: Ended) -> Struck:
-    """Say that a process has died as it should have, or how it ended instead."""
-    return Struck(broken="" if ended.how == "died" else f"{ended.how}: {ended.words}")
+def died(ended: Ended, *others: str) -> Struck:
+    """Say that a process has died as it should have, or how it ended instead.
+
+    Args:
+        ended: how it has.
+        others: that it may have.
+    """
+    as_wanted = ended.how in ("died", *others)
+    return Struck(broken="" if as_wanted else f"{ended.how}: {ended.words}")
 
 
 def _writer(by: str) -> None:
@@ -168,7 +174,9 @@ def _trainer(by: str) -> None:
     def strike(round: Round) -> Struck:
         round.copy("cache")
         at = round.random.randint(1, round.reference.train_operations)
-        return died(round.child("train", at, by))
+        # SIGTERM, unless it comes too early or too late for that, has it save and end in order.
+        others = ("ended",) if by == "terminated" else ()
+        return died(round.child("train", at, by), *others)
 
 
 for _by in SIGNALS:

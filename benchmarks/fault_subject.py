@@ -35,6 +35,7 @@ from pipelines.recipe.config import (
     SourceConfig,
     StudentConfig,
     TeacherConfig,
+    WorkersConfig,
 )
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig, StageConfig
@@ -165,9 +166,20 @@ def flow(images: Path, root: Path, ray_address: str, prefect_url: str) -> None:
     prefect.flow(name="faults")(teacher_cache.build)([[job(images, root)]], "Stores")
 
 
-def train(images: Path, root: Path) -> dict[str, Any]:
-    """Train, or go on; return every step's losses and the digest of the weights at the end."""
-    run = recipe(images, root)
+def train(
+    images: Path, root: Path, workers: int = 1, ray_address: str | None = None
+) -> dict[str, Any]:
+    """Train, or go on; return every step's losses and the digest of the weights at the end.
+
+    Args:
+        images: the pictures.
+        root: of the caches, and of the run.
+        workers: that train together; several are Ray Train's.
+        ray_address: of the cluster that has them.
+    """
+    run = recipe(images, root).model_copy(update={"workers": WorkersConfig(count=workers)})
+    if ray_address is not None:
+        os.environ["RAY_ADDRESS"] = ray_address
     launch.train(run, run.stage(STAGE))
     directory = run.stage_directory(STAGE)
     lines = tracking.read(directory / tracking.METRICS_FILE)

@@ -10,6 +10,7 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:TERM@60
 #SBATCH --output=eupe-%j.log
 set -euo pipefail
 
@@ -22,9 +23,14 @@ export RAY_USAGE_STATS_ENABLED=0
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 ulimit -n 65536
 
+# Asked to end, a minute before Slurm does it, the command saves its step; Ray must live until then.
+trap 'pkill -TERM -f "$SLURM_SUBMIT_DIR/.venv/bin/eupe run"' TERM
 # Starts Ray on every node, the command on the first one, and ends Ray after it. --exclusive above:
 # it would end every Ray of a node.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
   ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
   env RAY_ADDRESS="$head:6379" RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 \
-  eupe run imagenet1k_vits16
+  eupe run imagenet1k_vits16 &
+wait $! || code=$?                    # it returns when the signal comes,
+[[ ${code:-0} -ne 143 ]] || wait $! # and then the command still saves
+exit "${code:-0}"

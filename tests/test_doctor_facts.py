@@ -144,27 +144,13 @@ def test_of_two_nodes_the_one_that_is_another_world_is_found(tmp_path, emoji):
     assert not (tmp_path / "caches").exists()
 
 
-def test_probes_are_seen_where_they_were_laid_and_gone_afterwards(tmp_path):
-    (tmp_path / "file").touch()
-    folders = [str(tmp_path / name) for name in ("new/a", "new/b", "file/c")]
-    with probe.laid(folders) as laid:
-        assert {Path(file).parent for file in laid.probes} == {Path(each) for each in folders[:2]}
-        assert list(laid.refused) == folders[2:]
-        assert all(Path(file).read_bytes() == content for file, content in laid.probes.items())
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_reading_is_measured_and_leaves_nothing(tmp_path):
     assert probe.reading(str(tmp_path), stream_bytes=1 << 16) > 0
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_bucket_takes_probes_and_is_read(s3, tmp_path):
+def test_a_bucket_is_read(s3, tmp_path):
     root = f"s3://{bucket_server.NAME}/probed"
-    with probe.laid([root]) as laid:
-        (file,) = laid.probes
-        assert node._seen(file) == laid.probes[file]
-    assert node._seen(file) is None
     assert probe.reading(root, stream_bytes=1 << 12) > 0
 
 

@@ -1,9 +1,12 @@
 """The files of deploy/ can be read by whom they are for, and all begin the same command."""
 
 import io
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
 COMMAND = "eupe run imagenet1k_vits16"
 MOST_LINES = 40
+PATIENCE_SECONDS = 60
 LOCKED = versions((ROOT / "constraints.txt").read_text())
 
 # Of the documentation of each: Dockerfile reference; KubeRay's API reference of ray.io/v1, 1.6;
@@ -145,7 +149,7 @@ def slurm(text: str) -> Faults:
     if "#SBATCH" in script:
         yield "an #SBATCH below the first command is not read"
     (run,) = [each for each in script.replace("\\\n", " ").splitlines() if "symmetric-run" in each]
-    words = shlex.split(run)
+    words = shlex.split(run.removesuffix(" &"))
     after = words[words.index("symmetric-run") + 1 :]
     options = {option for each in symmetric_run.params for option in each.opts}
     starting, entry = after[: after.index("--")], after[after.index("--") + 1 :]
@@ -236,3 +240,33 @@ def test_a_planted_fault_is_noticed(name: str, right: str, wrong: str):
     text = (DEPLOY / name).read_text()
     assert right in text
     assert list(FILES[name](text.replace(right, wrong))) != []
+
+
+def test_slurms_signal_reaches_the_command_alone_and_is_waited_for(tmp_path):
+    """The script as it is, but for a limit of the machine; with programs in Slurm's place."""
+    saves = "trap 'sleep 1; touch saved; exit 143' TERM\n"
+    for name, text in {
+        "slurm/scontrol": "echo localhost\n",
+        "slurm/srun": 'trap "touch srun" TERM\n"$SLURM_SUBMIT_DIR/.venv/bin/eupe" run it\n',
+        ".venv/bin/eupe": f"{saves}touch begun\nwhile :; do sleep 0.1; done\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1"}
+    path = os.pathsep.join([str(tmp_path / "slurm"), os.environ["PATH"]])
+    batch = subprocess.Popen(
+        ["bash", "-c", (DEPLOY / "slurm.sh").read_text().replace("ulimit", ": ulimit")],
+        cwd=tmp_path,
+        env={**given, "SLURM_JOB_NODELIST": "localhost", "PATH": path},
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (tmp_path / "begun").exists():
+        assert batch.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    batch.send_signal(signal.SIGTERM)
+    assert batch.wait(PATIENCE_SECONDS) == 143
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "srun").exists(), "Ray would have died first"
+    assert not list(tmp_path.glob("ray_token-*"))

@@ -232,7 +232,7 @@ def said_where(folder: Path) -> Any:
 
 @pytest.fixture
 def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Start three nodes of one CPU each; workers may have the modules of this folder."""
+    """Start three nodes of one CPU each, whose workers may have the modules of this folder."""
     import ray.cloudpickle
     from ray.cluster_utils import Cluster
 
@@ -247,6 +247,22 @@ def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for module in modules:
         ray.cloudpickle.unregister_pickle_by_value(module)
     cluster.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("field", ["run_directory", "cache_root"])
+def test_a_folder_that_is_not_shared_is_refused_before_the_work(
+    tmp_path, monkeypatch, three_nodes, field
+):
+    """One is below the working folder: shared by those whose working folder it is."""
+    monkeypatch.chdir(tmp_path)
+    run = ending_child.recipe(tmp_path, 2).model_copy(
+        update={field: f"/proc/self/cwd/{field}/here"}
+    )
+    with pytest.raises(BadInput, match=f"^node .* to /proc/self/cwd/{field}.*workers.count=1$"):
+        launch.train(run, run.stage("stage2"), make_inputs=two_workers.noise_inputs)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob(".probe-*"))
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from pipelines.caching.plan import StagePlan, UnknownSize
 from pipelines.caching.rates import GPUS, Machine, Rates, machine
 from pipelines.doctor import probe
 from pipelines.doctor.node import Node, Question, example, look
-from pipelines.machines import cluster, pool
+from pipelines.machines import cluster, every_node, pool, shared_folders
 from pipelines.recipe.config import Recipe
 from pipelines.release import licences
 
@@ -127,7 +128,7 @@ def gather(recipe: Recipe, on_cluster: bool, gpus: str | None) -> Facts:
     refused = beforehand.refusals(recipe)
     shared = (recipe.cache_root, recipe.run_directory, str(recipe.outputs))
     cluster_said = Asked([], {}, [], None)
-    with probe.laid(shared) as laid:
+    with shared_folders.laid(shared) as laid:
         question = Question(recipe, example(), laid.probes)
         here = look(HERE, question)
         if on_cluster:
@@ -176,35 +177,11 @@ def ask(question: Question) -> Asked:
     """Ask every live node of the cluster that RAY_ADDRESS names."""
     try:
         with cluster.connect():
-            return Asked(*_answers(question), _too_few(question.recipe), None)
+            answers = every_node.ask(partial(look, question=question), ANSWER_SECONDS)
+            nodes = [*answers.said.values()]
+            return Asked(nodes, answers.mute, _too_few(question.recipe), None)
     except BadInput as error:
         return Asked([], {}, [], str(error))
-
-
-def _answers(question: Question) -> tuple[list[Node], dict[str, str]]:
-    import ray  # after `connect` has settled its environment
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    remote: Any = ray.remote(num_cpus=0, max_retries=0)(look)
-    asked = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            name = f"node {node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[name] = remote.options(scheduling_strategy=where).remote(name, question)
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
-    nodes, mute = list[Node](), dict[str, str]()
-    for name, answer in asked.items():
-        try:
-            nodes.append(ray.get(answer, timeout=1))
-        except Exception as error:  # whatever stops it there is what is to be found
-            mute[name] = _last_line(error)
-    return nodes, mute
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'it says nothing'}"
 
 
 def _too_few(recipe: Recipe) -> list[str]:

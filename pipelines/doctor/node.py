@@ -17,11 +17,12 @@ from PIL import Image
 import cache
 import eupe
 from cache.errors import StoreError
-from cache.files import atomic, place
+from cache.files import atomic
 from eupe import views, weights
 from eupe.errors import BadInput
 from pipelines.caching import beforehand
 from pipelines.images import index
+from pipelines.machines import shared_folders
 from pipelines.recipe.config import Recipe
 
 PACKAGES = (
@@ -101,7 +102,7 @@ def look(name: str, question: Question) -> Node:
         weights=digests,
         no_weights=no_weights,
         no_pictures=_no_pictures(question.recipe),
-        unseen=tuple(file for file, laid in question.probes.items() if _seen(file) != laid),
+        unseen=shared_folders.unseen(question.probes),
         shared_memory_bytes=_free(SHARED_MEMORY),
         memory_bytes=int(ray._common.utils.get_system_memory()),  # of the container, if in one
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
@@ -182,13 +183,6 @@ def _no_pictures(recipe: Recipe) -> dict[str, str]:
         except (BadInput, StoreError) as error:
             missing[dataset.name] = str(error)
     return missing
-
-
-def _seen(file: str) -> bytes | None:
-    try:
-        return place.root(file).read_bytes()
-    except (OSError, StoreError):
-        return None
 
 
 def _free(folder: Path) -> int:

@@ -1,55 +1,17 @@
-"""Small files laid into the folders that all machines share, and how fast such files are read."""
+"""How fast files of a folder, or a bucket, are read: some are written, and read again."""
 
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
-from cache.errors import StoreError
 from cache.files import atomic, place
 from cache.files.bucket import BucketPath
 from cache.format import layout
 
 STREAMS = 8
 STREAM_BYTES = 32 << 20
-
-
-class Laid(NamedTuple):
-    """Probes that are there, file -> contents, and why a folder takes none, folder -> sentence."""
-
-    probes: Mapping[str, bytes]
-    refused: Mapping[str, str]
-
-
-@contextmanager
-def laid(folders: Sequence[str]) -> Iterator[Laid]:
-    """Have a file of random contents in each folder, or bucket, for as long as the block lasts.
-
-    Folders that had to be made for it go again.
-    """
-    probes, refused = dict[str, bytes](), dict[str, str]()
-    made = list[Path]()
-    try:
-        for folder in dict.fromkeys(folders):
-            root = place.root(folder)
-            made += _absent(root)
-            content, name = secrets.token_bytes(16), f".probe-{secrets.token_hex(8)}"
-            try:
-                atomic.write(root / name, [content], _scratch(root))
-                probes[str(root / name)] = content
-            except (StoreError, OSError) as error:
-                refused[folder] = str(error)
-        yield Laid(probes, refused)
-    finally:
-        for file in probes:
-            place.root(file).unlink(missing_ok=True)
-        for empty in sorted(made, key=lambda folder: -len(folder.parts)):
-            with suppress(OSError):  # never made, or somebody uses it meanwhile
-                empty.rmdir()
 
 
 def reading(folder: str, stream_bytes: int = STREAM_BYTES) -> float:
@@ -66,7 +28,7 @@ def reading(folder: str, stream_bytes: int = STREAM_BYTES) -> float:
     files = [root / f".probe-{secrets.token_hex(8)}" for _ in range(STREAMS)]
     try:
         for file in files:
-            atomic.write(file, [secrets.token_bytes(stream_bytes)], _scratch(root))
+            atomic.write(file, [secrets.token_bytes(stream_bytes)], layout.scratch_directory(root))
             _forget(file)
         with ThreadPoolExecutor(STREAMS) as pool:
             started = time.perf_counter()
@@ -75,18 +37,6 @@ def reading(folder: str, stream_bytes: int = STREAM_BYTES) -> float:
     finally:
         for file in files:
             file.unlink(missing_ok=True)
-
-
-def _scratch(root: Path) -> Path:
-    return layout.scratch_directory(root)
-
-
-def _absent(root: Path) -> list[Path]:
-    """Return the folders that a file in `root` would make."""
-    if isinstance(root, BucketPath):
-        return []
-    wanted = (_scratch(root), root, *root.parents)
-    return [folder for folder in wanted if not os.path.exists(folder)]
 
 
 def _forget(file: Path) -> None:

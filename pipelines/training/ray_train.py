@@ -18,7 +18,14 @@ from signal import SIGINT
 from typing import Any
 
 from eupe.errors import BadInput
-from pipelines.machines import cluster, deaths, interrupt, job_folder
+from pipelines.machines import (
+    cluster,
+    deaths,
+    every_node,
+    interrupt,
+    job_folder,
+    shared_folders,
+)
 from pipelines.machines.deaths import Deaths
 from pipelines.machines.errors import RemoteBug, bad_input, keeping_traceback
 from pipelines.machines.interrupt import Terminated
@@ -29,6 +36,8 @@ from pipelines.training.batches import Loader
 from pipelines.training.job import Job
 from pipelines.training.loop import StageResult
 
+ANSWER_SECONDS = 120.0
+"""For a node to say which folders it sees: it starts a process for it."""
 RAY_FOLDER = "ray"
 """Below the stage's directory: what Ray Train keeps of its runs. Nothing of ours is in it."""
 LOCK_SECONDS = 120.0
@@ -60,6 +69,7 @@ def _to_the_end(job: Job, ending: Callable[[], bool]) -> StageResult:
 
     dead = Deaths()
     while True:
+        _check_folders(job.recipe)
         nodes = deaths.nodes_alive()
         try:
             return _fit(job)
@@ -138,6 +148,38 @@ def _check_room(recipe: Recipe) -> None:
             f"workers.count = {wanted}: Ray has {there} CPU here; lower it, or name a cluster "
             "in RAY_ADDRESS"
         )
+
+
+def _check_folders(recipe: Recipe) -> None:
+    """Refuse folders that a node where workers may come to be does not see as this machine does.
+
+    A folder in which nothing can be written is refused by whoever wants to write there.
+
+    Raises:
+        BadInput: naming the node and the folders.
+    """
+    import ray
+
+    if deaths.nodes_alive() == {ray.get_runtime_context().get_node_id()}:
+        return
+    resource = "GPU" if recipe.workers.use_gpu else "CPU"
+    with shared_folders.laid([str(recipe.outputs), recipe.cache_root]) as laid:
+        look = partial(_unseen, probes=laid.probes)
+        answers = every_node.ask(look, ANSWER_SECONDS, resource)
+    for node, files in answers.said.items():
+        if files:
+            places = " and ".join(file.rpartition("/")[0] for file in files)
+            raise BadInput(
+                f"{node} does not see what this machine writes to {places}, which workers of "
+                "several nodes share; mount the same file system there under the same path, name "
+                "a bucket as cache_root, or train with workers.count=1"
+            )
+    for node, why in answers.mute.items():
+        print(f"{node} did not say which folders it sees: {why}", file=sys.stderr)
+
+
+def _unseen(node: str, probes: Mapping[str, bytes]) -> tuple[str, ...]:
+    return shared_folders.unseen(probes)
 
 
 def _refuse(error: Exception, nodes: frozenset[str], dead: Deaths) -> None:
