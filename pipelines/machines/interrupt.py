@@ -61,8 +61,8 @@ def at_once() -> Iterator[None]:
 def in_order(tell: Callable[[], object] | None = None) -> Iterator[Callable[[], bool]]:
     """Let SIGTERM ask the work inside the block to end, instead of ending it.
 
-    What has not ended GRACE_SECONDS later is ended then. Outside the main thread, which alone gets
-    signals, the work is never asked.
+    A process that is still there GRACE_SECONDS later is ended then, wherever it is: Ray, say, takes
+    its time to leave. Outside the main thread, which alone gets signals, the work is never asked.
 
     Args:
         tell: called when SIGTERM comes, to ask processes elsewhere.
@@ -81,12 +81,8 @@ def in_order(tell: Callable[[], object] | None = None) -> Iterator[Callable[[], 
         if tell is not None:
             tell()
 
-    try:
-        with _handled(signal.SIGTERM, ask):
-            yield lambda: bool(asked)
-    finally:
-        for timer in asked:
-            timer.cancel()
+    with _handled(signal.SIGTERM, ask):
+        yield lambda: bool(asked)
 
 
 def going_on() -> str:
