@@ -19,6 +19,7 @@ from eupe.errors import BadInput
 from eupe.teachers import Teacher
 from flows.cli import app
 from pipelines.caching import precompute
+from pipelines.machines.interrupt import Terminated
 from pipelines.recipe import recipes
 from pipelines.sweeps import describe, page, results, work
 from pipelines.sweeps.work import Done
@@ -233,6 +234,21 @@ def test_what_fails_stops_only_what_is_made_from_it(tmp_path, toys, capsys):
     assert (again.failed, len(again.computed)) == ({}, len(graph.nodes) - 4)
     _, found = describe.told(toy_sweep.asked(path))
     assert {each.state for each in found} == {"reuse"}
+
+
+def test_who_is_asked_to_end_begins_no_other_work_and_nothing_has_failed(tmp_path, toys):
+    toys(tmp_path)
+    path, begun_here = toy_sweep.sweep(tmp_path), []
+
+    def run(node):
+        begun_here.append(node)
+        raise Terminated("it is saved")
+
+    with pytest.raises(Terminated):
+        work.work(work.prepare(toy_sweep.asked(path)), run)
+    assert len(begun_here) == 1
+    _, found = describe.told(toy_sweep.asked(path))
+    assert {each.state for each in found} == {"compute"}
 
 
 def test_two_processes_share_the_work(alone, tmp_path):

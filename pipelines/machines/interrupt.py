@@ -29,8 +29,11 @@ END_SECONDS = 2.0
 _calls: list[Callable[[float], object]] = []
 
 
-class Terminated(Exception):
-    """Work ended in order because SIGTERM asked it to; says what is kept."""
+class Terminated(BaseException):
+    """Work ended in order because SIGTERM asked it to; says what is kept.
+
+    No Exception: who goes on to other work after a failure must not after this.
+    """
 
 
 @contextmanager
