@@ -55,6 +55,7 @@ def test_the_choice_is_right_most_often_on_the_part_it_is_made_on():
     assert chosen == max(right, key=right.get)  # of equals the first, which is the strongest
 
 
+@pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 def test_a_fit_that_is_cut_short_says_so(monkeypatch):
     monkeypatch.setattr(probes, "MAX_ITERATIONS", 2)
     (bank, labels), (queries, _) = images(300, 1), images(5, 2)

@@ -33,7 +33,7 @@ def test_frequencies_over_100_000_draws() -> None:
 
 def test_shares_that_are_expected_are_those_that_are_drawn() -> None:
     mix = paper_mix(64)
-    drawn = mix.consumed(20_000) / mix.consumed(20_000).sum()
+    drawn = mix.consumed(20_000).sum(axis=0) / mix.consumed(20_000).sum()
     np.testing.assert_allclose(mix.expected(), drawn, atol=0.01)
     assert mix.expected().sum() == pytest.approx(1)
     assert Mix({"alone": 3.0}, {}, 8, 0).expected().tolist() == [1.0]
