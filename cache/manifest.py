@@ -5,7 +5,7 @@ version that committed it, so any earlier version can still be read after runs h
 run pins the version it trains on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -141,13 +141,22 @@ class Manifest:
             Corrupt: a part is missing or not what HEAD says.
         """
         at = self.checked(version)
-        while True:
-            runs = self._runs
-            try:
-                return runs.find(view, shard, at)
-            except (NotBuilt, Corrupt):
-                if not self._read_again():
-                    raise
+        return self._asked(lambda runs: runs.find(view, shard, at))
+
+    def find_since(self, view: int, shard: int, version: int) -> ShardRecord | None:
+        """Return a shard's record at a version or, if it did not exist then, its first one since.
+
+        So what a run reads that began before its store was whole follows from the version at which
+        it began, whenever it looks.
+
+        Raises:
+            ValueError: that version does not exist.
+            Corrupt: a part is missing or not what HEAD says.
+        """
+        at = self.checked(version)
+        return self._asked(
+            lambda runs: runs.find(view, shard, at) or runs.find_after(view, shard, at)
+        )
 
     def tables(self, version: int | None = None, views: range | None = None) -> Iterator[pa.Table]:
         """Yield the records at a version (None: the newest), sorted by view and shard.
@@ -252,6 +261,15 @@ class Manifest:
             return
         scratch = layout.scratch_directory(self.directory.parent)
         commit(self.directory, ManifestHead, lambda there: None, scratch)
+
+    def _asked(self, ask: Callable[[Runs], ShardRecord | None]) -> ShardRecord | None:
+        while True:
+            runs = self._runs
+            try:
+                return ask(runs)
+            except (NotBuilt, Corrupt):
+                if not self._read_again():
+                    raise
 
     def _use(self, there: HeadFile[ManifestHead]) -> None:
         self._there = there

@@ -7,6 +7,7 @@ would fetch a few pages each. The shards that all readers of a process used last
 (`mapped.Recent`). Thread-safe.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ Kind = Literal["patches", "rows"]
 T = TypeVar("T")
 KNOWN_SHARDS = 32_768
 """Shards whose records a reader keeps, at some 700 bytes: as many as a process keeps mapped."""
+LOOK_SECONDS = 1.0
+"""Whoever asks whether rows are there causes no more than one request to a store in this time."""
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
 
@@ -50,6 +53,8 @@ class Reader:
         store: the store.
         views: numbers of the views it reads, rising.
         version: the manifest version it reads.
+        growing: True if a shard that does not exist at that version is read as it was first
+            committed since: what is read follows from the version, whenever it is asked for.
         row_shape: shape of a row in storage dtype, (N, D) for plain codecs.
         dtype: storage dtype.
     """
@@ -61,6 +66,7 @@ class Reader:
         version: int | None = None,
         access: Literal["map", "read"] = "map",
         threads: int = 1,
+        growing: bool = False,
     ):
         """Open a store for reading.
 
@@ -71,9 +77,10 @@ class Reader:
             access: "map" for local disks, "read" (positioned reads) where maps are slow.
             threads: threads that copy one batch, the caller's included; numpy copies without the
                 interpreter's lock.
+            growing: read shards that are committed later, too; see the attribute.
 
         Raises:
-            NotBuilt: one of the views has no shard in the manifest.
+            NotBuilt: one of the views has no shard in the manifest, and the reader is not growing.
             ValueError: no thread, or another access.
         """
         self.store = store
@@ -86,7 +93,8 @@ class Reader:
         self._manifest = store.manifest()
         self.version = self._manifest.checked(version)
         self._known: dict[tuple[int, int], _Shard] = {}
-        for view in self.views:
+        self.growing, self._looked = growing, time.monotonic()
+        for view in () if growing else self.views:
             if not any(bool((shards >= 0).any()) for shards in self._shards_of(view)):
                 raise NotBuilt(f"{store.directory}: view {view} has no shard yet; build it first")
         self.row_shape = store.row_shape
@@ -152,6 +160,51 @@ class Reader:
             if known is None or number >= known.num_rows:
                 self._look_up(*key, number)
         return Selection(self, keys, inside)
+
+    def absent(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.bool_]:
+        """Say of rows [n] which are not there yet, bool [n]; a growing store is looked at again.
+
+        Args:
+            rows: int64 [n].
+            views: view number of each row, [n], or one for all.
+        """
+        keys, _ = located(rows, views, self.store.samples.rows_per_shard)
+        missing = {key for key in {*keys} if self._record(*key) is None}
+        just_now = time.monotonic() - self._looked < LOOK_SECONDS
+        if missing and not just_now and self._look_again():
+            missing = {key for key in missing if self._record(*key) is None}
+        return np.array([key in missing for key in keys], bool)
+
+    def num_absent(self, rows: Sequence[int] | Rows, views: Views = 0) -> int:
+        """Count the shards of rows that are not there yet; see `absent`."""
+        absent = self.absent(rows, views)
+        keys, _ = located(rows, views, self.store.samples.rows_per_shard)
+        return len({key for key, is_absent in zip(keys, absent.tolist(), strict=True) if is_absent})
+
+    def will_need(self, rows: Rows, views: Rows) -> None:
+        """Start bringing rows [n] that will be copied soon, of those that are there: a hint."""
+        there = ~self.absent(rows, views)
+        self.select(rows[there], views[there]).read_ahead()
+
+    def _look_again(self) -> bool:
+        """Read the HEAD of a growing store once more; True if it is another one."""
+        if not self.growing:
+            return False
+        self._looked = time.monotonic()
+        manifest = self.store.manifest()
+        newer = manifest.version != self._manifest.version
+        if newer:
+            self._manifest = manifest
+        return newer
+
+    def _record(self, view: int, shard: int) -> ShardRecord | None:
+        """Return the record of a shard as this reader reads it, None if there is none yet."""
+        known = self._known.get((view, shard))
+        if known is not None:
+            return known.record
+        if self.growing:
+            return self._manifest.find_since(view, shard, self.version)
+        return self._manifest.find(view, shard, self.version)
 
     def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return sample ids, in the given order."""
@@ -247,7 +300,9 @@ class Reader:
         row = start + inside
         if inside >= num_rows:
             raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
-        record = self._manifest.find(view, shard, self.version)
+        record = self._record(view, shard)
+        if record is None and self._look_again():
+            record = self._record(view, shard)
         if record is None:
             raise MissingSamples(
                 f"{self.store.directory}: row {row} of view {view} is not built at manifest "
@@ -343,7 +398,8 @@ def check_not_rebuilt(reader: Reader, groups: Sequence[Group], error: Exception)
     if reader.version == manifest.version:
         return
     for view, shard, _, _ in groups:
-        then, now = manifest.find(view, shard, reader.version), manifest.find(view, shard)
+        then = manifest.find_since(view, shard, reader.version)
+        now = manifest.find(view, shard)
         assert then is not None
         assert now is not None
         if (then.patches_sha256, then.rows_sha256) != (now.patches_sha256, now.rows_sha256):

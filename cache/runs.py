@@ -67,15 +67,24 @@ class Runs:
             NotBuilt: a part is gone.
             Corrupt: a part is not what HEAD names.
         """
-        for run in reversed(self._runs):
-            place = bisect_left(self._lasts[id(run)], (view, shard))
-            if place < len(run) and run[place].first <= (view, shard):
-                records = self._records(run[place])
-                found = records.find(view, shard, version)
-                records.forget()
-                if found is not None:
-                    return found
-        return None
+        found = (
+            records.find(view, shard, version)
+            for records in self._holding((view, shard), reversed(self._runs))
+        )
+        return next((record for record in found if record is not None), None)
+
+    def find_after(self, view: int, shard: int, version: int) -> ShardRecord | None:
+        """Return a shard's earliest record after a version; None if there is none.
+
+        Raises:
+            NotBuilt: a part is gone.
+            Corrupt: a part is not what HEAD names.
+        """
+        found = (
+            records.find_after(view, shard, version)
+            for records in self._holding((view, shard), self._runs)
+        )
+        return next((record for record in found if record is not None), None)
 
     def latest(
         self, version: int, low: Key = FIRST_KEY, high: Key = END_KEY
@@ -144,6 +153,17 @@ class Runs:
                 yield end, joined(pieces)
             for records in touched:
                 records.forget()
+
+    def _holding(self, key: Key, runs: Iterable[tuple[Part, ...]]) -> Iterator[SortedRecords]:
+        """Yield the part of each run that may hold records of a shard."""
+        for run in runs:
+            place = bisect_left(self._lasts[id(run)], key)
+            if place < len(run) and run[place].first <= key:
+                records = self._records(run[place])
+                try:
+                    yield records
+                finally:
+                    records.forget()
 
     def _touched(self, run: tuple[Part, ...], low: Key, high: Key) -> Iterator[SortedRecords]:
         """Yield the parts of a run that may hold records with low <= key < high."""

@@ -71,6 +71,9 @@ def check(manifest: Manifest, oracle: Oracle) -> None:
             for shard in range(-1, 13):
                 found = manifest.find(view, shard, version)
                 assert found == oracle[version].get((view, shard))
+                since = (later.get((view, shard)) for later in oracle[version:])
+                first = next((each for each in since if each is not None), None)
+                assert manifest.find_since(view, shard, version) == first
             own = [each for key, each in sorted(oracle[version].items()) if key[0] == view]
             tables = manifest.tables(version, range(view, view + 1))
             assert [each for table in tables for each in records_of(table)] == own

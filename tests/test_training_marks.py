@@ -66,6 +66,8 @@ CHANGED: dict[type[BaseModel], dict[str, Changes]] = {
         "warmup_steps": {"warmup_steps": 0},
         "precision": {"precision": "bfloat16"},
         "activation_checkpointing": {"activation_checkpointing": True},
+        "on_missing": {"on_missing": "wait"},
+        "patience_seconds": {"patience_seconds": 5.0},
         "log_every": {"log_every": 3},
         "evaluate_every": {"evaluate_every": 2},
         "checkpoint_every": {"checkpoint_every": 1},

@@ -101,7 +101,7 @@ def test_stages_that_are_left_out_or_judged_otherwise_move_no_address(trained):
         ("stage1", {"head_hidden": 7}, ["stage1", "stage2", "stage3"]),
         ("stage2", {"head_hidden": 7}, ["stage2", "stage3"]),
         ("stage3", {"head_hidden": 7}, ["stage3"]),
-        ("stage2", {"log_every": 7, "micro_batch": 3, "keep_checkpoints": 5}, []),
+        ("stage2", {"log_every": 7, "micro_batch": 3, "on_missing": "wait"}, []),
     ],
 )
 def test_a_change_makes_old_what_follows_from_it(trained, name, fields, old):

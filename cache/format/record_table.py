@@ -158,6 +158,12 @@ class SortedRecords:
             return None
         return records_of(self.table.slice(begin + known - 1, 1))[0]
 
+    def find_after(self, view: int, shard: int, version: int) -> ShardRecord | None:
+        """Return a shard's earliest record after a version; None if there is none."""
+        begin, end = self.position((view, shard)), self.position((view, shard + 1))
+        first = begin + int((self._version[begin:end] <= version).sum())
+        return records_of(self.table.slice(first, 1))[0] if first < end else None
+
     def between(self, low: Key, high: Key) -> pa.Table:
         """Return the records with low <= key < high."""
         begin, end = self.position(low), self.position(high)

@@ -285,8 +285,9 @@ def build(
     stores: list[Store] = []
     for jobs in groups:
         with extractors(jobs[0]) as pool:
-            for job in jobs:
-                own = steps.resolve_stores(job, pool)
+            # All of them first: a stage that waits for shards wants the moments of all its stores.
+            resolved = [steps.resolve_stores(job, pool) for job in jobs]
+            for job, own in zip(jobs, resolved, strict=True):
                 extracted[str(job)] = steps.extract_missing(job, own, pool)
                 stores += own
     steps.verify_stores(stores, deep)

@@ -137,7 +137,7 @@ class FrozenStudent:
         self.opened = opened or Opened()
         self.saved = checkpoint.require(recipe.stage_directory(stage.name))
         self.normalisers = inputs.fixed_normalisers(recipe, stage, self.opened)
-        whole = over_pyramid(recipe, stage)
+        whole = over_pyramid(recipe, stage).model_copy(update={"on_missing": "refuse"})
         self.images = CentreViews(recipe, whole, self.normalisers, self.opened)
 
     @cached_property

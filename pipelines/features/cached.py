@@ -128,6 +128,15 @@ class CachedSource(FeatureSource):
             return versions
         return versions | {samples_pin(self.samples): int(self._shards.stops[-1])}
 
+    def num_missing(
+        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
+    ) -> int:
+        """Count the shards of stores that are not there yet (see `FeatureSource`)."""
+        return sum(
+            self._store(teacher, resolution).reader.num_absent(rows, view_numbers)
+            for teacher, resolution in resolutions.items()
+        )
+
     @property
     def mirrored(self) -> bool:
         """True if a store lies in a bucket: it then pays to say what will be fetched."""
@@ -146,7 +155,7 @@ class CachedSource(FeatureSource):
         for teacher, resolution in resolutions.items():
             reader = self._store(teacher, resolution).reader
             if reader.mirrored:
-                reader.select(rows, view_numbers).read_ahead()
+                reader.will_need(rows, view_numbers)
 
     def fetch(
         self,

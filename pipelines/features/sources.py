@@ -79,6 +79,18 @@ class FeatureSource(ABC):
         """Return store directory (below the cache root) -> manifest version that is read."""
         return {}
 
+    def num_missing(
+        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
+    ) -> int:
+        """Count the shards that a fetch of rows wants and that are not there yet.
+
+        Args:
+            rows: int64 [n].
+            view_numbers: int64 [n].
+            resolutions: as they will be fetched.
+        """
+        return 0
+
     @property
     def mirrored(self) -> bool:
         """True if a store lies in a bucket: it then pays to say what will be fetched."""

@@ -114,6 +114,17 @@ class StageConfig(Spec):
     strategy: Annotated[Literal["ddp", "fsdp2"], EXECUTION] = Field(
         "ddp", description="with several workers: copies of the model, or shards of it"
     )
+    on_missing: Annotated[Literal["refuse", "wait"], EXECUTION] = Field(
+        "refuse",
+        description="when shards that it draws are not built yet; wait: begins once those of its "
+        "first steps are there, and waits for the others, while `eupe cache build` runs elsewhere",
+    )
+    patience_seconds: Annotated[float, EXECUTION] = Field(
+        1800.0,
+        gt=0,
+        description="on_missing wait: it gives up after so long without a commit to any store of "
+        "the recipe",
+    )
     log_every: Annotated[int, EXECUTION] = Field(
         10, ge=1, description="steps between two lines of metrics.jsonl"
     )

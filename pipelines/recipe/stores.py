@@ -244,7 +244,7 @@ class Opened:
 
     def __init__(self) -> None:
         self._stores: dict[tuple[str, str], Store] = {}
-        self._readers: dict[tuple[Path, tuple[int, ...], int | None, str, int], Reader] = {}
+        self._readers: dict[tuple[Path, tuple[int, ...], int | None, str, int, bool], Reader] = {}
         self._whole: set[tuple[Path, bytes]] = set()
 
     def store(self, root: str, spec: StoreSpec) -> Store:
@@ -276,7 +276,12 @@ class Opened:
         self._whole.add(key)
 
     def reader(
-        self, store: Store, views: Sequence[int], version: int | None, workers: WorkersConfig
+        self,
+        store: Store,
+        views: Sequence[int],
+        version: int | None,
+        workers: WorkersConfig,
+        growing: bool = False,
     ) -> Reader:
         """Return a reader of views of a store.
 
@@ -285,14 +290,15 @@ class Opened:
             views: numbers of the views to read.
             version: manifest version to read; None is the newest when first asked for.
             workers: how stores are read.
+            growing: see `Reader`.
 
         Raises:
             StoreError: a view has no shard yet.
         """
         access, threads = workers.store_access, workers.copy_threads
-        key = store.directory, tuple(views), version, access, threads
+        key = store.directory, tuple(views), version, access, threads, growing
         if key not in self._readers:
-            self._readers[key] = Reader(store, views, version, access, threads)
+            self._readers[key] = Reader(store, views, version, access, threads, growing)
         return self._readers[key]
 
 
@@ -304,13 +310,13 @@ def half_built(store: Store, num_missing: int, wanted: Mask) -> NotBuilt:
     )
 
 
-def open_stores(job: CacheJob, resuming: bool = False, opened: Opened | None = None) -> list[Store]:
+def open_stores(job: CacheJob, half: bool = False, opened: Opened | None = None) -> list[Store]:
     """Open a job's stores for training: every wanted shard must be there.
 
     Args:
         job: whose stores.
-        resuming: True for a run that goes on: shards of samples that were added to the dataset
-            since it began may be missing.
+        half: True if shards may be missing: of a run that goes on, those of samples that were added
+            since it began; of a stage that waits for them, any.
         opened: stores that are open already; those opened here are added. None opens all anew.
 
     Raises:
@@ -319,7 +325,7 @@ def open_stores(job: CacheJob, resuming: bool = False, opened: Opened | None = N
     """
     opened = opened or Opened()
     stores = [opened.store(job.root, spec) for spec in store_specs(job)]
-    if not resuming:
+    if not half:
         for store in stores:
             opened.check_whole(store, job.wanted_of(store))
     return stores

@@ -34,6 +34,9 @@ from pipelines.recipe.resolutions import Resolutions
 HINTED_BATCHES = 32
 """Micro-batches whose shards and images are asked of a bucket ahead of those being made."""
 
+Wait = Callable[[str, str, Callable[[], int]], float]
+"""(what, unit, count of what is missing) -> seconds until nothing was; `Arrivals.wait`."""
+
 Address = tuple[int, int, int, int, Drawn]
 """Step, micro-batch, micro-batches of the step, place of the first row, rows."""
 
@@ -62,6 +65,20 @@ class Feed:
         }
         return self.source.versions() | own
 
+    def num_missing(
+        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
+    ) -> int:
+        """Count the shards that a batch will want and that are not there yet.
+
+        Args:
+            rows: int64 [n], of the dataset.
+            view_numbers: int64 [n].
+            resolutions: of the batch.
+        """
+        missing = self.source.num_missing(rows, view_numbers, resolutions.teachers)
+        stored = self.pixels.get(resolutions.student)
+        return missing if stored is None else missing + stored.num_absent(rows, view_numbers)
+
     @cached_property
     def mirrored(self) -> bool:
         """True if its features or its images lie in a bucket."""
@@ -79,7 +96,7 @@ class Feed:
         """
         self.source.will_need(rows, view_numbers, resolutions.teachers)
         if (stored := self.pixels.get(resolutions.student)) is not None:
-            stored.select(rows, view_numbers).read_ahead()
+            stored.will_need(rows, view_numbers)
         elif self.images.mirrored:
             self.images.will_need(self.source.samples.take(rows).iter_rows(named=True))
 
@@ -198,6 +215,8 @@ class Batches:
         micro_batch: (student scale, rows of this rank) -> rows of a micro-batch.
         steps: which steps, in order.
         loader: how this worker loads them.
+        wait: called before a step that shards are missing of, once those before it are used up;
+            None: all are there.
 
     Raises:
         BadInput: `draw` names a dataset without a feed.
@@ -211,13 +230,14 @@ class Batches:
         micro_batch: Callable[[int, int], int],
         steps: range,
         loader: Loader,
+        wait: Wait | None = None,
     ) -> None:
         missing = set(draw.names) - set(feeds)
         if missing:
             raise ValueError(f"no feed of dataset {', '.join(sorted(missing))}")
         self._feeds = [feeds[name] for name in draw.names]
         self._draw, self._resolutions, self._micro_batch = draw, resolutions, micro_batch
-        self._steps, self._loader = steps, loader
+        self._steps, self._loader, self._wait = steps, loader, wait
         self._buffers = Buffers()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -226,13 +246,35 @@ class Batches:
         settings = self._loader.workers
         prefetch = settings.prefetch_batches
         with _Pool(settings.loader_threads) as drawers, _Pool(prefetch) as makers:
-            ahead: deque[Future[Batch]] = deque()
+            ahead: deque[tuple[Future[Batch], float]] = deque()
             for address in addresses:
-                ahead.append(makers.submit(self._make, *address, drawers))
+                step, micro, *_ = address
+                seconds = 0.0
+                if self._wait is not None and micro == 0:
+                    missing = self._missing_of(step)
+                    while ahead and missing():  # meanwhile the steps before it are trained
+                        yield self._waited(*ahead.popleft())
+                    seconds = self._wait(f"step {step}", "shards", missing)
+                ahead.append((makers.submit(self._make, *address, drawers), seconds))
                 if len(ahead) > prefetch:
-                    yield self._waited(ahead.popleft())
+                    yield self._waited(*ahead.popleft())
             while ahead:
-                yield self._waited(ahead.popleft())
+                yield self._waited(*ahead.popleft())
+
+    def _missing_of(self, step: int) -> Callable[[], int]:
+        """Return what counts the shards that are not there yet, of all workers' rows of a step.
+
+        All workers wait for the same shards: none waits for a peer inside of a collective.
+        """
+        drawn, resolutions = self._draw(step), self._resolutions(step)
+        asked = [
+            (feed, drawn.rows[own], drawn.view_numbers[own])
+            for number, feed in enumerate(self._feeds)
+            if (own := drawn.datasets == number).any()
+        ]
+        return lambda: sum(
+            feed.num_missing(rows, view_numbers, resolutions) for feed, rows, view_numbers in asked
+        )
 
     def _addresses(self) -> Iterator[Address]:
         """Walk over addresses: cheap, done by the consuming thread."""
@@ -270,10 +312,11 @@ class Batches:
         yield from ahead
 
     @staticmethod
-    def _waited(future: "Future[Batch]") -> Batch:
+    def _waited(future: "Future[Batch]", seconds: float) -> Batch:
+        """Return a batch that is made, told how long was waited for it, `seconds` before that."""
         started = time.perf_counter()
         batch = future.result()
-        waited = time.perf_counter() - started
+        waited = seconds + time.perf_counter() - started
         return replace(batch, wait_seconds=waited)
 
     def _make(

@@ -34,9 +34,14 @@ from pipelines.recipe.stores import (
     pixel_jobs,
 )
 from pipelines.records import checkpoint
+from pipelines.training.arrivals import Arrivals
 from pipelines.training.batches import Batch, Batches, Feed, Loader
 
 NORMALISERS: dict[str, Callable[[Moments], Normaliser]] = {"zscore": zscore, "phi-s": phi_s}
+
+
+def _nothing() -> None:
+    """Wait for nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Inputs:
         pins: store directory -> manifest version that is read; and sample table -> one past the
             last row that is drawn from.
         opened: the stores it reads, for an evaluation beside the training.
+        wait_to_judge: returns once the stores that the student is judged by are whole.
     """
 
     batches: Callable[[range], Iterable[Batch]]
@@ -59,6 +65,7 @@ class Inputs:
     identity: Mapping[str, object]
     pins: Mapping[str, int]
     opened: Opened = field(default_factory=Opened)
+    wait_to_judge: Callable[[], None] = _nothing
 
 
 def from_caches(
@@ -100,7 +107,33 @@ def from_caches(
             )
             own["moments"][f"{dataset} at {store.spec.resolution}"] = store.moments_sha256
     given = of_feeds(recipe, stage, feeds, normalisers, identity, loader)
-    return replace(given, opened=opened)
+    wait_to_judge = _waiting_to_judge(recipe, stage, opened) if _waits(stage) else _nothing
+    return replace(given, opened=opened, wait_to_judge=wait_to_judge)
+
+
+def _waits(stage: StageConfig) -> bool:
+    """True if shards that a stage draws may be missing when it begins."""
+    return stage.on_missing == "wait"
+
+
+def _waiting_to_judge(recipe: Recipe, stage: StageConfig, opened: Opened) -> Callable[[], None]:
+    """Return what waits for the centre views: all workers call it, one judges."""
+    stores = [
+        (job, store)
+        for job in jobs_of(recipe, stage)
+        if job.views == recipe.held_out_views
+        for store in _stores(stage, job, True, opened)
+    ]
+
+    def missing() -> int:
+        return sum(
+            store.lacks(job.wanted_of(store), store.samples.shards()) for job, store in stores
+        )
+
+    def wait() -> None:
+        Arrivals(recipe, stage).wait("what it is judged by", "shards", missing)
+
+    return wait
 
 
 def fixed_normalisers(
@@ -180,6 +213,7 @@ def of_feeds(
             partial(resolutions.micro_batch, stage),
             steps,
             loader or Loader(recipe.workers),
+            Arrivals(recipe, stage).wait if _waits(stage) else None,
         )
 
     widths = [feed.source.dims() for feed in feeds.values()]
@@ -275,7 +309,8 @@ def _stores(stage: StageConfig, job: CacheJob, resuming: bool, opened: Opened) -
         for teacher in job.teachers
         if teacher.name == name
     )
-    return open_stores(job.model_copy(update={"teachers": wanted}), resuming, opened)
+    half = resuming or _waits(stage)
+    return open_stores(job.model_copy(update={"teachers": wanted}), half, opened)
 
 
 def _feed(
@@ -288,18 +323,23 @@ def _feed(
     resuming: bool,
     opened: Opened,
 ) -> Feed:
-    shards = None if job.drawing is None else _drawn_from(stores[0], pins)
+    waits = _waits(stage)
+    shards = None
+    if job.drawing is not None or waits:
+        shards = _drawn_from(stores[0], pins)
 
     def reader(store: Store, wanted: Mask | None) -> Reader:
         version = pins.get(str(store.spec.directory()))
         if shards is None or wanted is None:
             return opened.reader(store, range(job.num_views), version, recipe.workers)
-        if version is not None and store.lacks(wanted, shards, version):
-            version = None  # more steps are asked for, and what they draw was built since
-        if missing := store.lacks(wanted, shards, version):
+        growing, missing = waits, 0 if waits else store.lacks(wanted, shards, version)
+        if missing and version is not None:
+            # Built since that run began: it waited for them, or is asked for more steps now.
+            growing, missing = True, store.lacks(wanted, shards)
+        if missing:
             raise half_built(store, missing, wanted)
         views = np.flatnonzero(wanted.any(axis=1)).tolist()
-        return opened.reader(store, views, version, recipe.workers)
+        return opened.reader(store, views, version, recipe.workers, growing)
 
     def drawn(of: CacheJob, store: Store) -> Mask | None:
         spec = store.spec
@@ -315,10 +355,10 @@ def _feed(
     for other in pixel_jobs(recipe, stage):
         if (other.dataset, other.views) != (job.dataset, job.views):
             continue
-        for store in open_stores(other, resuming, opened):
+        for store in open_stores(other, resuming or waits, opened):
             wanted = drawn(other, store)
             every = np.ones((job.num_views, len(source.shards())), bool)
-            if not store.lacks(every if wanted is None else wanted, source.shards()):
+            if waits or not store.lacks(every if wanted is None else wanted, source.shards()):
                 pixels[store.spec.resolution] = reader(store, wanted)
     max_lost = int(job.extraction.max_failure_share * len(source.samples))
     return Feed(

@@ -7,6 +7,7 @@ from pipelines.machines import interrupt, lease
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 from pipelines.training import outputs, ray_train, start
+from pipelines.training.arrivals import Arrivals
 from pipelines.training.batches import Loader
 from pipelines.training.inputs import from_caches
 from pipelines.training.job import Job, MakeEvaluate, MakeInputs
@@ -48,6 +49,8 @@ def train(
         WorkerGroupError: of Ray Train: a worker raised anything else; its notes say all of it.
     """
     outputs.check_earlier(recipe, stage)
+    if stage.on_missing == "wait":  # for the samples too, which its address counts
+        Arrivals(recipe, stage).stores()
     output = outputs.asked(recipe, stage)
     with lease.held(output.directory, wait):
         return _train(recipe, stage, output, make_inputs, make_evaluate, resume)

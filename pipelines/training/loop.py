@@ -296,6 +296,7 @@ class _Run:
         self, evaluate: Evaluate, saved: Checkpoint, trackers: tracking.Trackers
     ) -> Checkpoint:
         """Judge the student as it was just saved, and write the figures down."""
+        self.inputs.wait_to_judge()  # on every worker, so that none waits in a collective
         figures: Mapping[str, float] = {}
         with self.workers.whole(self.model) as model:
             if self.workers.rank == 0:

@@ -26,8 +26,13 @@ def recipe(directory: Path) -> Recipe:
 
 def build(run: Recipe, directory: Path) -> None:
     """Write the images and build the caches, in this process."""
+    write_images(directory)
+    for job in cache_jobs(run):
+        small_caches.build(job)
+
+
+def write_images(directory: Path) -> None:
+    """Write the images of a run in a folder."""
     pictures = list(small_caches.pictures(EMOJI, 48).items())
     small_caches.write_parquet(directory / "train.parquet", dict(pictures[:32]))
     small_caches.write_parquet(directory / "held-out.parquet", dict(pictures[32:]))
-    for job in cache_jobs(run):
-        small_caches.build(job)
