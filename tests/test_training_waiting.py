@@ -88,6 +88,24 @@ def test_waiting_for_a_builder_gives_the_losses_of_training_afterwards(tmp_path,
     assert max(shares_of_waiting(run)) > 0.5
 
 
+@pytest.mark.parametrize("shards", [0, slow_builder.SHARDS // 2])
+def test_live_teachers_for_what_is_missing_give_the_losses_of_training_afterwards(
+    tmp_path, afterwards, shards
+):
+    """And the held-out figures: of the centre views nothing is there."""
+    run = half_built(tmp_path, shards, on_missing="live")
+    lacked = lacking(run)
+    train(run)
+    assert lacking(run) == lacked > 0
+    assert figures(run) == afterwards
+
+
+def test_what_a_live_stage_cannot_do_is_refused_before_its_first_step(tmp_path):
+    run = begun(tmp_path, on_missing="live")
+    with pytest.raises(NotBuilt, match="no such store; build it with"):
+        train(run)
+
+
 @pytest.mark.parametrize("then", ["wait", "refuse"])
 def test_a_builder_that_dies_is_told_and_the_stage_goes_on_from_its_checkpoint(
     tmp_path, afterwards, then

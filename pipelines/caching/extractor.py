@@ -27,9 +27,10 @@ from eupe import views
 from eupe.encoders import Features
 from eupe.errors import BadInput
 from eupe.moments import Moments
-from eupe.spec import AugmentedView, CentreView, TeacherSpec
+from eupe.spec import AugmentedView, CentreView
 from eupe.teachers import Teacher, load_teacher
 from pipelines.features.codec_torch import encode
+from pipelines.features.live_rows import check_teacher
 from pipelines.images import warned
 from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader, LostImage
@@ -229,7 +230,7 @@ class Extractor:
         passes = self._passes(base, stores[0].spec.views, samples, outputs, compute_batch)
         with self._computing:
             for store in stores:
-                _check_teacher(self._teacher(store.spec.teacher.name).spec, store)
+                check_teacher(self._teacher(store.spec.teacher.name).spec, store)
             for batch in passes:
                 for part in parts[batch.view]:
                     part.add(batch)
@@ -338,15 +339,6 @@ def provenance(
 
 def _output(store: Store) -> Output:
     return store.spec.teacher.name, store.spec.resolution
-
-
-def _check_teacher(loaded: TeacherSpec, store: Store) -> None:
-    if loaded != store.spec.teacher:
-        raise BadInput(
-            f"teacher {loaded.name!r} has weights {loaded.weights[:12]} here, "
-            f"{store.directory} was made with {store.spec.teacher.weights[:12]}: every machine "
-            "wants the same weights file"
-        )
 
 
 def _check_mounted(images: Sequence[Mapping[int, DrawnView]]) -> None:

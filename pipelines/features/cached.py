@@ -16,6 +16,7 @@ from cache.shard_ranges import ShardRanges
 from eupe.normalise import Normaliser
 from pipelines.features.buffers import Buffers
 from pipelines.features.codec_torch import Decoder
+from pipelines.features.live_rows import LiveRows, Rows
 from pipelines.features.sources import (
     FeatureSource,
     Fetched,
@@ -81,6 +82,7 @@ class CachedSource(FeatureSource):
         normalisers: teacher -> what is done to its tokens.
         shards: of the dataset, of which the stores have what will be fetched; None: those that
             every store has whole.
+        live: computes the rows that a store does not have; None: they are an error.
 
     Raises:
         ValueError: no readers, or a teacher without normalisers.
@@ -91,6 +93,7 @@ class CachedSource(FeatureSource):
         readers: Mapping[tuple[str, int], Reader],
         normalisers: Mapping[str, Normalisers],
         shards: ShardRanges | None = None,
+        live: LiveRows | None = None,
     ) -> None:
         if not readers:
             raise ValueError("a cached source wants at least one store")
@@ -103,7 +106,7 @@ class CachedSource(FeatureSource):
             )
             for (teacher, resolution), reader in readers.items()
         }
-        self._readers, self._shards = list(readers.values()), shards
+        self._readers, self._shards, self._live = list(readers.values()), shards, live
         self._buffers = Buffers()
         self.samples: Samples = next(iter(readers.values())).store.samples
 
@@ -175,15 +178,51 @@ class CachedSource(FeatureSource):
         for teacher, resolution in resolutions.items():
             store = self._store(teacher, resolution)
             reader = store.reader
-            selected = reader.select(rows, view_numbers)
-            valid &= selected.valid
-            of_store = selected.digests
+            absent = None if self._live is None else reader.absent(rows, view_numbers)
+            if absent is not None and absent.any():
+                found, of_store = self._partly_live(reader, rows, view_numbers, absent, canvases)
+            else:
+                selected = reader.select(rows, view_numbers)
+                of_store = selected.digests
+                buffer = self._buffers.take((len(rows), *reader.row_shape), reader.dtype)
+                found = Rows(
+                    selected.summaries, selected.patches(buffer), selected.escapes, selected.valid
+                )
+            valid &= found.valid
             digests = of_store if digests is None else _agreeing(digests, of_store, reader)
-            buffer = self._buffers.take((len(rows), *reader.row_shape), reader.dtype)
-            tokens[teacher] = StoredTokens(
-                selected.summaries, selected.patches(buffer), selected.escapes, store
-            )
+            tokens[teacher] = StoredTokens(found.summaries, found.patches, found.escapes, store)
         return FetchedTokens(valid, digests, tokens)
+
+    def _partly_live(
+        self,
+        reader: Reader,
+        rows: np.ndarray,
+        view_numbers: np.ndarray,
+        absent: np.ndarray,
+        canvases: np.ndarray | None,
+    ) -> tuple[Rows, list[str | None]]:
+        """Read the rows [n] that a store has and compute those that it lacks, bool [n].
+
+        Returns:
+            rows in their order, and the digests of the canvases of those that were stored.
+        """
+        assert self._live is not None
+        here, there = np.flatnonzero(absent), np.flatnonzero(~absent)
+        drawn = None if canvases is None else canvases[here]
+        made = self._live.compute(reader.store, rows[here], view_numbers[here], drawn)
+        read = reader.select(rows[there], view_numbers[there])
+        patches = self._buffers.take((len(rows), *reader.row_shape), reader.dtype)
+        summaries = np.empty((len(rows), made.summaries.shape[1]), np.float32)
+        valid, digests = np.empty(len(rows), bool), np.full(len(rows), None, object)
+        patches[here], summaries[here], valid[here] = made.patches, made.summaries, made.valid
+        patches[there], summaries[there], valid[there] = read.patches(), read.summaries, read.valid
+        digests[there] = read.digests
+        escapes = Escapes(
+            np.concatenate([here[made.escapes.row], there[read.escapes.row]]),
+            np.concatenate([made.escapes.token, read.escapes.token]),
+            np.concatenate([made.escapes.values, read.escapes.values]),
+        )
+        return Rows(summaries, patches, escapes, valid), digests.tolist()
 
     def summaries(
         self, rows: np.ndarray, view_numbers: np.ndarray, teacher: str, resolution: int

@@ -114,10 +114,11 @@ class StageConfig(Spec):
     strategy: Annotated[Literal["ddp", "fsdp2"], EXECUTION] = Field(
         "ddp", description="with several workers: copies of the model, or shards of it"
     )
-    on_missing: Annotated[Literal["refuse", "wait"], EXECUTION] = Field(
+    on_missing: Annotated[Literal["refuse", "wait", "live"], EXECUTION] = Field(
         "refuse",
         description="when shards that it draws are not built yet; wait: begins once those of its "
-        "first steps are there, and waits for the others, while `eupe cache build` runs elsewhere",
+        "first steps are there, and waits for the others, while `eupe cache build` runs elsewhere; "
+        "live: its teachers compute what is missing, in the loop, as a build would",
     )
     patience_seconds: Annotated[float, EXECUTION] = Field(
         1800.0,

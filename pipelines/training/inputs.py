@@ -15,6 +15,7 @@ from eupe.errors import BadInput
 from eupe.moments import Moments, merge, mixed
 from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features.cached import CachedSource, samples_pin
+from pipelines.features.live_rows import LiveRows
 from pipelines.features.sources import Normalisers
 from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader
@@ -107,13 +108,14 @@ def from_caches(
             )
             own["moments"][f"{dataset} at {store.spec.resolution}"] = store.moments_sha256
     given = of_feeds(recipe, stage, feeds, normalisers, identity, loader)
-    wait_to_judge = _waiting_to_judge(recipe, stage, opened) if _waits(stage) else _nothing
+    waits = stage.on_missing == "wait"
+    wait_to_judge = _waiting_to_judge(recipe, stage, opened) if waits else _nothing
     return replace(given, opened=opened, wait_to_judge=wait_to_judge)
 
 
-def _waits(stage: StageConfig) -> bool:
+def _may_lack(stage: StageConfig) -> bool:
     """True if shards that a stage draws may be missing when it begins."""
-    return stage.on_missing == "wait"
+    return stage.on_missing != "refuse"
 
 
 def _waiting_to_judge(recipe: Recipe, stage: StageConfig, opened: Opened) -> Callable[[], None]:
@@ -213,7 +215,7 @@ def of_feeds(
             partial(resolutions.micro_batch, stage),
             steps,
             loader or Loader(recipe.workers),
-            Arrivals(recipe, stage).wait if _waits(stage) else None,
+            Arrivals(recipe, stage).wait if stage.on_missing == "wait" else None,
         )
 
     widths = [feed.source.dims() for feed in feeds.values()]
@@ -309,7 +311,7 @@ def _stores(stage: StageConfig, job: CacheJob, resuming: bool, opened: Opened) -
         for teacher in job.teachers
         if teacher.name == name
     )
-    half = resuming or _waits(stage)
+    half = resuming or _may_lack(stage)
     return open_stores(job.model_copy(update={"teachers": wanted}), half, opened)
 
 
@@ -323,21 +325,28 @@ def _feed(
     resuming: bool,
     opened: Opened,
 ) -> Feed:
-    waits = _waits(stage)
-    shards = None
-    if job.drawing is not None or waits:
+    may_lack, shards = _may_lack(stage), None
+    if job.drawing is not None or may_lack:
         shards = _drawn_from(stores[0], pins)
+    max_lost = int(job.extraction.max_failure_share * len(stores[0].samples))
+    images = ImageReader(base(job.dataset.source), row_groups(), max_lost)
+    live = None
+    if stage.on_missing == "live":
+        device = "cuda" if recipe.workers.use_gpu else "cpu"
+        live = LiveRows(job.teachers, images, job.views, device)
 
     def reader(store: Store, wanted: Mask | None) -> Reader:
         version = pins.get(str(store.spec.directory()))
         if shards is None or wanted is None:
             return opened.reader(store, range(job.num_views), version, recipe.workers)
-        growing, missing = waits, 0 if waits else store.lacks(wanted, shards, version)
+        growing, missing = may_lack, store.lacks(wanted, shards, version)
         if missing and version is not None:
             # Built since that run began: it waited for them, or is asked for more steps now.
             growing, missing = True, store.lacks(wanted, shards)
-        if missing:
+        if missing and not may_lack:
             raise half_built(store, missing, wanted)
+        if missing and live is not None:
+            live.load(store)  # what is wrong with its weights is said before the first step
         views = np.flatnonzero(wanted.any(axis=1)).tolist()
         return opened.reader(store, views, version, recipe.workers, growing)
 
@@ -350,20 +359,18 @@ def _feed(
         for store in stores
         if store.spec.resolution in stage.teacher_resolutions[store.spec.teacher.name]
     }
-    source = CachedSource(readers, normalisers, shards)
+    source = CachedSource(readers, normalisers, shards, live)
     pixels = dict[int, Reader]()
     for other in pixel_jobs(recipe, stage):
         if (other.dataset, other.views) != (job.dataset, job.views):
             continue
-        for store in open_stores(other, resuming or waits, opened):
+        for store in open_stores(other, resuming or may_lack, opened):
             wanted = drawn(other, store)
             every = np.ones((job.num_views, len(source.shards())), bool)
-            if waits or not store.lacks(every if wanted is None else wanted, source.shards()):
+            whole = not store.lacks(every if wanted is None else wanted, source.shards())
+            if whole or stage.on_missing == "wait":  # else views are drawn again
                 pixels[store.spec.resolution] = reader(store, wanted)
-    max_lost = int(job.extraction.max_failure_share * len(source.samples))
-    return Feed(
-        source, ImageReader(base(job.dataset.source), row_groups(), max_lost), job.views, pixels
-    )
+    return Feed(source, images, job.views, pixels)
 
 
 def _drawn_from(store: Store, pins: Mapping[str, int]) -> ShardRanges:
