@@ -1,6 +1,7 @@
 """From stores to a student: batches of what is drawn, the one loop, its workers.
 
     batches       pixels joined with teacher tokens by (sample, view), made ahead of need
+    arrivals      waiting for shards that a builder has yet to commit
     inputs        what a stage trains on, opened from a recipe's caches
     start         how a stage begins: model, optimizer, identity
     loop          the training loop
