@@ -8,6 +8,7 @@
     sample_changes     which samples are new, and which lie elsewhere now
     runs               a manifest's records: looked up, streamed and merged part by part
     segments           Arrow segments under a HEAD: how both of them grow
+    shard_records      which shards a reader has: of one version, or as its store grows on
     shard_rows         the rows of one shard, mapped or read by position
     codec/             how patches are kept       format/   what the bytes of a file mean
     files/             where files lie and how they get there: folders, buckets, the mirror

@@ -7,14 +7,12 @@ would fetch a few pages each. The shards that all readers of a process used last
 (`mapped.Recent`). Thread-safe.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError, WrongSize
 from cache.files.bucket import BucketPath
@@ -24,6 +22,7 @@ from cache.format import arrow_tables, layout
 from cache.format.record_table import ShardRecord
 from cache.selection import Group, Selection, Views, located
 from cache.shard_ranges import Rows, ShardRanges
+from cache.shard_records import ShardRecords
 from cache.shard_rows import (
     MappedRows,
     Piece,
@@ -40,8 +39,6 @@ Kind = Literal["patches", "rows"]
 T = TypeVar("T")
 KNOWN_SHARDS = 32_768
 """Shards whose records a reader keeps, at some 700 bytes: as many as a process keeps mapped."""
-LOOK_SECONDS = 1.0
-"""Whoever asks whether rows are there causes no more than one request to a store in this time."""
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
 
@@ -53,8 +50,7 @@ class Reader:
         store: the store.
         views: numbers of the views it reads, rising.
         version: the manifest version it reads.
-        growing: True if a shard that does not exist at that version is read as it was first
-            committed since: what is read follows from the version, whenever it is asked for.
+        records: of the shards that it reads.
         row_shape: shape of a row in storage dtype, (N, D) for plain codecs.
         dtype: storage dtype.
     """
@@ -77,7 +73,7 @@ class Reader:
             access: "map" for local disks, "read" (positioned reads) where maps are slow.
             threads: threads that copy one batch, the caller's included; numpy copies without the
                 interpreter's lock.
-            growing: read shards that are committed later, too; see the attribute.
+            growing: read shards that are committed later, too; see `ShardRecords`.
 
         Raises:
             NotBuilt: one of the views has no shard in the manifest, and the reader is not growing.
@@ -90,12 +86,11 @@ class Reader:
                 f"threads = {threads}, access = {access!r}: wants at least one thread, and access "
                 "'map' or 'read'"
             )
-        self._manifest = store.manifest()
-        self.version = self._manifest.checked(version)
+        self.records = ShardRecords(store, version, growing)
+        self.version = self.records.version
         self._known: dict[tuple[int, int], _Shard] = {}
-        self.growing, self._looked = growing, time.monotonic()
         for view in () if growing else self.views:
-            if not any(bool((shards >= 0).any()) for shards in self._shards_of(view)):
+            if not any(bool((shards >= 0).any()) for shards in self.records.of_view(view)):
                 raise NotBuilt(f"{store.directory}: view {view} has no shard yet; build it first")
         self.row_shape = store.row_shape
         self.dtype = store.codec.storage_dtype
@@ -117,31 +112,14 @@ class Reader:
 
     def __len__(self) -> int:
         """Count the samples that are there in every view."""
-        shards = np.flatnonzero(self._shared())
+        shards = np.flatnonzero(self.records.shared(self.views))
         starts = shards * self.store.samples.rows_per_shard
         return int((self.store.samples.shard_stops(shards) - starts).sum())
 
     def shards(self) -> ShardRanges:
         """Return the shards that every view has, with their rows: what an epoch is ordered from."""
         shards = self.store.samples.shards()
-        return shards.where(self._shared()[shards.numbers])
-
-    def _shared(self) -> npt.NDArray[np.bool_]:
-        """Say of each shard of the dataset whether every view has it."""
-        samples = self.store.samples
-        shared = np.ones(-(-samples.num_rows // samples.rows_per_shard), bool)
-        for view in self.views:
-            there = np.zeros_like(shared)
-            for shards in self._shards_of(view):
-                there[shards] = True
-            shared &= there
-        return shared
-
-    def _shards_of(self, view: int) -> Iterator[Rows]:
-        """Yield a view's shards, but those of samples that others have added since."""
-        for table in self._manifest.tables(self.version, range(view, view + 1)):
-            shards = arrow_tables.to_numpy(table["shard"])
-            yield shards[self.store.samples.shard_stops(shards) >= 0]
+        return shards.where(self.records.shared(self.views)[shards.numbers])
 
     def select(self, rows: Sequence[int] | Rows, views: Views = 0) -> Selection:
         """Find rows in their shards, once for all that will be asked about them.
@@ -161,50 +139,10 @@ class Reader:
                 self._look_up(*key, number)
         return Selection(self, keys, inside)
 
-    def absent(self, rows: Sequence[int] | Rows, views: Views = 0) -> npt.NDArray[np.bool_]:
-        """Say of rows [n] which are not there yet, bool [n]; a growing store is looked at again.
-
-        Args:
-            rows: int64 [n].
-            views: view number of each row, [n], or one for all.
-        """
-        keys, _ = located(rows, views, self.store.samples.rows_per_shard)
-        missing = {key for key in {*keys} if self._record(*key) is None}
-        just_now = time.monotonic() - self._looked < LOOK_SECONDS
-        if missing and not just_now and self._look_again():
-            missing = {key for key in missing if self._record(*key) is None}
-        return np.array([key in missing for key in keys], bool)
-
-    def num_absent(self, rows: Sequence[int] | Rows, views: Views = 0) -> int:
-        """Count the shards of rows that are not there yet; see `absent`."""
-        absent = self.absent(rows, views)
-        keys, _ = located(rows, views, self.store.samples.rows_per_shard)
-        return len({key for key, is_absent in zip(keys, absent.tolist(), strict=True) if is_absent})
-
     def will_need(self, rows: Rows, views: Rows) -> None:
         """Start bringing rows [n] that will be copied soon, of those that are there: a hint."""
-        there = ~self.absent(rows, views)
+        there = ~self.records.absent(rows, views)
         self.select(rows[there], views[there]).read_ahead()
-
-    def _look_again(self) -> bool:
-        """Read the HEAD of a growing store once more; True if it is another one."""
-        if not self.growing:
-            return False
-        self._looked = time.monotonic()
-        manifest = self.store.manifest()
-        newer = manifest.version != self._manifest.version
-        if newer:
-            self._manifest = manifest
-        return newer
-
-    def _record(self, view: int, shard: int) -> ShardRecord | None:
-        """Return the record of a shard as this reader reads it, None if there is none yet."""
-        known = self._known.get((view, shard))
-        if known is not None:
-            return known.record
-        if self.growing:
-            return self._manifest.find_since(view, shard, self.version)
-        return self._manifest.find(view, shard, self.version)
 
     def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return sample ids, in the given order."""
@@ -300,9 +238,7 @@ class Reader:
         row = start + inside
         if inside >= num_rows:
             raise MissingSamples(f"{self.store.directory}: row {row} holds no sample")
-        record = self._record(view, shard)
-        if record is None and self._look_again():
-            record = self._record(view, shard)
+        record = self.records.find(view, shard)
         if record is None:
             raise MissingSamples(
                 f"{self.store.directory}: row {row} of view {view} is not built at manifest "

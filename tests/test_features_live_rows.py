@@ -52,7 +52,7 @@ def test_half_a_store_and_its_teacher_give_what_the_store_gives(built, version):
     rows = np.random.default_rng(version).permutation(COUNT)
     whole, ours = source_of(store, None, None), source_of(store, version, live)
     (valid, there), (own_valid, made) = fetched(whole, rows), fetched(ours, rows)
-    assert Reader(store, [0], version).absent(rows).any()
+    assert Reader(store, [0], version).records.absent(rows).any()
     assert valid.tolist() == own_valid.tolist()
     torch.testing.assert_close(made.summary, there.summary, rtol=0, atol=0)
     torch.testing.assert_close(made.patches, there.patches, rtol=0, atol=0)

@@ -136,7 +136,7 @@ class CachedSource(FeatureSource):
     ) -> int:
         """Count the shards of stores that are not there yet (see `FeatureSource`)."""
         return sum(
-            self._store(teacher, resolution).reader.num_absent(rows, view_numbers)
+            self._store(teacher, resolution).reader.records.num_absent(rows, view_numbers)
             for teacher, resolution in resolutions.items()
         )
 
@@ -178,7 +178,7 @@ class CachedSource(FeatureSource):
         for teacher, resolution in resolutions.items():
             store = self._store(teacher, resolution)
             reader = store.reader
-            absent = None if self._live is None else reader.absent(rows, view_numbers)
+            absent = None if self._live is None else reader.records.absent(rows, view_numbers)
             if absent is not None and absent.any():
                 found, of_store = self._partly_live(reader, rows, view_numbers, absent, canvases)
             else:

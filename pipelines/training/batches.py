@@ -77,7 +77,9 @@ class Feed:
         """
         missing = self.source.num_missing(rows, view_numbers, resolutions.teachers)
         stored = self.pixels.get(resolutions.student)
-        return missing if stored is None else missing + stored.num_absent(rows, view_numbers)
+        return (
+            missing if stored is None else missing + stored.records.num_absent(rows, view_numbers)
+        )
 
     @cached_property
     def mirrored(self) -> bool:
