@@ -23,7 +23,8 @@ from rich.console import Console
 
 GRACE_SECONDS = 25.0
 """From SIGTERM to the end of whatever wants that time: Slurm and Kubernetes kill after 30."""
-CALL_SECONDS = {signal.SIGINT: 2.0, signal.SIGTERM: GRACE_SECONDS}
+PATIENCE_SECONDS = {signal.SIGINT: 0.0, signal.SIGTERM: GRACE_SECONDS}
+CALL_SECONDS = 2.0
 SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 END_SECONDS = 2.0
 _calls: list[Callable[[float], object]] = []
@@ -42,7 +43,7 @@ def calling(end: Callable[[float], object]) -> Iterator[None]:
 
     Args:
         end: ends what is no process below this one, as a job of a cluster; called with the seconds
-            that it has, in a thread of its own.
+            for which it may wait for that end, and given two more, in a thread of its own.
     """
     _calls.append(end)
     try:
@@ -78,7 +79,7 @@ def in_order(tell: Callable[[], object] | None = None) -> Iterator[Callable[[], 
     def ask(number: int, frame: FrameType | None) -> None:
         if asked:
             return
-        asked.append(threading.Timer(GRACE_SECONDS, _end, (number, None, END_SECONDS)))
+        asked.append(threading.Timer(GRACE_SECONDS, _end, (number, None, 0.0)))
         asked[0].daemon = True
         asked[0].start()
         if tell is not None:
@@ -121,7 +122,7 @@ def _handled(number: signal.Signals, handler: Callable[..., object]) -> Iterator
         signal.signal(number, before)
 
 
-def _end(number: int, frame: FrameType | None, seconds: float | None = None) -> None:
+def _end(number: int, frame: FrameType | None, patience: float | None = None) -> None:
     with suppress(ValueError):  # in no other thread than the main one
         for each in SAID:
             signal.signal(each, signal.SIG_IGN)
@@ -130,11 +131,11 @@ def _end(number: int, frame: FrameType | None, seconds: float | None = None) -> 
     Console(stderr=True).show_cursor()  # a bar had hidden it
     sent = signal.Signals(number)
     print(f"\n{SAID[sent]}; {going_on()}", file=sys.stderr, flush=True)
-    seconds = CALL_SECONDS[sent] if seconds is None else seconds
-    threads = [threading.Thread(target=_try, args=(call, seconds), daemon=True) for call in _calls]
+    patience = PATIENCE_SECONDS[sent] if patience is None else patience
+    threads = [threading.Thread(target=_try, args=(call, patience), daemon=True) for call in _calls]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience + CALL_SECONDS
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))
     below = psutil.Process().children(recursive=True)
@@ -145,6 +146,6 @@ def _end(number: int, frame: FrameType | None, seconds: float | None = None) -> 
     os._exit(128 + number)
 
 
-def _try(call: Callable[[float], object], seconds: float) -> None:
+def _try(call: Callable[[float], object], patience: float) -> None:
     with suppress(Exception):  # what it was to end may be gone already
-        call(seconds)
+        call(patience)
