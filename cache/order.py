@@ -93,6 +93,10 @@ class EpochOrder:
             start += len(part)
         return np.concatenate(parts)
 
+    def sequence(self, epoch: int) -> Rows:
+        """Return the shards of an epoch, by their places, in the order in which they are wanted."""
+        return self._epoch(epoch)[0]
+
     def touched(
         self, epoch: int, bounds: Rows, labels: Rows, num_labels: int
     ) -> npt.NDArray[np.bool_]:

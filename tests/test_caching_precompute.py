@@ -459,3 +459,20 @@ def test_tasks_are_what_each_shard_wants_of_all_stores_of_one_compute_batch(draw
         parts += [(key[0], {view: wanted[key][view] for view in block}) for block in blocks]
     assert [len(parts), parts] == [len(tasks), [(shard.shard, each) for _, each, shard in tasks]]
     assert tasks.num_images == sum(4 * len(each) for _, each in parts)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**18 - 1), st.permutations(range(18)))
+def test_tasks_come_in_the_turn_of_the_first_of_their_views(bits, turns):
+    """What is done is the same as shard by shard."""
+    store = Half(np.array(list(f"{bits:018b}")).reshape(6, 3) == "1", {"compute_batch": 4})
+    plain = Tasks([store], [EVERY], "images")
+    in_turn = np.array(turns, np.float32).reshape(6, 3)
+    ours = Tasks([store], [EVERY], "images", in_turn)
+
+    def pairs(tasks):
+        return [(shard.shard, sorted(wanted)) for _, wanted, shard in tasks]
+
+    assert sorted(pairs(ours)) == pairs(plain)
+    when = [min(in_turn[view, shard] for view in views) for shard, views in pairs(ours)]
+    assert when == sorted(when)

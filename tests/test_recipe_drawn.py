@@ -126,3 +126,25 @@ def test_hundreds_of_thousands_of_steps_are_not_walked(monkeypatch):
     drawn._answer.cache_clear()
     assert drawing.of_teacher("a", shards, 4, "proxy", 256).all()
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_the_turns_of_shards_are_when_they_are_drawn_first(lanes, monkeypatch):
+    buffer, batch, views, rows = 16, 8, 2, 1000
+    monkeypatch.setattr(draws, "BUFFER_ROWS", buffer)
+    shards = ShardRanges.of([ShardRange(n, 10 * n, 10 * n + 10) for n in range(rows // 10)])
+    one = stage(views * rows // batch, {"one": (32,)}, (32,)).model_copy(
+        update={"global_batch": batch}
+    )
+    drawing = Drawing(stages=(one,), shares={"a": 1.0}, homogeneous={}, seed=4, lanes=lanes)
+    first = np.full((views, len(shards)), np.inf)
+    draw = TrainingDraw(Mix({"a": 1.0}, {}, batch, 4, lanes), {"a": shards}, {"a": views}, 4)
+    for step in reversed(range(one.steps)):
+        drawn_now = draw(step)
+        first[drawn_now.view_numbers, drawn_now.rows // 10] = step * batch / rows
+    turns = drawing.turns("a", shards, views)
+    late = (2 * buffer + 10 * lanes + batch) / rows
+    assert np.isfinite(turns).all()
+    assert np.abs(turns - first).max() <= late
+    others = drawing.model_copy(update={"seed": 5}).turns("a", shards, views)
+    assert np.abs(others - first).max() > late

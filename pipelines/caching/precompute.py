@@ -140,7 +140,8 @@ def extract_missing(
         atomic.sweep(layout.scratch_directory(store.directory))  # of killed builders
         store.mend_metadata()
     wanted = [job.wanted_of(store) for store in stores]
-    tasks = Tasks(stores, wanted, str(base(job.dataset.source)))
+    turns = job.turns(stores[0].samples.shards())
+    tasks = Tasks(stores, wanted, str(base(job.dataset.source)), turns)
     num_images = tasks.num_images
     num_shards = 0
     invalid = {id(store): _num_invalid(job, store) for store in stores}

@@ -8,7 +8,7 @@ import numpy as np
 
 from cache.shard_ranges import ShardRange
 from cache.store import Store
-from pipelines.recipe.drawn import Mask
+from pipelines.recipe.drawn import Mask, Turns
 
 Task = tuple[str, dict[int, list[Store]], ShardRange]
 """Folder of the images, view -> stores that want it, shard: what an actor is called with."""
@@ -27,13 +27,20 @@ class Tasks(Sequence[Task]):
         all_images: likewise, with those whose features are there.
     """
 
-    def __init__(self, stores: Sequence[Store], wanted: Sequence[Mask], where: str) -> None:
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        wanted: Sequence[Mask],
+        where: str,
+        turns: Turns | None = None,
+    ) -> None:
         """Look at what the stores have.
 
         Args:
             stores: of one job.
             wanted: views of shards that each shall hold, bool [views, shards].
             where: folder of the images.
+            turns: what is lower is told first, [views, shards]; None: shard by shard.
         """
         self._where = where
         together: dict[str, list[tuple[Store, Mask]]] = defaultdict(list)
@@ -46,14 +53,19 @@ class Tasks(Sequence[Task]):
         self._missing = [[each.missing for each in group] for group in todo]
         self.all_images = self._images([[mask for _, mask in group] for group in groups])
         self.num_images = self._images(self._missing)
-        found = []
+        found, when = [], []
         for group, masks in enumerate(self._missing):
-            counts = np.logical_or.reduce(masks).sum(axis=0)
+            missing = np.logical_or.reduce(masks)
+            numbers = np.cumsum(missing, axis=0)  # of the views that a shard lacks, from 1
             for first in range(0, len(wanted[0]), VIEWS_TOGETHER):
-                shards = np.flatnonzero(counts > first)
+                shards = np.flatnonzero(numbers[-1] > first)
                 found.append(np.stack([shards, *np.full((2, len(shards)), [[group], [first]])]))
+                if turns is not None:
+                    own = missing & (numbers > first) & (numbers <= first + VIEWS_TOGETHER)
+                    when.append(np.where(own, turns, np.inf).min(axis=0)[shards])
         listed = np.concatenate(found, axis=1)
-        self._tasks = listed[:, np.lexsort(listed[::-1])]
+        before = [np.concatenate(when)] if when else []
+        self._tasks = listed[:, np.lexsort([*listed[::-1], *before])]
 
     def __len__(self) -> int:
         return int(self._tasks.shape[1])

@@ -219,6 +219,11 @@ class ExtractionConfig(Spec):
     decode_threads: Annotated[int, EXECUTION] = Field(
         2, ge=1, description="of each actor, that decode images and draw views"
     )
+    order: Annotated[Literal["stored", "drawn"], EXECUTION] = Field(
+        "stored",
+        description="in which shards are built; drawn: as stages draw them, for one that waits "
+        "(on_missing); Parquet files of large row groups are then read many times",
+    )
     everything: Annotated[bool, EXECUTION] = Field(
         False, description="all views of all samples, not only those that the stages will draw"
     )

@@ -25,6 +25,9 @@ from pipelines.recipe.stage import StageConfig
 Mask = npt.NDArray[np.bool_]
 """True where a view of a shard is wanted, bool [views, shards]."""
 
+Turns = npt.NDArray[np.float32]
+"""When a view of a shard is drawn first, float32 [views, shards]; what is lower comes sooner."""
+
 
 class Drawing(Spec):
     """What of a recipe decides which views of a dataset's shards are drawn.
@@ -69,6 +72,27 @@ class Drawing(Spec):
         """
         reading = [each for each in self.stages if resolution in each.student_resolutions]
         return self._of(reading, dataset, shards, num_views, None, resolution)
+
+    def turns(self, dataset: str, shards: ShardRanges, num_views: int) -> Turns:
+        """Say when the views of shards are drawn first, in epochs, float32 [views, shards].
+
+        To within the shuffle buffer: what a builder begins with, for a stage that waits for it.
+
+        Args:
+            dataset: one of the train sets.
+            shards: all of the dataset's.
+            num_views: views a sample has.
+        """
+        turns = np.full((num_views, len(shards)), np.inf, np.float32)
+        for number, lane in enumerate(lanes_of(shards, dataset, self.lanes)):
+            order = order_of(lane, self.seed, dataset, number, self.lanes)
+            for epoch in range(num_views):
+                places = lane.places[order.sequence(epoch)]
+                epochs = np.full(len(places), epoch)
+                views = view_numbers(self.seed, epochs, shards.starts[places], num_views)
+                drawn = epoch + np.arange(len(places), dtype=np.float32) / len(places)
+                turns[views, places] = np.minimum(turns[views, places], drawn)
+        return turns
 
     def _of(
         self,

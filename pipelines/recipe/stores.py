@@ -25,7 +25,7 @@ from pipelines.recipe.config import (
     TeacherConfig,
     WorkersConfig,
 )
-from pipelines.recipe.drawn import Drawing, Mask
+from pipelines.recipe.drawn import Drawing, Mask, Turns
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
 
@@ -66,6 +66,16 @@ class CacheJob(Spec):
         return self.drawing.of_teacher(
             self.dataset.name, shards, self.num_views, teacher, resolution
         )
+
+    def turns(self, shards: ShardRanges) -> Turns | None:
+        """Say in which turn views of shards are built; None: in the order of the dataset.
+
+        Args:
+            shards: all of the dataset's.
+        """
+        if self.drawing is None or self.extraction.order == "stored":
+            return None
+        return self.drawing.turns(self.dataset.name, shards, self.num_views)
 
     def wanted_of(self, store: Store) -> Mask:
         """Say which views of which shards a store shall hold, of the samples it knows."""
