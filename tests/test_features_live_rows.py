@@ -5,6 +5,7 @@ import pytest
 import torch
 from support import small_caches
 
+from cache.codec.encoded import Escapes
 from cache.reader import Reader
 from eupe.errors import BadInput
 from pipelines.features.cached import CachedSource
@@ -78,3 +79,18 @@ def test_another_teacher_of_that_name_is_refused(built):
     others = [small_caches.teacher((SIDE,), weights="random:3")]
     with pytest.raises(BadInput, match="every machine wants the same weights file"):
         LiveRows(others, images, job.views).load(store)
+
+
+def test_an_escape_of_a_live_row_stands_in_its_place(built):
+    """No picture here has one: token 1 of the first row that is computed gets one."""
+    job, images, store = built
+
+    class Escaping(LiveRows):
+        def compute(self, *asked):
+            sevens = np.full((1, store.spec.patch_dim), 7, np.float32)
+            escapes = Escapes(np.array([0]), np.array([1], np.int32), sevens)
+            return super().compute(*asked)._replace(escapes=escapes)
+
+    rows = np.array([2, 0, 21, 1, 22])  # of the first shard, which alone is there, and the last
+    _, tokens = fetched(source_of(store, 1, Escaping(job.teachers, images, job.views)), rows)
+    assert (tokens.patches[:, 0, 1] == 7).all(-1).tolist() == [False, False, True, False, False]
