@@ -23,7 +23,7 @@ import psutil
 from benchmarks import fault_subject
 from benchmarks.fault_children import Child, Ended, wait_until
 from benchmarks.fault_files import shard_files
-from benchmarks.fault_kinds import SIGNALS, Reference, Round, Struck, kind
+from benchmarks.fault_kinds import SIGNALS, Round, Struck, kind
 from flows.local_stack import ask, free_ports
 from pipelines.records import tracking
 
@@ -181,11 +181,11 @@ def _raylet(round: Round) -> Struck:
 
 
 @cache
-def _trained_by_two(reference: Reference) -> object:
-    """Return what two workers learn, undisturbed: sums of floats, in an order of their own."""
-    root = reference.folder / "trained-by-two"
-    shutil.copytree(reference.root / "cache", root / "cache")
-    arguments = (reference.images, root, 2, NODES.address())
+def _trained_by_two(folder: Path, images: Path, cache_root: Path) -> object:
+    """Return what two workers learn, undisturbed: they add floats in an order of their own."""
+    root = folder / "trained-by-two"
+    shutil.copytree(cache_root, root / "cache")
+    arguments = (images, root, 2, NODES.address())
     ended = Child(fault_subject.train, *arguments).end(PATIENCE_SECONDS)
     if ended.how != "done":
         raise RuntimeError(f"training by two without a fault {ended.how}: {ended.words}")
@@ -194,7 +194,8 @@ def _trained_by_two(reference: Reference) -> object:
 
 def _while_two_train(round: Round, strike: Callable[[], None]) -> Struck:
     """Have something happen to a training by two workers: it ends by itself, with equal losses."""
-    wanted = _trained_by_two(round.reference)
+    known = round.reference
+    wanted = _trained_by_two(known.folder, known.images, known.root / "cache")
     round.copy("cache")
     child = Child(fault_subject.train, round.reference.images, round.root, 2, NODES.address())
     steps = round.random.randint(1, fault_subject.STEPS - 2)

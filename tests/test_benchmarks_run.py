@@ -51,6 +51,7 @@ SMALL = {
 FAULTS = [
     "writer killed",
     "training worker killed",
+    "training worker terminated",
     "disk full, build",
     "patches flipped",
     "rows deleted",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,14 +260,19 @@ def test_slurms_signal_reaches_the_command_alone_and_is_waited_for(tmp_path):
         ["bash", "-c", (DEPLOY / "slurm.sh").read_text().replace("ulimit", ": ulimit")],
         cwd=tmp_path,
         env={**given, "SLURM_JOB_NODELIST": "localhost", "PATH": path},
+        start_new_session=True,
     )
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (tmp_path / "begun").exists():
-        assert batch.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    batch.send_signal(signal.SIGTERM)
-    assert batch.wait(PATIENCE_SECONDS) == 143
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (tmp_path / "begun").exists():
+            assert batch.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        batch.send_signal(signal.SIGTERM)
+        assert batch.wait(PATIENCE_SECONDS) == 143
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(batch.pid, signal.SIGKILL)
     assert (tmp_path / "saved").exists()
     assert not (tmp_path / "srun").exists(), "Ray would have died first"
     assert not list(tmp_path.glob("ray_token-*"))
