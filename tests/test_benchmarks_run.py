@@ -37,6 +37,10 @@ SMALL = {
         {"parameters", "forward_seconds", "backward_seconds", "peak_gib"},
     ),
     "extract": (["--images", "8", "--pairs", "1"], {"name", "images_per_s", "ratio_to_loop"}),
+    "fetch": (
+        ["--ranks", "2", "--objects", "4", "--scale", "512"],
+        {"ranks", "requests", "fetched", "streams", "share_of_link"},
+    ),
     "lanes": (
         ["--pictures", "40000", "80000", "--nodes", "4", "--lanes", "1", "16", "--batch", "64"],
         {"pictures", "lanes", "fetched", "busiest_node", "classes", "pairs"},

@@ -2,6 +2,7 @@
 
 import os
 import resource
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,6 +71,28 @@ def test_readers_share_one_bound(store, monkeypatch, access, limit, count):
                 np.testing.assert_array_equal(selected.patches()[0], patches)
                 assert selected.summaries.shape[0] == 1
                 assert count(store.directory) <= 8
+
+
+@pytest.mark.parametrize(("hard", "kept"), [(1 << 14, 1050), (1024, 256)])
+def test_as_many_files_stay_open_as_a_shuffle_buffer_waits_in(hard, kept, monkeypatch):
+    """Three stores of 350 shards in work; where descriptors are few, a quarter of them."""
+    limits = [1024, hard]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, to: limits.__setitem__(0, to[0]))
+    mapped._most_open.cache_clear()
+    opened = Counter()
+    stores = [
+        Recent(lambda view, shard, store=store: opened.update([(store, shard)]), "descriptor")
+        for store in range(3)
+    ]
+    for _ in range(2):
+        for shard in range(350):
+            for store in stores:
+                store.get(0, shard)
+    # Readers of other tests may keep a few.
+    assert kept - 16 <= sum(map(len, stores)) <= kept
+    assert (set(opened.values()) == {1}) == (kept == 1050)
+    mapped._most_open.cache_clear()
 
 
 def large_file(path: Path) -> Path:

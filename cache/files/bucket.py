@@ -10,12 +10,15 @@ import fnmatch
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from itertools import islice
 from pathlib import Path, PosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import obstore
 from obstore import exceptions
@@ -23,6 +26,9 @@ from obstore.store import ObjectStore, from_url
 
 from cache.errors import Busy, StoreError
 from eupe.errors import BadInput
+
+if TYPE_CHECKING:
+    from obstore import Bytes, GetResult
 
 SCHEMES = ("s3", "gs", "az")
 RETRY_VARIABLE = "EUPE_BUCKET_RETRY_SECONDS"
@@ -34,6 +40,8 @@ REQUEST_SECONDS = 900
 PART_BYTES = 16 << 20
 """Larger files are sent in parts of this size; the object appears when the last part is there."""
 READ_BYTES = 8 << 20
+STREAMS = 24
+"""Ranges that a process asks for at once: at 60 to 90 MB/s each one process fills 10 Gbit/s."""
 _URI = re.compile(rf"({'|'.join(SCHEMES)}):/+(?=[^/])")
 
 
@@ -253,21 +261,74 @@ def ranges(path: BucketPath, starts: Sequence[int], num_bytes: int) -> list[byte
         return [bytes(part) for part in found]
 
 
-def receive(path: BucketPath, into: IO[bytes]) -> tuple[int, str]:
+def receive(path: BucketPath, into: IO[bytes], num_bytes: int) -> tuple[int, str]:
     """Copy an object into a file; return how many bytes came and their sha256.
+
+    Args:
+        path: the object.
+        into: the file.
+        num_bytes: size that the object should have; a large one comes by several streams.
 
     Raises:
         FileNotFoundError: there is no such object.
         OSError: the file cannot be written.
         StoreError: the object cannot be read.
     """
-    digest, num_bytes = hashlib.sha256(), 0
+    digest, got = hashlib.sha256(), 0
     with _asking(path, "read"):
-        for part in obstore.get(_store(path), path.key).stream(min_chunk_size=READ_BYTES):
+        for part in _parts(path, num_bytes):
             into.write(part)
             digest.update(part)
-            num_bytes += len(part)
-    return num_bytes, digest.hexdigest()
+            got += len(part)
+    return got, digest.hexdigest()
+
+
+def _parts(path: BucketPath, num_bytes: int) -> "Iterator[Bytes]":
+    """Yield the bytes of an object in order, by ranges if it should have more than READ_BYTES.
+
+    One stream of a bucket gives a tenth of what a link takes, so ranges are asked for STREAMS at
+    once, all of the object as the first one found it.
+    """
+    store = _store(path)
+    if num_bytes <= READ_BYTES:
+        yield from obstore.get(store, path.key).stream(min_chunk_size=READ_BYTES)
+        return
+
+    def ask(start: int, same: Mapping[str, str]) -> "GetResult":
+        options: Any = {"range": (start, start + READ_BYTES), **same}
+        return obstore.get(store, path.key, options=options)
+
+    try:
+        first = ask(0, {})
+    except exceptions.BaseError as error:
+        if "416" not in str(error):
+            raise
+        return  # no range begins in an object of no bytes
+    tag = first.meta["e_tag"]
+    same = {"if_match": tag} if tag else {}
+
+    def part(start: int) -> "Future[Bytes]":
+        return _streams().submit(lambda: ask(start, same).bytes())
+
+    starts = iter(range(READ_BYTES, first.meta["size"], READ_BYTES))
+    ahead = deque(map(part, islice(starts, STREAMS)))
+    try:
+        yield first.bytes()
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(map(part, islice(starts, 1)))
+    finally:
+        for future in ahead:
+            future.cancel()
+
+
+@cache
+def _streams() -> ThreadPoolExecutor:
+    """Return the threads that ask for ranges, those of all objects of the process."""
+    return ThreadPoolExecutor(STREAMS, "cache-bucket")
+
+
+os.register_at_fork(after_in_child=_streams.cache_clear)  # its threads stay in the parent
 
 
 def send(file: Path, path: BucketPath, new: bool = False) -> None:

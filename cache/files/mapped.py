@@ -12,6 +12,8 @@ import os
 import resource
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, Literal, TypeVar
@@ -26,8 +28,11 @@ Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
 MAX_MAPS = 32_768
 """Files that all readers of a process keep mapped: half of the 65,530 maps it may have."""
-MAX_OPEN = 256
-"""Files that they keep open for positioned reads: a quarter of the usual limit of descriptors."""
+MAX_OPEN = 4096
+"""Files that they keep open for positioned reads: all that a shuffle buffer is waiting in, of 256
+lanes and several stores, at one and a half shards a lane; less where descriptors are fewer."""
+SHARE_OF_DESCRIPTORS = 4
+"""One of so many may be theirs."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -178,6 +183,23 @@ def let_go() -> bool:
     return any([recent.forget((len(recent) + 1) // 2) for recent in _all_recent()])
 
 
+@cache
+def _most_open() -> int:
+    """Return how many descriptors may be for files that are kept open.
+
+    The limit of this process is raised as far as it may be, and wants to be: 1024 is usual, and is
+    meant for programs that still use select(2).
+    """
+    wanted = SHARE_OF_DESCRIPTORS * MAX_OPEN
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < wanted:
+        soft = wanted if hard < 0 else min(wanted, hard)
+        with suppress(OSError, ValueError):  # not everywhere may a process do so
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return wanted // SHARE_OF_DESCRIPTORS if soft < 0 else soft // SHARE_OF_DESCRIPTORS
+
+
 class Recent(Generic[T]):
     """The most recently used values by (view, shard), made on demand. Thread-safe.
 
@@ -238,7 +260,7 @@ class Recent(Generic[T]):
         return count > 0
 
     def _keep_bound(self) -> None:
-        bound = MAX_MAPS if self.holds == "map" else MAX_OPEN
+        bound = MAX_MAPS if self.holds == "map" else min(MAX_OPEN, _most_open())
         alike = [recent for recent in _all_recent() if recent.holds == self.holds]
         while sum(map(len, alike)) > bound:
             max(alike, key=len).forget(1)

@@ -38,9 +38,11 @@ from eupe.errors import BadInput
 
 FILL_TRIES = 3
 """A copy may be evicted between being put in place and being noted as used."""
-HINT_THREADS = 4
+HINT_THREADS = 8
+"""Objects that a process brings at once; all their ranges share `bucket.STREAMS`."""
 MAX_HINTS = 256
-NUM_LOCKS = 64
+NUM_LOCKS = 1024
+"""Many more than objects that a node fills at once: a hint whose lock is taken is dropped."""
 CHANGED = (
     "it was changed or damaged after it was recorded: restore it (of a store only patches and rows "
     "files are built again when they are deleted)"
@@ -182,8 +184,8 @@ class Mirror:
         self.space.opened(copy)
         return copy
 
-    def _one_filler(self, copy: Path) -> AbstractContextManager[None]:
-        return self.space.locked(f"{int(copy.name[:8], 16) % NUM_LOCKS:02d}")
+    def _one_filler(self, copy: Path, wait: bool = True) -> AbstractContextManager[None]:
+        return self.space.locked(f"{int(copy.name[:8], 16) % NUM_LOCKS:02d}", wait)
 
     def _fill_next(self) -> None:
         """Give the pool the next hint, if it has a thread for it.
@@ -200,11 +202,11 @@ class Mirror:
 
     def _fill_ahead(self, wanted: Wanted, copy: Path) -> None:
         try:
-            with self._one_filler(copy):
+            with self._one_filler(copy, wait=False):
                 if not copy.exists():
                     self._fill(wanted, copy, hint=True)
         except (StoreError, OSError):
-            pass  # said when the object is asked for
+            pass  # another process brings it; or it is said when the object is asked for
         finally:
             with self._lock:
                 self._hinted.discard(str(copy))
@@ -221,7 +223,7 @@ class Mirror:
             return
         try:
             with open(temporary, "r+b") as file:
-                got, digest = bucket.receive(path, file)
+                got, digest = bucket.receive(path, file, num_bytes)
                 if got != num_bytes:
                     raise Corrupt(f"{path}: {got} bytes, its record says {num_bytes}; {CHANGED}")
                 if sha256 not in (None, digest):

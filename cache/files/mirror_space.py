@@ -16,9 +16,9 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from cache.errors import StoreError
+from cache.errors import Busy, StoreError
 from cache.files import atomic, mapped
 from cache.files.bucket import BucketPath
 from cache.files.refused import FULL, reason
@@ -106,10 +106,15 @@ class Space:
             raise self.refused(error) from error
 
     @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
+    def locked(self, name: str, wait: bool = True) -> Iterator[None]:
         """Be the one process that has a lock of the mirror.
 
+        Args:
+            name: of the lock.
+            wait: until whoever has it lets go.
+
         Raises:
+            Busy: somebody has it, and `wait` is False.
             StoreError: there is none to be had, because the folder cannot be written, say.
         """
         path = self.folder / "locks" / name
@@ -117,7 +122,9 @@ class Space:
             path, mode=self._mode & 0o666, poll_interval=POLL_SECONDS, fallback_to_soft=False
         )
         try:
-            lock.acquire()
+            lock.acquire(blocking=wait)
+        except Timeout as error:
+            raise Busy(f"{path}: another process has it") from error
         except OSError as error:
             raise self.refused(error) from error
         try:

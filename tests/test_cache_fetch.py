@@ -1,0 +1,135 @@
+"""Filling a node's mirror: each byte once, by as many streams as a link wants."""
+
+import hashlib
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from support import link_server
+from support.link_server import Link
+
+from cache.errors import Busy, Corrupt, NotBuilt, StoreError
+from cache.files import bucket
+from cache.files.bucket import BucketPath
+from cache.files.mirror import Mirror, Wanted
+
+FAST = Link(bytes_per_second=1e9, stream_bytes_per_second=1e9, delay_seconds=0.0)
+PART = 1000
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """Return what serves objects over a link, as the environment names it."""
+
+    @contextmanager
+    def serving(objects, link=FAST):
+        with link_server.serve(objects, link) as server:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+            yield server
+
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setattr(bucket, "READ_BYTES", PART)
+    return serving
+
+
+def contents(count: int, num_bytes: int) -> dict[str, bytes]:
+    return {f"bucket/{n}": random.Random(n).randbytes(num_bytes) for n in range(count)}
+
+
+def wanted(objects: dict[str, bytes]) -> list[Wanted]:
+    return [
+        Wanted(BucketPath(f"s3://{n}"), len(data), hashlib.sha256(data).hexdigest())
+        for n, data in objects.items()
+    ]
+
+
+@pytest.mark.parametrize("num_bytes", [1, PART, PART + 1, 40 * PART - 1, 40 * PART])
+def test_a_large_object_comes_in_ranges_and_each_byte_once(far, tmp_path, num_bytes):
+    objects = contents(1, num_bytes)
+    with far(objects) as server:
+        (asked,) = wanted(objects)
+        copy = Mirror(tmp_path, 1 << 20).local(asked)
+        assert copy.read_bytes() == objects["bucket/0"]
+        assert server.sent == {"bucket/0": num_bytes}
+        assert server.num_requests == -(-num_bytes // PART)
+
+
+def test_one_object_has_as_many_streams_as_there_are(far, tmp_path):
+    objects = contents(1, 60 * PART)
+    slow = Link(bytes_per_second=1e9, stream_bytes_per_second=1e6, delay_seconds=0.2)
+    with far(objects, slow) as server:
+        Mirror(tmp_path, 1 << 20).local(wanted(objects)[0])
+        assert bucket.STREAMS / 2 < server.most_streams <= bucket.STREAMS + 1
+
+
+@pytest.mark.parametrize("there", [0, 999, 5 * PART - 1, 9 * PART])
+def test_an_object_of_another_size_is_refused(far, tmp_path, there):
+    objects = contents(1, there)
+    with far(objects):
+        asked = Wanted(BucketPath("s3://bucket/0"), 5 * PART, "0" * 64)
+        with pytest.raises(Corrupt, match=f"{there} bytes, its record says {5 * PART}"):
+            Mirror(tmp_path, 1 << 20).local(asked)
+    assert not list(tmp_path.glob("fill/*"))
+
+
+def test_an_object_that_is_replaced_meanwhile_is_not_mixed(far, tmp_path):
+    """Of an object without a recorded sha256 nothing else would notice."""
+
+    class Replaced(dict):
+        asked = 0
+
+        def get(self, key):
+            self.asked += 1
+            return super().get(key)[:: 1 if self.asked < 9 else -1]
+
+    objects = Replaced({"bucket/0": random.Random(0).randbytes(40 * PART)})
+    with far(objects), pytest.raises(StoreError, match="cannot be read: 412"):
+        Mirror(tmp_path, 1 << 20).local(Wanted(BucketPath("s3://bucket/0")))
+
+
+def test_a_missing_object_is_named(far, tmp_path):
+    asked = Wanted(BucketPath("s3://bucket/0"), 5 * PART, "0" * 64)
+    with far({}), pytest.raises(NotBuilt, match="no such object"):
+        Mirror(tmp_path, 1 << 20).local(asked)
+
+
+def test_eight_ranks_of_a_node_fetch_each_byte_once(far, tmp_path):
+    """Every rank wants its own shards, in the order of its need, and one that others want too."""
+    ranks, each = 8, 4
+    objects = contents(ranks * each + 1, 10 * PART)
+    *own, shared = wanted(objects)
+    start = threading.Barrier(ranks)
+
+    def rank(number: int) -> None:
+        mirror = Mirror(tmp_path, 1 << 24)
+        mine = [own[number * each + n] for n in range(each)]
+        mine.insert(number % each, shared)
+        start.wait()
+        mirror.will_need(mine)
+        for file in mine:
+            assert mirror.local(file).read_bytes() == objects[f"bucket/{file.path.name}"]
+
+    with far(objects) as server, ThreadPoolExecutor(ranks) as pool:
+        list(pool.map(rank, range(ranks)))
+        assert server.sent == {name: len(data) for name, data in objects.items()}
+
+
+def test_a_hint_does_not_wait_for_another_process_that_brings_the_object(far, tmp_path):
+    objects = contents(2, 10 * PART)
+    first, second = wanted(objects)
+    ours, theirs = Mirror(tmp_path, 1 << 20), Mirror(tmp_path, 1 << 20)
+    with far(objects) as server:
+        copy = ours._copy(first)
+        with theirs._one_filler(copy):
+            with pytest.raises(Busy), ours._one_filler(copy, wait=False):
+                pass
+            for _ in range(20):  # more than there are threads for hints
+                ours.will_need([first])
+            ours.will_need([second])
+            assert ours.local(second).read_bytes() == objects["bucket/1"]
+        assert set(server.sent) == {"bucket/1"}
+        assert ours.local(first).read_bytes() == objects["bucket/0"]
