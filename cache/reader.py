@@ -17,7 +17,7 @@ import numpy as np
 from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError, WrongSize
 from cache.files.bucket import BucketPath
 from cache.files.mapped import Bytes, Recent, major_faults
-from cache.files.place import drop_damaged, using, will_need
+from cache.files.place import drop_damaged, is_mirrored, using, will_need
 from cache.format import arrow_tables, layout
 from cache.format.record_table import ShardRecord
 from cache.selection import Group, Selection, Views, located
@@ -27,6 +27,7 @@ from cache.shard_rows import (
     MappedRows,
     Piece,
     PositionedRows,
+    RangedRows,
     ShardRows,
     TableRows,
     copy_all,
@@ -39,6 +40,9 @@ Kind = Literal["patches", "rows"]
 T = TypeVar("T")
 KNOWN_SHARDS = 32_768
 """Shards whose records a reader keeps, at some 700 bytes: as many as a process keeps mapped."""
+SHARE_BY_RANGE = 0.1
+"""Of the rows: to fetch less by range takes fewer bytes than whole shards, and as few requests."""
+Access = Literal["map", "read"]
 PROBES = 8
 """Rows of a batch whose residency is asked before copying: 1 us each."""
 
@@ -60,9 +64,10 @@ class Reader:
         store: Store,
         views: Sequence[int] = (0,),
         version: int | None = None,
-        access: Literal["map", "read"] = "map",
+        access: Access = "map",
         threads: int = 1,
         growing: bool = False,
+        few: bool = False,
     ):
         """Open a store for reading.
 
@@ -74,6 +79,8 @@ class Reader:
             threads: threads that copy one batch, the caller's included; numpy copies without the
                 interpreter's lock.
             growing: read shards that are committed later, too; see `ShardRecords`.
+            few: True if few rows of a shard will be wanted: of a bucket they are fetched by range
+                then, unless the mirror has the shard.
 
         Raises:
             NotBuilt: one of the views has no shard in the manifest, and the reader is not growing.
@@ -97,13 +104,25 @@ class Reader:
         self._row_bytes = store.row_bytes
         fill = np.nan if store.codec.fill_value == "NaN" else store.codec.fill_value
         self._fill: Bytes = np.full(self.row_shape, fill, self.dtype).reshape(-1).view(np.uint8)
-        self._mapped = access == "map"
+        self._access, self._few = access, few and self.mirrored
+        self._mapped = access == "map" and not self._few
         self._patches = Recent[ShardRows](
             self._open_patches, "map" if self._mapped else "descriptor"
         )
         self._tables = Recent(self._open_table, "map")
         self._faults = -1
         self._threads = threads
+
+    def for_rows(self, num_rows: int) -> "Reader":
+        """Return a reader of the same for who will want so many rows, spread over all shards.
+
+        Less than SHARE_BY_RANGE of all rows are fetched out of a bucket by range.
+        """
+        if self._few or self.records.growing or not self.mirrored:
+            return self
+        if num_rows >= SHARE_BY_RANGE * len(self):
+            return self
+        return Reader(self.store, self.views, self.version, self._access, self._threads, few=True)
 
     @property
     def mirrored(self) -> bool:
@@ -188,7 +207,7 @@ class Reader:
             for view, shard, _, _ in selection.groups:
                 if (view, shard) not in self._patches or (view, shard) not in self._tables:
                     known = self._look_up(view, shard)
-                    kinds: tuple[Kind, Kind] = ("rows", "patches")
+                    kinds: list[Kind] = ["rows"] if self._few else ["rows", "patches"]
                     will_need(known.file(self.store.directory, kind) for kind in kinds)
         elif not self._undisturbed():
             shards = self._patches.all(selection.keys)
@@ -277,8 +296,16 @@ class Reader:
             raise
 
     def _open_patches(self, view: int, shard: int) -> ShardRows:
-        rows_class = MappedRows if self._mapped else PositionedRows
         shape = self.store.samples.rows_per_shard, self.table(view, shard), self._fill
+        file = self._look_up(view, shard).file(self.store.directory, "patches")
+        if self._few and not is_mirrored(*file):
+            path, num_bytes, _ = file
+            self._check_samples(view, shard)
+            try:
+                return RangedRows(path, num_bytes, *shape)
+            except FileNotFoundError as error:
+                raise Corrupt(f"{error}, though the manifest has it; build again") from error
+        rows_class = MappedRows if self._mapped else PositionedRows
         return self._use(
             view, shard, "patches", lambda path, num_bytes, _: rows_class(path, num_bytes, *shape)
         )

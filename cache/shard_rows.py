@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from cache.errors import AGAIN, Corrupt, NotBuilt, WrongSize
 from cache.files.mapped import Bytes, MappedFile, inode, open_to_read
+from cache.files.place import ranges
 from cache.format import arrow_tables, rows_table, zarr_shard
 from cache.shard_ranges import Rows
 
@@ -156,6 +157,44 @@ class PositionedRows:
         for offset in self._index.offsets(inside):
             size = self._index.stored_bytes
             os.posix_fadvise(self._handle, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+class RangedRows:
+    """Rows by range out of a bucket, past the mirror: for who wants a few of a large shard."""
+
+    def __init__(
+        self, path: Path, num_bytes: int, rows_per_shard: int, table: TableRows, fill: Bytes
+    ):
+        """Fetch an object's index and parse it; as `MappedRows`."""
+        self._path = path
+        tail_bytes = zarr_shard.index_bytes(rows_per_shard)
+        (tail,) = ranges(path, [max(num_bytes - tail_bytes, 0)], tail_bytes)
+        self._index = _Index(path, tail, num_bytes, table, fill)
+
+    def row(self, inside: int) -> Bytes:
+        """Fetch one row; `read` is what batches use."""
+        row: Bytes = np.empty_like(self._index.fill)
+        self.read([inside], row[None], [0])
+        return row
+
+    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
+        """Fetch rows, each into its place, those that lie near each other by one request."""
+        index = self._index
+        offsets = index.offsets(inside)
+        found = iter(ranges(self._path, offsets, len(index.fill)) if offsets else ())
+        for place, row, slot in zip(places, inside, index.slots[inside].tolist(), strict=True):
+            if slot < 0:
+                into[place] = index.fill
+                continue
+            into[place] = np.frombuffer(next(found), np.uint8)
+            index.check(into[place], row)
+
+    def is_resident(self, inside: int) -> bool:
+        """Return False: it is far away."""
+        return False
+
+    def will_need(self, inside: Sequence[int]) -> None:
+        """Do nothing: what is asked for comes at once."""
 
 
 class Piece(NamedTuple):

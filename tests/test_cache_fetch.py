@@ -6,14 +6,19 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from support import link_server
 from support.link_server import Link
+from support.toy_stores import ROWS_PER_SHARD, Toy, ids, store_spec
 
 from cache.errors import Busy, Corrupt, NotBuilt, StoreError
-from cache.files import bucket
+from cache.files import bucket, place
 from cache.files.bucket import BucketPath
 from cache.files.mirror import Mirror, Wanted
+from cache.format import layout, zarr_shard
+from cache.reader import Reader
+from cache.store import Store, open_store
 
 FAST = Link(bytes_per_second=1e9, stream_bytes_per_second=1e9, delay_seconds=0.0)
 PART = 1000
@@ -133,3 +138,63 @@ def test_a_hint_does_not_wait_for_another_process_that_brings_the_object(far, tm
             assert ours.local(second).read_bytes() == objects["bucket/1"]
         assert set(server.sent) == {"bucket/1"}
         assert ours.local(first).read_bytes() == objects["bucket/0"]
+
+
+def built(toy: Toy, num_shards: int) -> Store:
+    """Build one view of a store with full shards."""
+    toy.add_samples(ids(ROWS_PER_SHARD * num_shards))
+    store = toy.store()
+    store.commit([toy.write(store, *missing) for missing in store.todo(1)])
+    return store
+
+
+def objects_of(toy: Toy) -> dict[str, bytes]:
+    """Return a store's files as objects of a bucket."""
+    files = [path for path in toy.root.rglob("*") if path.is_file()]
+    return {f"bucket/{path.relative_to(toy.root)}": path.read_bytes() for path in files}
+
+
+def test_few_rows_are_fetched_by_range_and_many_by_the_shard(far, tmp_path, monkeypatch):
+    monkeypatch.setenv("EUPE_MIRROR", str(tmp_path / "mirror"))
+    toy = Toy(tmp_path / "root", bad={"a/001": "no image"})
+    store = built(toy, 24)
+    local, files = Reader(store), objects_of(toy)
+    few, many = np.array([1, 21, 64, 66, 95]), np.arange(ROWS_PER_SHARD * 24)
+    row_bytes, tail_bytes = local.store.row_bytes, zarr_shard.index_bytes(ROWS_PER_SHARD)
+    with far(files) as server:
+        reader = Reader(open_store(place.root("s3://bucket"), store_spec()))
+        assert reader.for_rows(len(many) // 10 + 1) is reader
+        sparse = reader.for_rows(len(few))
+        selected = sparse.select(few)
+        selected.read_ahead()
+        np.testing.assert_array_equal(selected.patches(), local.select(few).patches())
+        assert selected.valid.tolist() == [False, True, True, True, True]
+        patches = {key: sent for key, sent in server.sent.items() if "/c." in key}
+        # An index of each of four shards, and four rows: the fifth is not valid.
+        assert sum(patches.values()) == 4 * (tail_bytes + row_bytes)
+        np.testing.assert_array_equal(reader.select(many).patches(), local.select(many).patches())
+        whole = {key: len(data) for key, data in files.items() if "/c." in key}
+        asked = server.sent.copy()
+        # What is mirrored is read there, and what is not there is named.
+        again = reader.for_rows(len(few)).select(few).patches()
+        np.testing.assert_array_equal(again, local.select(few).patches())
+        assert {key: asked[key] - patches.get(key, 0) for key in whole} == whole
+        assert {key: server.sent[key] for key in whole} == {key: asked[key] for key in whole}
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "gone"])
+def test_a_row_by_range_is_checked_as_any_other(far, tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("EUPE_MIRROR", str(tmp_path / "mirror"))
+    toy = Toy(tmp_path / "root")
+    store = built(toy, 12)
+    patches = layout.patches_file(store.directory, 0, 2)
+    if fault == "gone":
+        patches.unlink()
+    else:
+        data = bytearray(patches.read_bytes())
+        data[5] ^= 4
+        patches.write_bytes(data if fault == "flipped" else data[:-3])
+    with far(objects_of(toy)):
+        reader = Reader(open_store(place.root("s3://bucket"), store_spec())).for_rows(1)
+        with pytest.raises(StoreError, match=patches.name):
+            reader.select([2 * ROWS_PER_SHARD]).patches()

@@ -114,6 +114,11 @@ class Mirror:
                 return self._opened(copy)
         raise self.evicted(wanted.path, FILL_TRIES)
 
+    def has(self, wanted: Wanted) -> bool:
+        """True if there is a local copy of an object; it may be evicted before it is opened."""
+        copy = self._copy(wanted)
+        return copy is not None and copy.exists()
+
     def drop_damaged(self, wanted: Wanted) -> None:
         """Delete an object's copy if it has another checksum.
 

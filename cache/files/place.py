@@ -108,6 +108,13 @@ def will_need(files: Iterable[tuple[Path, int | None, str | None]]) -> None:
         mirror.default().will_need(wanted)
 
 
+def is_mirrored(path: Path, num_bytes: int, sha256: str) -> bool:
+    """True if a file needs no network now: it is local, or its object has a copy."""
+    if not isinstance(path, BucketPath):
+        return True
+    return mirror.default().has(Wanted(path, num_bytes, sha256))
+
+
 def sizes_below(
     directory: Path, num_files: int, num_there: int | None = None
 ) -> Callable[[Path], int]:

@@ -64,7 +64,7 @@ class CentreViews:
         """Return batches of a dataset that show each of the rows, int64 [n], at fixed sizes."""
         draw = Sweep(dataset, rows, self.recipe.evaluation.batch)
         return Batches(
-            {dataset: self.feeds[dataset]},
+            {dataset: self.feeds[dataset].for_rows(len(rows))},
             draw,
             lambda step: at,
             lambda scale, count: count,
@@ -87,7 +87,8 @@ class CentreViews:
             teachers: teacher -> resolution, pixels.
             device: to decode on.
         """
-        source, size = self.feeds[dataset].source, self.recipe.evaluation.batch
+        source = self.feeds[dataset].source.for_rows(len(rows))
+        size = self.recipe.evaluation.batch
         for begin in range(0, len(rows), size):
             some = rows[begin : begin + size]
             yield source.fetch(some, np.zeros_like(some), teachers).decode(device)

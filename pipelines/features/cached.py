@@ -97,6 +97,7 @@ class CachedSource(FeatureSource):
     ) -> None:
         if not readers:
             raise ValueError("a cached source wants at least one store")
+        self._named, self._normalisers = dict(readers), normalisers
         check_normalisers({teacher for teacher, _ in readers}, normalisers)
         self._stores = {
             (teacher, resolution): OpenStore(
@@ -109,6 +110,13 @@ class CachedSource(FeatureSource):
         self._readers, self._shards, self._live = list(readers.values()), shards, live
         self._buffers = Buffers()
         self.samples: Samples = next(iter(readers.values())).store.samples
+
+    def for_rows(self, num_rows: int) -> "CachedSource":
+        """Return a source of the same for who will fetch so many rows: by range, if few."""
+        readers = {name: reader.for_rows(num_rows) for name, reader in self._named.items()}
+        if all(readers[name] is reader for name, reader in self._named.items()):
+            return self
+        return CachedSource(readers, self._normalisers, self.shards())
 
     def dims(self) -> dict[str, tuple[int, int]]:
         """Return teacher -> (summary width, patch width)."""

@@ -91,6 +91,10 @@ class FeatureSource(ABC):
         """
         return 0
 
+    def for_rows(self, num_rows: int) -> "FeatureSource":
+        """Return a source of the same for who will fetch so many rows: by range, if few."""
+        return self
+
     @property
     def mirrored(self) -> bool:
         """True if a store lies in a bucket: it then pays to say what will be fetched."""

@@ -81,6 +81,11 @@ class Feed:
             missing if stored is None else missing + stored.records.num_absent(rows, view_numbers)
         )
 
+    def for_rows(self, num_rows: int) -> "Feed":
+        """Return a feed of the same for who will want so many rows (see `Reader.for_rows`)."""
+        pixels = {scale: reader.for_rows(num_rows) for scale, reader in self.pixels.items()}
+        return replace(self, source=self.source.for_rows(num_rows), pixels=pixels)
+
     @cached_property
     def mirrored(self) -> bool:
         """True if its features or its images lie in a bucket."""
