@@ -3,8 +3,9 @@
 import hashlib
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -12,16 +13,17 @@ from support import link_server
 from support.link_server import Link
 from support.toy_stores import ROWS_PER_SHARD, Toy, ids, store_spec
 
-from cache.errors import Busy, Corrupt, NotBuilt, StoreError
+from cache.errors import Corrupt, NotBuilt, StoreError
 from cache.files import bucket, place
 from cache.files.bucket import BucketPath
-from cache.files.mirror import Mirror, Wanted
+from cache.files.mirror import HINT_THREADS, Mirror, Wanted
 from cache.format import layout, zarr_shard
 from cache.reader import Reader
 from cache.store import Store, open_store
 
 FAST = Link(bytes_per_second=1e9, stream_bytes_per_second=1e9, delay_seconds=0.0)
 PART = 1000
+WAIT_SECONDS = 20
 
 
 @pytest.fixture
@@ -123,21 +125,22 @@ def test_eight_ranks_of_a_node_fetch_each_byte_once(far, tmp_path):
         assert server.sent == {name: len(data) for name, data in objects.items()}
 
 
-def test_a_hint_does_not_wait_for_another_process_that_brings_the_object(far, tmp_path):
-    objects = contents(2, 10 * PART)
-    first, second = wanted(objects)
+def test_hints_do_not_wait_for_another_process_that_brings_the_objects(far, tmp_path):
+    objects = contents(HINT_THREADS + 1, 10 * PART)
+    *busy, free = wanted(objects)
     ours, theirs = Mirror(tmp_path, 1 << 20), Mirror(tmp_path, 1 << 20)
     with far(objects) as server:
-        copy = ours._copy(first)
-        with theirs._one_filler(copy):
-            with pytest.raises(Busy), ours._one_filler(copy, wait=False):
-                pass
-            for _ in range(20):  # more than there are threads for hints
-                ours.will_need([first])
-            ours.will_need([second])
-            assert ours.local(second).read_bytes() == objects["bucket/1"]
-        assert set(server.sent) == {"bucket/1"}
-        assert ours.local(first).read_bytes() == objects["bucket/0"]
+        with ExitStack() as bringing:
+            for each in busy:
+                bringing.enter_context(theirs._one_filler(theirs._copy(each)))
+            ours.will_need([*busy, free])
+            end = time.monotonic() + WAIT_SECONDS
+            while not ours.has(free) and time.monotonic() < end:
+                time.sleep(0.01)
+            assert ours.has(free)
+        assert set(server.sent) == {str(free.path).removeprefix("s3://")}
+        for each in busy:  # and what they did not bring is brought when it is asked for
+            assert ours.local(each).read_bytes() == objects[str(each.path).removeprefix("s3://")]
 
 
 def built(toy: Toy, num_shards: int) -> Store:
