@@ -74,6 +74,13 @@ def test_only_drawn_views_of_shards_are_built(runs):
     assert len(built(drawn)) <= STEPS * BATCH < len(built(everything)) == VIEWS * 32 // PER_SHARD
 
 
+def test_with_lanes_too_what_is_built_is_what_is_read(tmp_path):
+    run = override(recipe(tmp_path), [f"lanes={BATCH}"])
+    small_run.build(run, tmp_path)
+    assert 0 < len(built(run)) < VIEWS * 32 // PER_SHARD
+    assert built(run) == read(run)
+
+
 def test_training_from_what_is_drawn_is_training_from_everything(runs, tmp_path):
     losses = []
     for number, run in enumerate(runs):
