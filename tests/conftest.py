@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import psutil
 import pytest
 from jaxtyping import install_import_hook
@@ -22,6 +23,12 @@ SESSION = secrets.token_hex(8)
 PRIVATE = Path(tempfile.mkdtemp(prefix="eupe-tests-"))  # Prefect's and Ray's homes, never yours
 atexit.register(shutil.rmtree, PRIVATE, ignore_errors=True)
 GRACE_SECONDS = 20.0  # Ray's and Prefect's children need a moment to follow their parent
+
+# How long an example takes is the machine's affair, which has other work now and then.
+hypothesis.settings.register_profile(
+    "eupe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("eupe")
 
 # Set before anything imports torch, Ray or Prefect: they read their settings once, at import.
 # A variable that every child inherits also finds those that were re-parented (see `survivors`).

@@ -110,7 +110,7 @@ def test_channels_that_are_dead_in_the_sample_may_fire(name, spread):
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(list(QUANTISATIONS)),
     kind=st.sampled_from(["gauss", "tails", "zeros", "outlier", "rotation", "any", "constant"]),
@@ -202,7 +202,7 @@ def test_levels_are_those_of_the_literature():
         assert np.sum(nearest**2 * density) * (x[1] - x[0]) == pytest.approx(distortion, rel=1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     planes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=2) | st.just([8]),
     dim=st.integers(1, 40),

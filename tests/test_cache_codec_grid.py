@@ -121,7 +121,7 @@ def test_distortions_are_those_of_the_levels():
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     name=st.sampled_from(list(RATES)),
     kind=st.sampled_from(

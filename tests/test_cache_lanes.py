@@ -15,7 +15,7 @@ shard_lists = st.lists(st.integers(1, 9), min_size=1, max_size=40).map(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shards=shard_lists, data=st.data())
 def test_lanes_are_equal_parts_of_the_rows(shards, data):
     count = data.draw(st.integers(1, int(shards.lengths.sum())))

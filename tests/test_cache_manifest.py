@@ -83,7 +83,7 @@ keys = st.tuples(st.integers(0, 3), st.integers(0, 12))
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.lists(keys, min_size=1, max_size=6, unique=True), max_size=30), st.integers(1, 7)
 )

@@ -19,7 +19,7 @@ shard_lists = st.lists(st.integers(1, 7), min_size=1, max_size=20).map(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shards=shard_lists, seed=st.integers(0, 2**40), buffer=st.integers(1, 60), data=st.data())
 def test_every_row_once_and_any_stretch_is_found(shards, seed, buffer, data):
     order = EpochOrder.of(shards, seed, buffer)

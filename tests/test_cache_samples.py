@@ -45,7 +45,7 @@ def test_appending_the_same_again_adds_nothing(tmp_path):
     assert (tmp_path / "toy/samples/HEAD").read_bytes() == head
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), per_shard=st.integers(1, 5))
 def test_ids_and_rows_are_inverse(tmp_path_factory, sizes, per_shard):
     root = tmp_path_factory.mktemp("samples")
@@ -146,7 +146,6 @@ URIS = [
 ]
 
 
-@settings(deadline=None)
 @given(names=st.lists(st.sampled_from(["a/1", "a/2", "x", "", "{id}"]), max_size=6), data=st.data())
 def test_what_is_stored_is_what_was_given(names, data):
     column = st.integers(0, 2**40)

@@ -67,7 +67,7 @@ def test_three_readers_agree(tmp_path, codec):
         )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_take_in_any_order_gives_the_rows_asked_for(shared_store, data):
     with pytest.MonkeyPatch.context() as patch:

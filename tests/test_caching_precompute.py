@@ -439,7 +439,7 @@ class Half:
 EVERY = np.ones((6, 3), bool)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2**18 - 1)), min_size=1, max_size=3))
 def test_tasks_are_what_each_shard_wants_of_all_stores_of_one_compute_batch(drawn):
     stores = [
@@ -461,7 +461,7 @@ def test_tasks_are_what_each_shard_wants_of_all_stores_of_one_compute_batch(draw
     assert tasks.num_images == sum(4 * len(each) for _, each in parts)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**18 - 1), st.permutations(range(18)))
 def test_tasks_come_in_the_turn_of_the_first_of_their_views(bits, turns):
     """What is done is the same as shard by shard."""

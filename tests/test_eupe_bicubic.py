@@ -27,7 +27,7 @@ def with_gradient(way, maps, height, width, upstream):
     return resized.detach(), leaf.grad
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SIDES, SIDES, SIDES, SIDES, st.sampled_from(sorted(NEAR, key=str)), st.integers(0, 2**32))
 def test_products_are_the_interpolation(rows, columns, height, width, dtype, seed):
     """Larger, smaller, odd, not square, one sample.

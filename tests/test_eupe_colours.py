@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from support.colours_child import PICTURES, jittered
@@ -59,7 +59,6 @@ def torchvisions(pixels: torch.Tensor, *factors: float) -> torch.Tensor:
     return pixels
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), factors=factors)
 @example(seed=0, factors=(1.4, 0.6, 1.2, 0.1))
 @example(seed=0, factors=(1.0, 1.0, 1.0, -0.5))
@@ -71,7 +70,6 @@ def test_jitter_is_torchvisions_on_floats(seed, factors):
     assert np.abs(ours(array, *factors) - wanted).max() <= LEVELS
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), which=st.integers(0, 3), factors=factors)
 def test_each_change_is_torchvisions_on_8_bits(seed, which, factors):
     alone = [each if place == which else NONE[place] for place, each in enumerate(factors)]
@@ -93,7 +91,6 @@ def test_a_third_of_the_circle_turns_red_to_green_to_blue():
     assert np.array_equal(ours(red, 1.0, 1.0, 1.0, -1 / 3), red[..., [1, 2, 0]])
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), factors=factors, turn=st.sampled_from(["flip", "upside"]))
 def test_a_flip_before_is_a_flip_afterwards(seed, factors, turn):
     array = picture(seed)
@@ -102,7 +99,6 @@ def test_a_flip_before_is_a_flip_afterwards(seed, factors, turn):
     assert np.array_equal(flipped, ours(array, *factors)[turned])
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     factors=factors,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eupe.encoders import Encoder, Features
@@ -185,7 +185,6 @@ def test_a_batch_without_valid_rows_has_zero_loss_and_gradient():
     assert all((leaf.grad == 0).all() for leaf in leaves)
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=2, max_size=9), st.data())
 def test_accumulated_micro_batches_equal_the_batch(valid, data):
     """Losses and gradients, however the rows are cut and whichever of them are valid."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eupe.hadamard import hadamard
@@ -35,7 +35,6 @@ def test_moments_are_those_of_the_tokens():
     np.testing.assert_allclose(moments.std(), x.astype(np.float64).std(0), **MERGE)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_merging_in_any_order_equals_measuring_at_once(sizes, random):
     x = tokens(sum(sizes), 4)

@@ -19,7 +19,7 @@ def plain(bank: torch.Tensor, queries: torch.Tensor, k: int) -> torch.Tensor:
     return squares.sort(dim=1, stable=True).indices[:, :k]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 90), st.integers(1, 12), st.integers(0, 999), st.sampled_from([0.0, 1e3, 1e6])
 )
@@ -33,7 +33,7 @@ def test_a_shortlist_gives_the_answers_of_float64(n, k, seed, away):
     torch.testing.assert_close(squares, apart.square().sum(2))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 24), st.integers(0, 1000))
 def test_equal_distances_go_to_the_earlier_row(k, seed):
     generator = torch.Generator().manual_seed(seed)

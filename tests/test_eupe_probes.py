@@ -34,7 +34,7 @@ def reference_knn(bank, labels, queries, k):
     return torch.tensor(answers)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 12), st.integers(0, 1000))
 def test_knn_is_the_plain_algorithm(k, seed):
     bank, queries = normal(12, 3, seed=seed), normal(9, 3, seed=seed + 1)
@@ -84,7 +84,7 @@ def test_near_voters_outweigh_many_by_cosine():
     assert probes.knn_predict(F.normalize(bank), labels, torch.tensor([[1.0, 0.0]]), 3).item() == 0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 24), st.integers(0, 1000))
 def test_knn_where_many_distances_are_equal(k, seed):
     generator = torch.Generator().manual_seed(seed)

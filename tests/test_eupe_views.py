@@ -113,7 +113,6 @@ def test_changing_one_probability_moves_no_other_draw():
     )
 
 
-@settings(deadline=None)
 @given(
     st.text(max_size=8),
     st.integers(0, 10**6),
@@ -367,7 +366,7 @@ def test_what_is_no_image_is_refused_in_one_sentence(data, reason):
     assert "\n" not in str(caught.value)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10**9), st.binary(max_size=30))
 def test_damaged_files_decode_or_raise_image_error(where, patch):
     data = bytearray(png(pixels(20, 20)))

@@ -69,7 +69,7 @@ def test_decoding_is_the_oracle(name, dim, device):
     assert token_error(ours, oracle.decode(encoded.data, encoded.escapes)) < FLOAT16_STEP / 8
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @example(name="int8", num_rows=1, num_tokens=1, dim=7)
 @example(name="rot3", num_rows=1, num_tokens=49, dim=40)
 @example(name="rot4", num_rows=0, num_tokens=3, dim=8)
@@ -160,7 +160,7 @@ def test_phi_s_with_a_rotated_codec_is_one_dense_product():
     assert decode._rows._dequantiser.turn.mix is not None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(list(QUANTISATIONS)),
     kind=st.sampled_from(["gauss", "tails", "zeros", "outlier", "constant"]),

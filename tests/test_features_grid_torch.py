@@ -86,7 +86,7 @@ def test_the_fused_normaliser_is_the_normaliser_afterwards(name, measured, norma
     torch.testing.assert_close(apart, wanted, rtol=FUSED_RTOL, atol=FUSED_RTOL * size)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(list(RATES)),
     kind=st.sampled_from(["like", "gauss", "tails", "zeros", "outlier", "constant"]),

@@ -255,7 +255,7 @@ def small(tmp_path_factory):
 
 
 @given(st.data())
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_tar_cut_anywhere_is_refused_or_whole(small, data):
     path, whole = small
     end = 10 * 1024  # ten members, each a header and a block of contents; the rest is zeros
@@ -268,7 +268,7 @@ def test_a_tar_cut_anywhere_is_refused_or_whole(small, data):
 
 
 @given(st.integers(1, 9), st.integers(0, 511))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_header_is_not_the_end(small, member, byte):
     path, whole = small
     damaged = bytearray(whole)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eupe.errors import BadInput
@@ -125,7 +125,7 @@ def test_a_fault_is_one_sentence_that_names_it(recipe, item, sentence):
     assert "\n" not in str(refused.value)
 
 
-@settings(deadline=None)  # a whole recipe is validated each time
+# a whole recipe is validated each time
 @given(st.text(max_size=30))
 def test_whatever_is_typed_is_applied_or_refused(text):
     recipe = recipes.RECIPES["demo"]()

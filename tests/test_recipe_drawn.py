@@ -20,7 +20,7 @@ shard_lists = st.lists(st.integers(1, 9), min_size=1, max_size=40).map(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shards=shard_lists, buffer=st.integers(1, 20), seed=st.integers(0, 99), data=st.data())
 def test_shards_touched_under_each_label_are_those_of_its_rows(shards, buffer, seed, data):
     order = EpochOrder.of(shards, seed, buffer)

@@ -52,7 +52,7 @@ def test_draws_are_the_pinned_ones(lanes):
     assert got == json.loads(GOLDEN.read_text())[f"{lanes} lanes"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lanes=st.sampled_from([1, 2, 4, 8]),
     world_size=st.integers(1, 24),
@@ -68,7 +68,7 @@ def test_ranks_of_any_world_size_share_one_batch_out(lanes, world_size, step):
         assert np.concatenate(ours).tolist() == theirs.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lanes=st.sampled_from([4, 8]), world_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 3000)
 )
@@ -88,7 +88,7 @@ def test_a_ranks_rows_are_of_its_own_lanes(lanes, world_size, step):
             assert set(drawn.rows[drawn.datasets == number].tolist()) <= rows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lanes=st.sampled_from([2, 4, 8]), num_shards=st.integers(8, 60), epochs=st.integers(1, 4))
 def test_every_row_is_shown_as_often_as_any_other_give_or_take_two(lanes, num_shards, epochs):
     """Lanes differ by a row, and are each somewhere in an epoch: by one more picture at most."""

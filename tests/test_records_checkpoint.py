@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eupe.errors import BadInput
@@ -76,7 +76,7 @@ def test_no_checkpoint_is_none_and_requiring_one_says_so(tmp_path):
 
 
 @pytest.mark.slow
-@settings(deadline=None)  # it writes to a disk, which takes as long as it takes
+# it writes to a disk, which takes as long as it takes
 @given(
     scores=st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=6),
     keep=st.integers(1, 3),
