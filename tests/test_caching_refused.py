@@ -57,8 +57,9 @@ def test_pictures_that_are_not_there_are_said_and_no_build_begins(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
-def test_a_gpu_that_is_not_here_is_refused(monkeypatch):
-    asked = recipes.get("demo", ["workers.use_gpu=true", *HERE])
+def test_a_gpu_that_is_not_here_is_refused(tmp_path, monkeypatch):
+    elsewhere = [f"run_directory={tmp_path / 'run'}"]  # a demo may have been run in this checkout
+    asked = recipes.get("demo", ["workers.use_gpu=true", *HERE, *elsewhere])
     with pytest.raises(BadInput, match=r"workers\.use_gpu = true: this machine has no GPU"):
         beforehand.check(asked)
     extracting = recipes.get("demo", ["extraction.gpus_per_actor=0.5", *HERE])
