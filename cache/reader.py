@@ -160,8 +160,10 @@ class Reader:
 
     def will_need(self, rows: Rows, views: Rows) -> None:
         """Start bringing rows [n] that will be copied soon, of those that are there: a hint."""
-        there = ~self.records.absent(rows, views)
-        self.select(rows[there], views[there]).read_ahead()
+        if self.records.growing:
+            there = ~self.records.absent(rows, views)
+            rows, views = rows[there], views[there]
+        self.select(rows, views).read_ahead()
 
     def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return sample ids, in the given order."""

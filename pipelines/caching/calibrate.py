@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -16,15 +15,13 @@ from cache.samples import Samples
 from eupe import views
 from eupe.views import ImageError
 from pipelines.caching import indexing, precompute
+from pipelines.caching.plan import Pass
 from pipelines.caching.sizes import SIDES
 from pipelines.images.reader import ImageReader
 from pipelines.images.walks import base
 from pipelines.machines.pool import IN_FLIGHT, Workers
 from pipelines.recipe.config import Recipe, SourceConfig
 from pipelines.recipe.stores import CacheJob
-
-if TYPE_CHECKING:
-    from pipelines.caching.plan import Pass
 
 SECONDS = 3.0
 """Of measuring how fast pictures are decoded."""
@@ -47,7 +44,7 @@ def rates(recipe: Recipe) -> dict[str, float]:
     return {"decode_views": 1 / float(np.median(durations))}
 
 
-def build_seconds(passes: Iterable["Pass"]) -> float:
+def build_seconds(passes: Iterable[Pass]) -> float:
     """Tell how long a build takes on the Ray at hand, from a short one of each pass.
 
     The short one is a build like any other, by the same actors, of some of the set's own pictures
@@ -70,16 +67,16 @@ def build_seconds(passes: Iterable["Pass"]) -> float:
     return found
 
 
-def _grouped(passes: Iterable["Pass"]) -> Iterator[list["Pass"]]:
+def _grouped(passes: Iterable[Pass]) -> Iterator[list[Pass]]:
     """Put passes of the same teachers together: their actors are started once."""
-    groups = dict[str, list["Pass"]]()
+    groups = dict[str, list[Pass]]()
     for each in passes:
         teachers = "".join(teacher.model_dump_json() for teacher in each.job.teachers)
         groups.setdefault(teachers, []).append(each)
     yield from groups.values()
 
 
-def _one(planned: "Pass", folder: Path, pool: Workers, first: bool) -> float:
+def _one(planned: Pass, folder: Path, pool: Workers, first: bool) -> float:
     """Time some pictures of a pass; return the seconds that all of it takes."""
     extraction = planned.job.extraction
     batch = extraction.compute_batch

@@ -23,7 +23,6 @@ from eupe.spec import EncoderSpec
 from pipelines.caching import sizes
 from pipelines.caching.rates import Rates
 from pipelines.recipe.config import PIXELS, Recipe
-from pipelines.recipe.mix import Mix
 from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import CacheJob, planned_groups, rows_per_shard
 
@@ -381,7 +380,7 @@ def _of_stage(
 
 def _seen(recipe: Recipe, stage: StageConfig) -> dict[str, int]:
     """Return how many samples of each train set a stage shows."""
-    mix = Mix(recipe.shares, recipe.homogeneous, stage.global_batch, recipe.seed)
+    mix = recipe.mix(stage)
     return {name: int(mix.stretches(name, stage.steps)[-1]) for name in recipe.train}
 
 

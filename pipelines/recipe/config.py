@@ -453,6 +453,10 @@ class Recipe(Spec):
         wanted = self.evaluation.bank
         return tuple(each for each in self.train.values() if wanted is None or each.name in wanted)
 
+    def mix(self, stage: StageConfig) -> Mix:
+        """Return which data set fills which slot of a stage's global batches."""
+        return Mix(self.shares, self.homogeneous, stage.global_batch, self.seed, self.lanes)
+
     @property
     def pixel_scales(self) -> tuple[int, ...]:
         """The student scales at which the views themselves are cached, pixels."""

@@ -24,7 +24,6 @@ from pipelines.recipe import resolutions
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.drawn import Mask
 from pipelines.recipe.draws import TrainingDraw
-from pipelines.recipe.mix import Mix
 from pipelines.recipe.stage import StageConfig
 from pipelines.recipe.stores import (
     CacheJob,
@@ -154,7 +153,7 @@ def fixed_normalisers(
         StoreError: as for `from_caches`.
     """
     training = _training_stores(recipe, stage, opened, resuming)
-    mix = Mix(recipe.shares, recipe.homogeneous, stage.global_batch, recipe.seed)
+    mix = recipe.mix(stage)
     shares = dict(zip(mix.names, mix.expected().tolist(), strict=True))
     own = [(shares[name], stores) for name, (_, stores) in training.items()]
     normalisers = normalisers_of(stage, own)
@@ -195,13 +194,7 @@ def of_feeds(
         BadInput: a dataset of the mix without feed, or datasets with teachers of other widths.
     """
     draw = TrainingDraw(
-        Mix(
-            recipe.shares,
-            recipe.homogeneous,
-            stage.global_batch,
-            recipe.seed,
-            recipe.lanes,
-        ),
+        recipe.mix(stage),
         {name: feed.source.shards() for name, feed in feeds.items()},
         {name: recipe.views_of(name) for name in feeds},
         recipe.seed,
