@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -122,7 +123,27 @@ class MappedRows:
             self._file.will_need(offset, self._index.stored_bytes)
 
 
-class PositionedRows:
+class _CopiedRows(ABC):
+    """Rows that are read where they are wanted, and lie nowhere else in memory."""
+
+    _index: "_Index"
+
+    def row(self, inside: int) -> Bytes:
+        """Read one row; `read` is what batches use."""
+        row: Bytes = np.empty_like(self._index.fill)
+        self.read([inside], row[None], [0])
+        return row
+
+    @abstractmethod
+    def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
+        """Read each row into its place."""
+
+    def is_resident(self, inside: int) -> bool:
+        """Return False: it is not known without reading, or far away."""
+        return False
+
+
+class PositionedRows(_CopiedRows):
     """Rows through pread: for file systems on which maps are slow (NFS, Lustre)."""
 
     def __init__(
@@ -138,19 +159,9 @@ class PositionedRows:
         tail = os.pread(self._handle, tail_bytes, max(size - tail_bytes, 0))
         self._index = _Index(path, tail, num_bytes, table, fill)
 
-    def row(self, inside: int) -> Bytes:
-        """Read one row; `read` is what batches use."""
-        row: Bytes = np.empty_like(self._index.fill)
-        self.read([inside], row[None], [0])
-        return row
-
     def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
         """Read each row straight into its place."""
         self._index.read(self._handle, inside, into, places)
-
-    def is_resident(self, inside: int) -> bool:
-        """Return False: it is not known without reading."""
-        return False
 
     def will_need(self, inside: Sequence[int]) -> None:
         """Ask for whole rows at once, so that the reads that follow overlap."""
@@ -159,7 +170,7 @@ class PositionedRows:
             os.posix_fadvise(self._handle, offset, size, os.POSIX_FADV_WILLNEED)
 
 
-class RangedRows:
+class RangedRows(_CopiedRows):
     """Rows by range out of a bucket, past the mirror: for who wants a few of a large shard."""
 
     def __init__(
@@ -170,12 +181,6 @@ class RangedRows:
         tail_bytes = zarr_shard.index_bytes(rows_per_shard)
         (tail,) = ranges(path, [max(num_bytes - tail_bytes, 0)], tail_bytes)
         self._index = _Index(path, tail, num_bytes, table, fill)
-
-    def row(self, inside: int) -> Bytes:
-        """Fetch one row; `read` is what batches use."""
-        row: Bytes = np.empty_like(self._index.fill)
-        self.read([inside], row[None], [0])
-        return row
 
     def read(self, inside: Sequence[int], into: Bytes, places: Sequence[int]) -> None:
         """Fetch rows, each into its place, those that lie near each other by one request."""
@@ -188,10 +193,6 @@ class RangedRows:
                 continue
             into[place] = np.frombuffer(next(found), np.uint8)
             index.check(into[place], row)
-
-    def is_resident(self, inside: int) -> bool:
-        """Return False: it is far away."""
-        return False
 
     def will_need(self, inside: Sequence[int]) -> None:
         """Do nothing: what is asked for comes at once."""
