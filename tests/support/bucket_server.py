@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
 
 import boto3
 from moto.server import ThreadedMotoServer
+
+from support import http_server
 
 NAME = "features"
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
@@ -108,17 +110,10 @@ def serve() -> Iterator[Bucket]:
     host, port = server.get_host_and_port()
     client(f"http://{host}:{port}").create_bucket(Bucket=NAME)
     bucket = Bucket("")
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(bucket, host, port))
-    proxy.daemon_threads = True
-    bucket.endpoint = f"http://127.0.0.1:{proxy.server_port}"
-    thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
     try:
-        yield bucket
+        with http_server.answering(_handler(bucket, host, port)) as bucket.endpoint:
+            yield bucket
     finally:
-        proxy.shutdown()
-        proxy.server_close()
-        thread.join()
         server.stop()
 
 

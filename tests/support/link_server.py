@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from support import http_server
 
 CHUNKS_A_SECOND = 20
 """Pieces that a stream sends a second: it sleeps in between."""
@@ -81,17 +83,8 @@ class Far:
 def serve(objects: Mapping[str, bytes], link: Link) -> Iterator[Far]:
     """Serve objects, by key with the bucket's name before it, on a free port."""
     far = Far(link)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(far, objects))
-    server.daemon_threads = True
-    far.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with http_server.answering(_handler(far, objects)) as far.endpoint:
         yield far
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _handler(far: Far, objects: Mapping[str, bytes]) -> type[BaseHTTPRequestHandler]:
