@@ -27,7 +27,7 @@ def measure(name: str, overrides: Sequence[str], folder: Path) -> tables.Row:
     moved = [f"cache_root={folder / 'cache'}", f"run_directory={folder / 'run'}"]
     recipe = recipes.get(name, [*overrides, *moved])
     groups = job_groups(recipe)
-    for job in {job.dataset.name: job for job in groups[0]}.values():
+    for job in precompute.datasets(groups):
         indexing.index_samples(job)
     planned = calibrate.build_seconds(plan.of_stores(recipe, groups, Rates()).passes.values())
     took = precompute.build(groups).seconds

@@ -277,9 +277,9 @@ def build(
         StoreError: a store that cannot be used or written, see the steps.
     """
     started = time.monotonic()
-    for job in _datasets(groups):
+    for job in datasets(groups):
         check_there(job.dataset.source)
-    indexed = [steps.index_samples(job) for job in _datasets(groups)]
+    indexed = [steps.index_samples(job) for job in datasets(groups)]
     if look_over is not None:
         look_over()
     extracted: dict[str, Extracted] = {}
@@ -298,7 +298,7 @@ def build(
 # ------------------------------------------------------------------------------ steps of the steps
 
 
-def _datasets(groups: Sequence[Sequence[CacheJob]]) -> list[CacheJob]:
+def datasets(groups: Sequence[Sequence[CacheJob]]) -> list[CacheJob]:
     """Return the first job of each dataset, whose images are to be indexed.
 
     The expert teachers' come first: their patches set how many rows a shard has (law 4).
