@@ -29,10 +29,10 @@ SweepFile = Annotated[
 
 
 @task(name="compute", task_run_name="{node}", cache_policy=NO_CACHE)
-def compute(node: Node) -> None:
-    """Compute one node of a sweep, if no other process does."""
+def compute(node: Node) -> bool:
+    """Compute one node of a sweep, if no other process does; return False if one has."""
     with artifacts.progress("ablations"):
-        sweeps.compute(node)
+        return sweeps.compute(node)
 
 
 @flow(name="ablations", flow_run_name="ablations {sweep}")

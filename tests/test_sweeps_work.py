@@ -74,7 +74,7 @@ def widths(folder: Path) -> Path:
 
 def child(folder: Path, sweep: Path, **names: str) -> "subprocess.Popen[str]":
     """Start a process that works a sweep."""
-    environment = {**os.environ, "COUNT": str(folder / "begun.txt"), **names}
+    environment = {**os.environ, "COUNT": str(folder / "computed.txt"), **names}
     return subprocess.Popen(
         [sys.executable, "-m", "support.toy_sweep", str(folder), str(sweep)],
         env=environment,
@@ -91,14 +91,14 @@ def figures(folder: Path) -> pl.DataFrame:
     return pl.read_parquet(folder / "toy_stages" / results.FILE)
 
 
-def begun(folder: Path) -> Counter[str]:
-    lines = (folder / "begun.txt").read_text().splitlines()
+def computed(folder: Path) -> Counter[str]:
+    lines = (folder / "computed.txt").read_text().splitlines()
     return Counter(line.split()[0] for line in lines)
 
 
 def test_a_sweep_computes_every_node_once_and_leaves_its_figures(worked):
-    assert set(begun(worked).values()) == {1}
-    assert len(begun(worked)) == 11  # 5 stages, 4 evaluations, experts and proxy
+    assert set(computed(worked).values()) == {1}
+    assert len(computed(worked)) == 11  # 5 stages, 4 evaluations, experts and proxy
     found = figures(worked)
     assert found.columns == ["run", "stages", "seed", "encoder", "metric", "value", "low", "high"]
     assert found["stages"].unique().sort().to_list() == ["1-2", "1-2-3", "1-3", "2"]
@@ -216,7 +216,7 @@ def test_what_fails_stops_only_what_is_made_from_it(tmp_path, toys, capsys):
     def run(node):
         if node.output is not None and node.output.stage == "stage1":
             raise BadInput("stage 1 is on fire")
-        work.compute(node)
+        return work.compute(node)
 
     done = work.work(graph, run)
     (first,) = done.failed
@@ -256,15 +256,27 @@ def test_two_processes_share_the_work(alone, tmp_path):
     said = [json.loads(each.communicate(timeout=PATIENCE_SECONDS)[0]) for each in both]
     assert [each.returncode for each in both] == [0, 0]
     assert set(said[0]["computed"]).isdisjoint(said[1]["computed"])
-    assert set(begun(tmp_path).values()) == {1}  # no node twice
+    assert set(computed(tmp_path).values()) == {1}  # no node twice
     assert figures(tmp_path).equals(alone)
+
+
+def test_what_another_process_ends_between_the_look_and_the_lease_is_found(tmp_path, toys):
+    toys(tmp_path)
+
+    def run(node):
+        assert work.compute(node)  # the other process
+        return work.compute(node)
+
+    done = work.work(work.prepare(toy_sweep.asked(widths(tmp_path))), run)
+    assert (done.computed, done.failed) == ([], {})
+    assert sorted(done.found) == sorted(done.graph.nodes)
 
 
 def test_one_of_two_may_be_killed_at_any_moment(alone, tmp_path):
     path = widths(tmp_path)
     first = child(tmp_path, path)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (tmp_path / "begun.txt").is_file() or len(begun(tmp_path)) < 3:
+    while not (tmp_path / "computed.txt").is_file() or len(computed(tmp_path)) < 3:
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -64,12 +64,12 @@ def prepare(runs: Sequence[Run]) -> Graph:
     return expand(runs, Digests(root).read)
 
 
-def work(graph: Graph, run: Callable[[Node], None] | None = None) -> Done:
+def work(graph: Graph, run: Callable[[Node], bool] | None = None) -> Done:
     """Compute what is left of a graph; return when nothing of it is left, or can be had.
 
     Args:
         graph: of `prepare`.
-        run: computes a node; None: `compute`. Whoever orchestrates a sweep wraps it.
+        run: computes a node as `compute` does; None: that. Whoever orchestrates a sweep wraps it.
 
     Returns:
         what was done; failures are in it, and were said on stderr.
@@ -102,7 +102,7 @@ def work(graph: Graph, run: Callable[[Node], None] | None = None) -> Done:
     return done
 
 
-def _settle(node: Node, done: Done, run: Callable[[Node], None], started: float) -> bool | None:
+def _settle(node: Node, done: Done, run: Callable[[Node], bool], started: float) -> bool | None:
     """Compute a node, if nobody does; return True if it is there, False if it failed, else None."""
     if standing.is_there(node):
         done.found.append(node.address)
@@ -114,7 +114,7 @@ def _settle(node: Node, done: Done, run: Callable[[Node], None], started: float)
     if any(lease.holder(path) is not None for path in node.claims):
         return None
     try:
-        run(node)
+        computed = run(node)
     except Busy:
         return None
     except Exception as error:  # said, written down, and what follows from it is not begun
@@ -126,14 +126,17 @@ def _settle(node: Node, done: Done, run: Callable[[Node], None], started: float)
         print(f"{node.address} failed: {why}", file=sys.stderr, flush=True)
         return False
     standing.set_failed(node, None)
-    done.computed.append(node.address)
+    (done.computed if computed else done.found).append(node.address)
     over, all_of_them = len(done.computed) + len(done.found), len(done.graph.nodes)
     print(f"{node.address}: {over} of {all_of_them} are there", file=sys.stderr, flush=True)
     return True
 
 
-def compute(node: Node) -> None:
+def compute(node: Node) -> bool:
     """Compute a node whose needs are there.
+
+    Returns:
+        False if another process computed it before this one had its lease.
 
     Raises:
         Busy: another process does.
@@ -145,13 +148,13 @@ def compute(node: Node) -> None:
         assert node.output is not None
         stage = recipe.stage(node.output.stage)
         _link_stages(node)
-        launch.train(recipe, stage, make_evaluate=during.hook, wait=False)
-        return
+        result = launch.train(recipe, stage, make_evaluate=during.hook, wait=False)
+        return result.seconds > 0
     with ExitStack() as held:
         for path in node.claims:
             held.enter_context(lease.held(path, wait=False))
         if standing.is_there(node):
-            return
+            return False
         if node.kind == "evaluation":
             _link_stages(node)
             took: dict[str, float] = {
@@ -164,6 +167,7 @@ def compute(node: Node) -> None:
             look_over = partial(beforehand.check_labels, recipe)
             built = precompute.build(standing.passes(node), look_over=look_over)
             print(built, file=sys.stderr)
+    return True
 
 
 def _link_stages(node: Node) -> None:

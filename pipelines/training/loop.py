@@ -52,7 +52,7 @@ class StageResult:
     Attributes:
         checkpoint: its last.
         first_step: step this process began at; 0 unless it resumed.
-        seconds: this process took, evaluation included.
+        seconds: this process took, evaluation included; 0.0 if all of it was there.
         images_per_second: over this process's steps; 0.0 if there were none to do.
         wait_share: share of that time spent waiting for data.
         invalid_rows: rows skipped, over this process's steps and all workers.

@@ -5,7 +5,7 @@ And a smaller one still, over the width of heads of one stage.
     python -m support.toy_sweep FOLDER SWEEP
 
 works the sweep and prints what it computed as JSON; COUNT in its environment names a file that gets
-a line for each node it begins.
+a line for each node it has computed.
 """
 
 import json
@@ -70,11 +70,13 @@ def asked(path: Path) -> list[Run]:
     return runs(read(path))
 
 
-def counting(node: Node) -> None:
-    """Compute a node, and write down that it is begun."""
-    with open(os.environ["COUNT"], "a") as file:
-        file.write(f"{node.address} {os.getpid()}\n")
-    work.compute(node)
+def counting(node: Node) -> bool:
+    """Compute a node, and write down that this process did."""
+    computed = work.compute(node)
+    if computed:
+        with open(os.environ["COUNT"], "a") as file:
+            file.write(f"{node.address} {os.getpid()}\n")
+    return computed
 
 
 if __name__ == "__main__":
