@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -50,6 +50,7 @@ class Child:
         dies_at: the process kills itself at that file operation, a write being half done unless
             it ends in order; None: it lives.
         by: the signal that it dies by.
+        settings: environment variables that are its own.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class Child:
         *arguments: object,
         dies_at: int | None = None,
         by: signal.Signals = signal.SIGKILL,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         self._receives, sends = context.Pipe(duplex=False)
         self.process: BaseProcess = context.Process(
-            target=_work, args=(sends, function, arguments, dies_at, by)
+            target=_work, args=(sends, function, arguments, dies_at, by, settings or {})
         )
         self.process.start()
         sends.close()
@@ -120,8 +122,10 @@ def _work(
     arguments: tuple[object, ...],
     dies_at: int | None,
     by: signal.Signals,
+    settings: Mapping[str, str],
 ) -> None:
     """Run the function and send how it ended; what it says on the way is nobody's."""
+    os.environ |= settings
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silence, stream)

@@ -22,7 +22,6 @@ import psutil
 
 from benchmarks import fault_subject
 from benchmarks.fault_children import Child, Ended, wait_until
-from benchmarks.fault_files import shard_files
 from benchmarks.fault_kinds import SIGNALS, Round, Struck, kind
 from flows.local_stack import ask, free_ports
 from pipelines.records import tracking
@@ -82,9 +81,9 @@ class Nodes:
             self._second = self._cluster.add_node(**node)
         return str(self._cluster.address)
 
-    def kill_second(self) -> None:
-        """Kill the raylet of the second node; the next round gets another."""
-        os.kill(_pid(self._second, "raylet"), signal.SIGKILL)
+    def end_second(self, by: signal.Signals = signal.SIGKILL) -> None:
+        """End the raylet of the second node; the next round gets another."""
+        os.kill(_pid(self._second, "raylet"), by)
 
     def forget_second(self) -> None:
         """Clear away what is left of a node whose raylet was killed."""
@@ -92,9 +91,9 @@ class Nodes:
             self._cluster.remove_node(self._second, allow_graceful=False)
         self._second = None
 
-    def kill_head(self) -> None:
-        """Kill the process that the cluster hangs on."""
-        os.kill(_pid(self._cluster.head_node, "gcs_server"), signal.SIGKILL)
+    def end_head(self, by: signal.Signals) -> None:
+        """End the process that the cluster hangs on."""
+        os.kill(_pid(self._cluster.head_node, "gcs_server"), by)
 
     def actors(self, of_class: str) -> list[psutil.Process]:
         """Return the processes of actors of a class: Extractor holds teachers, say."""
@@ -126,7 +125,7 @@ NODES = Nodes()
 
 def _begin(round: Round) -> Child:
     """Start a build by Ray's actors; return when a seeded number of shards lies there."""
-    wanted = round.random.randint(1, len(shard_files(round.reference.root)) - 4)
+    wanted = round.random.randint(1, round.reference.num_shards - 4)
     arguments = (round.reference.images, round.root, fault_subject.GROWING, NODES.address())
     child = Child(fault_subject.build, *arguments)
     _wait_for_shards(child, round, wanted)
@@ -134,7 +133,7 @@ def _begin(round: Round) -> Child:
 
 
 def _wait_for_shards(child: Child, round: Round, wanted: int) -> None:
-    there = wait_until(lambda: len(shard_files(round.root)) >= wanted, child, PATIENCE_SECONDS)
+    there = wait_until(lambda: len(round.shards()) >= wanted, child, PATIENCE_SECONDS)
     if not there:
         raise RuntimeError(f"{wanted} shards did not come: {child.end(PATIENCE_SECONDS)}")
 
@@ -149,7 +148,7 @@ def _driver(by: str) -> None:
     def strike(round: Round) -> Struck:
         child = _begin(round)
         child.kill(SIGNALS[by])
-        ended, there = child.end(PATIENCE_SECONDS), shard_files(round.root)
+        ended, there = child.end(PATIENCE_SECONDS), round.shards()
         return _struck(round, ended, ended.how == "died", there)
 
 
@@ -157,27 +156,23 @@ def _actor(by: str) -> None:
     @kind(f"actor {by}", slow=True)
     def strike(round: Round) -> Struck:
         child = _begin(round)
-        there = shard_files(round.root)
+        there = round.shards()
         for process in NODES.actors("Extractor")[:1]:
             process.send_signal(SIGNALS[by])
         ended = child.end(PATIENCE_SECONDS)
         return _struck(round, ended, ended.how == "done", there)
 
 
-for _by in SIGNALS:
-    _driver(_by)
-    _actor(_by)
-
-
-@kind("one of two raylets killed", slow=True)
-def _raylet(round: Round) -> Struck:
-    """Half of the actors are gone for good: the build ends with the other half, or says so."""
-    child = _begin(round)
-    there = shard_files(round.root)
-    NODES.kill_second()
-    ended = child.end(PATIENCE_SECONDS)
-    NODES.forget_second()
-    return _struck(round, ended, ended.how == "done" or "died more than" in ended.words, there)
+def _raylet(by: str) -> None:
+    @kind(f"one of two raylets {by}", slow=True)
+    def strike(round: Round) -> Struck:
+        """Half of the actors are gone for good: the build ends with the other half, or says so."""
+        child = _begin(round)
+        there = round.shards()
+        NODES.end_second(SIGNALS[by])
+        ended = child.end(PATIENCE_SECONDS)
+        NODES.forget_second()
+        return _struck(round, ended, ended.how == "done" or "died more than" in ended.words, there)
 
 
 @cache
@@ -211,14 +206,15 @@ def _while_two_train(round: Round, strike: Callable[[], None]) -> Struck:
     return Struck(broken="" if ended.result == wanted else "losses or weights differ")
 
 
-@kind("one of two training workers killed", slow=True)
-def _one_of_two(round: Round) -> Struck:
-    def strike() -> None:
-        processes = NODES.actors("RayTrainWorker")
-        if processes:  # else it has just ended
-            round.random.choice(processes).kill()
+def _one_of_two(by: str) -> None:
+    @kind(f"one of two training workers {by}", slow=True)
+    def one_of_two(round: Round) -> Struck:
+        def strike() -> None:
+            processes = NODES.actors("RayTrainWorker")
+            if processes:  # else it has just ended
+                round.random.choice(processes).send_signal(SIGNALS[by])
 
-    return _while_two_train(round, strike)
+        return _while_two_train(round, strike)
 
 
 @kind("node of one of two training workers lost", slow=True)
@@ -226,36 +222,47 @@ def _node_of_one_of_two(round: Round) -> Struck:
     """The one that is left has no room for two: they go on when another node joins."""
 
     def strike() -> None:
-        NODES.kill_second()
+        NODES.end_second()
         NODES.forget_second()
         NODES.address()
 
     return _while_two_train(round, strike)
 
 
-@kind("Ray head killed", slow=True)
-def _head(round: Round) -> Struck:
-    child = _begin(round)
-    there = shard_files(round.root)
-    NODES.kill_head()
-    ended = child.end(PATIENCE_SECONDS)
-    NODES.close()
-    return _struck(round, ended, ended.how != "hung", there)
-
-
-@kind("Prefect server killed", slow=True)
-def _prefect(round: Round) -> Struck:
-    """A flow ends without its server, or fails and says so; it does not wait for ever."""
-    wanted = round.random.randint(1, len(shard_files(round.reference.root)) - 4)
-    with _prefect_server() as (url, server):
-        arguments = (round.reference.images, round.root, NODES.address(), url)
-        child = Child(fault_subject.flow, *arguments)
-        _wait_for_shards(child, round, wanted)
-        there = shard_files(round.root)
-        for process in [server, *server.children(recursive=True)]:
-            process.kill()
+def _head(by: str) -> None:
+    @kind(f"Ray head {by}", slow=True)
+    def strike(round: Round) -> Struck:
+        child = _begin(round)
+        there = round.shards()
+        NODES.end_head(SIGNALS[by])
         ended = child.end(PATIENCE_SECONDS)
-    return _struck(round, ended, ended.how != "hung", there)
+        NODES.close()
+        return _struck(round, ended, ended.how != "hung", there)
+
+
+def _prefect(by: str) -> None:
+    @kind(f"Prefect server {by}", slow=True)
+    def strike(round: Round) -> Struck:
+        """A flow ends without its server, or fails and says so; it does not wait for ever."""
+        wanted = round.random.randint(1, round.reference.num_shards - 4)
+        with _prefect_server() as (url, server):
+            arguments = (round.reference.images, round.root, NODES.address(), url)
+            child = Child(fault_subject.flow, *arguments)
+            _wait_for_shards(child, round, wanted)
+            there = round.shards()
+            for process in [server, *server.children(recursive=True)]:
+                process.send_signal(SIGNALS[by])
+            ended = child.end(PATIENCE_SECONDS)
+        return _struck(round, ended, ended.how != "hung", there)
+
+
+for _by in SIGNALS:
+    _driver(_by)
+    _actor(_by)
+    _raylet(_by)
+    _one_of_two(_by)
+    _head(_by)
+    _prefect(_by)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,24 +12,20 @@ from typing import Literal
 
 from benchmarks import fault_subject
 from benchmarks.fault_children import Child, in_child
-from benchmarks.fault_kinds import Round, Struck, died, kind
+from benchmarks.fault_kinds import PATCHES, Round, Struck, died, kind
+from cache.files import bucket
+from cache.files.bucket import BucketPath
 from cache.format import layout
 
 PAGE = 4096
 DISK_BYTES = 6 << 20
 
 
-def shard_files(root: Path) -> dict[Path, int]:
-    """Return which files of patches lie below a root, with their inodes: a new one is new work."""
-    found = (root / "cache").glob("*/*/*/*/view-*/c.*")
-    return {path.relative_to(root): path.stat().st_ino for path in found}
-
-
 # ------------------------------------------------------------------------------ disks
 
 
 @contextmanager
-def _small_disk(folder: Path) -> Iterator[None]:
+def small_disk(folder: Path) -> Iterator[None]:
     """Mount a disk of DISK_BYTES."""
     folder.mkdir(parents=True)
     size = f"size={DISK_BYTES}"
@@ -39,7 +36,18 @@ def _small_disk(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", folder], check=True)
 
 
-def _limited(work: Callable[..., object], num_bytes: int, *arguments: object) -> object:
+@contextmanager
+def filled(folder: Path, left: int) -> Iterator[None]:
+    """Fill the disk of a folder, but for so many pages."""
+    disk, filler = os.statvfs(folder), folder / "filler"
+    filler.write_bytes(bytes(max(0, disk.f_bavail * disk.f_frsize - left * PAGE)))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+def limited(work: Callable[..., object], num_bytes: int, *arguments: object) -> object:
     """Work in a process whose files may not become larger."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
     return work(*arguments)
@@ -49,22 +57,19 @@ def _fill(round: Round, what: Literal["build", "train"]) -> Struck:
     """Work on a disk with a few pages left; who may not mount one gets a limit to files' sizes."""
     work = fault_subject.build if what == "build" else fault_subject.train
     arguments = (round.reference.images, round.root)
-    made = {"build": round.reference.root / "cache", "train": round.reference.root / "run"}[what]
+    made = round.reference.root / {"build": "cache", "train": "stages"}[what]
     sizes = [path.stat().st_size for path in made.rglob("*") if path.is_file()]
     if os.geteuid():
         if what == "train":
             round.copy("cache")
-        ended = in_child(_limited, work, round.random.randint(1, max(sizes) - 1), *arguments)
+        ended = in_child(limited, work, round.random.randint(1, max(sizes) - 1), *arguments)
     else:
-        round.stack.enter_context(_small_disk(round.root))
+        round.stack.enter_context(small_disk(round.root))
         if what == "train":
             round.copy("cache")
-        disk = os.statvfs(round.root)
         left = round.random.randint(0, sum(-(-size // PAGE) for size in sizes) * 3 // 4)
-        filler = round.root / "filler"
-        filler.write_bytes(bytes(max(0, disk.f_bavail * disk.f_frsize - left * PAGE)))
-        ended = in_child(work, *arguments)
-        filler.unlink()
+        with filled(round.root, left):
+            ended = in_child(work, *arguments)
     sound = ended.how == "done" or (ended.how == "refused" and str(round.root) in ended.words)
     return Struck(broken="" if sound else f"{ended.how}: {ended.words}")
 
@@ -82,17 +87,19 @@ def _disk_full_training(round: Round) -> Struck:
 # ------------------------------------------------------------------------------ damaged files
 
 CACHE_FILES = {
-    "patches": "cache/*/*/*/*/view-*/c.*",
+    "patches": PATCHES,
     "rows": "cache/*/*/*/*/view-*/rows-*",
     "zarr.json": "cache/*/*/*/*/view-*/zarr.json",
     "spec": "cache/*/*/*/*/spec.json",
     "moments": "cache/*/*/*/*/moments.arrow",
     "manifest segment": "cache/*/*/*/*/manifest/*.arrow",
     "manifest HEAD": "cache/*/*/*/*/manifest/HEAD",
+    "numbered manifest HEAD": "cache/*/*/*/*/manifest/HEAD-*",
     "sample segment": "cache/*/samples/*.arrow",
     "sample HEAD": "cache/*/samples/HEAD",
+    "numbered sample HEAD": "cache/*/samples/HEAD-*",
 }
-RUN_FILES = {"checkpoint": "run/*/checkpoints/step-00000006/*"}
+RUN_FILES = {"checkpoint": "stages/*/checkpoints/step-00000006/*"}
 """Kind of file -> where such files lie below a root."""
 
 
@@ -100,16 +107,27 @@ Damage = Callable[[Round, Path, str], tuple[Path, ...]]
 """(round, a file, the pattern of its kind) -> the files that it damaged."""
 
 
+def put(path: Path, content: bytes | bytearray) -> None:
+    """Have a file or an object hold something else; a file stays the one it was."""
+    if not isinstance(path, BucketPath):
+        path.write_bytes(content)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        bucket.send(Path(file.name), path)
+
+
 def _flipped(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
     content = bytearray(path.read_bytes())
     bit = round.random.randrange(8 * len(content))
     content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
+    put(path, content)
     return (path,)
 
 
 def _truncated(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
-    os.truncate(path, round.random.randrange(path.stat().st_size))
+    content = path.read_bytes()
+    put(path, content[: round.random.randrange(len(content))])
     return (path,)
 
 
@@ -121,15 +139,15 @@ def _deleted(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
 def _exchanged(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
     """Exchange a file for another of its kind, or the twin's: of its size if there is one."""
     content = path.read_bytes()
-    twin = round.reference.twin / path.relative_to(round.root)
+    twin = round.reference.twin / str(path.relative_to(round.root))
     below = [*sorted(round.root.glob(pattern)), twin]
     others = [other for other in below if other.is_file() and other.read_bytes() != content]
     like = [other for other in others if other.stat().st_size == len(content)]
     other = round.random.choice(like or others)
-    path.write_bytes(other.read_bytes())
+    put(path, other.read_bytes())
     if other == twin:
         return (path,)
-    other.write_bytes(content)
+    put(other, content)
     return path, other
 
 
@@ -162,8 +180,9 @@ def _damage(
     def strike(round: Round) -> Struck:
         round.copy("cache")
         if then == "train":  # at its last checkpoint but one
-            round.copy("run")
-            shutil.rmtree(round.root / "run" / fault_subject.STAGE / "checkpoints/step-00000008")
+            round.copy("run", "stages")
+            (last,) = round.root.glob("stages/*/checkpoints/step-00000008")
+            shutil.rmtree(last)
         path = round.random.choice(sorted(round.root.glob(pattern)))
         return Struck(damage(round, path, pattern))
 

@@ -1,7 +1,7 @@
 """The kinds of fault, in one table: each readies a root, has a fault happen, says what it did.
 
 A kind is a function in KINDS: adding one is adding a function with `@kind`, here (ends of
-processes), in `fault_files` or in `fault_clusters`.
+processes), in `fault_files`, in `fault_clusters` or in `fault_buckets`.
 """
 
 import random
@@ -17,6 +17,8 @@ from benchmarks import fault_subject
 from benchmarks.fault_children import Ended, in_child
 from eupe.spec import StoreSpec
 
+PATCHES = "cache/*/*/*/*/view-*/c.*"
+"""Where files of patches lie below a root: one a shard, view and store."""
 FOLDER_WILL_DO = ("HEAD", "config.json", "spec.json")
 SIGNALS = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM}
 
@@ -53,6 +55,11 @@ class Reference:
         return self.folder / "half"
 
     @property
+    def num_shards(self) -> int:
+        """Files of patches of undisturbed work."""
+        return len(list(self.root.glob(PATCHES)))
+
+    @property
     def twin(self) -> Path:
         """The root of other pictures."""
         return self.folder / "twin"
@@ -66,7 +73,7 @@ class Struck:
         damaged: files that it changed or took away; none if it was the end of a process.
         broken: what went wrong already: a process that a fault elsewhere should not have ended.
         actors: that computed.
-        there: the shards that lay there when the fault happened, see `shard_files`; None: those
+        there: the shards that lay there when the fault happened, see `Round.shards`; None: those
             that lie there when it is over.
     """
 
@@ -93,20 +100,27 @@ class Round:
 
     Attributes:
         reference: undisturbed work.
-        root: of this round; is not there yet.
+        root: of this round, in a folder or in a bucket; is not there yet.
         random: draws the moment and the place of the fault.
         stack: undoes what outlives the fault, at the round's end.
+        stamp: of a file of patches -> what changes when it is written anew.
     """
 
     reference: Reference
     root: Path
     random: random.Random
     stack: ExitStack = field(default_factory=ExitStack)
+    stamp: Callable[[Path], int] = lambda path: path.stat().st_ino
 
     def copy(self, *parts: str) -> None:
-        """Begin with undisturbed work: "cache", "run" or both."""
+        """Begin with undisturbed work: "cache"; "run" and "stages", which the run's links name."""
         for part in parts:
-            shutil.copytree(self.reference.root / part, self.root / part)
+            shutil.copytree(self.reference.root / part, self.root / part, symlinks=True)
+
+    def shards(self) -> dict[Path, int]:
+        """Return which files of patches lie below the root, with their stamps."""
+        found = self.root.glob(PATCHES)
+        return {path.relative_to(self.root): self.stamp(path) for path in found}
 
     def child(self, what: Literal["build", "train"], dies_at: int | None, by: str) -> Ended:
         """Build or train, in a process that dies on its way."""

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cache.errors import MissingSamples, NotBuilt, StoreError
+from cache.files import place
 from cache.reader import Reader
 from cache.repair import repair_root
 from cache.samples import Samples
@@ -270,8 +271,8 @@ def _look_at_view(
         except StoreError as error:
             seen.refused |= {f"{name}{sample_id}": str(error) for sample_id in ids}
             continue
-        for place, (sample_id, words) in enumerate(zip(ids, said, strict=True)):
-            seen.add(f"{name}{sample_id}", decoded[place], summaries[place], words)
+        for at, (sample_id, words) in enumerate(zip(ids, said, strict=True)):
+            seen.add(f"{name}{sample_id}", decoded[at], summaries[at], words)
 
 
 def problems(root: Path) -> dict[str, str]:
@@ -295,8 +296,7 @@ def data_files(root: Path) -> Mapping[str, str]:
     cache = root / "cache"
     return {
         str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(cache.rglob("*"))
-        if path.is_file()
-        and not {"manifest", "samples", ".tmp"} & set(path.relative_to(cache).parts)
+        for path, _, _ in sorted(place.listing(cache))
+        if not {"manifest", "samples", ".tmp"} & set(path.relative_to(cache).parts)
         and path.suffix != ".jsonl"
     }

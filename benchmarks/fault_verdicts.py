@@ -7,7 +7,6 @@ from pathlib import Path
 
 from benchmarks import fault_subject
 from benchmarks.fault_children import Ended, in_child
-from benchmarks.fault_files import shard_files
 from benchmarks.fault_kinds import Kind, Reference, Round, Struck
 from benchmarks.fault_subject import Seen
 
@@ -93,9 +92,9 @@ def run_round(kind: Kind, work: Undisturbed, round: Round) -> Verdict:
 def judge_build(verdict: Verdict, work: Undisturbed, round: Round, struck: Struck) -> None:
     """Build again; compare rows, samples, records and files with those of the undisturbed build."""
     look(verdict, work, round, struck)
-    there = shard_files(round.root) if struck.there is None else struck.there
+    there = round.shards() if struck.there is None else struck.there
     done = build(round, struck)
-    verdict.shards_redone = -(-redone(there, shard_files(round.root)) // struck.actors)
+    verdict.shards_redone = -(-redone(there, round.shards()) // struck.actors)
     if done.how == "refused" and struck.damaged:
         verdict.refuse(done.words, struck)
     elif done.how != "done":

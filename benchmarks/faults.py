@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import fault_clusters, fault_subject, tables
+from benchmarks.fault_buckets import BUCKET
 from benchmarks.fault_children import Ended, in_child, num_operations, start_server
 from benchmarks.fault_kinds import KINDS, Kind, Reference, Round
 from benchmarks.fault_verdicts import Undisturbed, Verdict, run_round
@@ -119,9 +120,10 @@ def campaign(arguments: argparse.Namespace, folder: Path, console: Console) -> l
             verdict = run_round(kind, work, round)
             verdicts.append(verdict)
             if not verdict.sound or arguments.verbose:
-                for line in verdict.said:
+                took = f"{verdict.seconds:.0f} s, {'sound' if verdict.sound else 'NOT sound'}"
+                for line in [took, *verdict.said]:
                     console.print(f"{number} {kind.name}: {line}", highlight=False, markup=False)
-            shutil.rmtree(round.root, ignore_errors=True)
+            shutil.rmtree(folder / f"round-{number}", ignore_errors=True)
             progress.advance(task)
     return verdicts
 
@@ -170,13 +172,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=[], metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="no kind that starts a cluster")
-    parser.add_argument("--verbose", action="store_true", help="say what every round refused")
+    parser.add_argument(
+        "--verbose", action="store_true", help="say what every round took and refused"
+    )
     arguments = parser.parse_args(argv)
     console, started = tables.console(), time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eupe-faults-")))
         os.environ |= {"OMP_NUM_THREADS": "1", **fault_clusters.settings(folder)}
         stack.callback(fault_clusters.NODES.close)
+        stack.enter_context(BUCKET.served(folder))
         verdicts = campaign(arguments, folder, console)
     found = summary(verdicts, time.monotonic() - started)
     rows = [{"kind": name, **row} for name, row in sorted(found["kinds"].items())]

@@ -63,6 +63,10 @@ FAULTS = [
     "spec exchanged",
     "two builders at once",
     "stale locks",
+    "checkpoint truncated",
+    "bucket, writer killed",
+    "bucket, object truncated",
+    "bucket, mirror's copy flipped",
 ]
 
 
@@ -88,7 +92,8 @@ def test_faults_lose_nothing(tmp_path):
     assert set(found["kinds"]) == set(FAULTS)
     for name in ("lost_rows", "duplicate_rows", "silent_differences", "failures"):
         assert found[name] == 0, name
-    assert found["refusals"] >= 3  # a row, a table and a segment, each by its name
+    assert found["refusals"] >= 4  # a row, a table, a segment and a checkpoint, each by its name
+    assert found["kinds"]["checkpoint truncated"]["refusals"] == 1
     assert found["max_shards_redone_per_actor"] <= 2
 
 

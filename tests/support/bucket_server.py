@@ -41,6 +41,7 @@ class Behaviour:
         kill_before: kill the client before the bucket hears of the request.
         kill_after: kill the client when the bucket has done it, before it is told.
         victim: process to kill.
+        by: the signal that it is killed by.
         delay_seconds: before a request is passed on, as of a bucket far away.
     """
 
@@ -49,6 +50,7 @@ class Behaviour:
     kill_before: Callable[[Request], bool] = lambda request: False
     kill_after: Callable[[Request], bool] = lambda request: False
     victim: int | None = None
+    by: signal.Signals = signal.SIGKILL
     delay_seconds: float = 0.0
 
 
@@ -87,7 +89,7 @@ class Bucket:
 
     def kill_victim(self) -> None:
         assert self.behaviour.victim is not None
-        os.kill(self.behaviour.victim, signal.SIGKILL)
+        os.kill(self.behaviour.victim, self.behaviour.by)
 
 
 def client(endpoint: str):
