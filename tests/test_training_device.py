@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from eupe.teachers import Teacher
 from pipelines.features.cached import CachedSource
 from pipelines.features.sources import Normalisers
 from pipelines.records import tracking
+from pipelines.training import precision
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import train_stage
 
@@ -34,8 +36,9 @@ WORDS = ("loss/", "gradient_norm")
 
 @pytest.fixture(autouse=True)
 def whole_float32(monkeypatch):
-    """Convolutions keep all 24 bits; matrix products do unless they are told otherwise."""
+    """Convolutions and products of matrices keep all 24 bits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(precision, "products", lambda device: nullcontext())
 
 
 class Stopped(Exception):

@@ -33,7 +33,7 @@ from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint, tracking, whole_state
 from pipelines.records.checkpoint import Checkpoint, Contents
-from pipelines.training import compiled, start
+from pipelines.training import compiled, precision, start
 from pipelines.training.batches import Batch
 from pipelines.training.inputs import Inputs
 from pipelines.training.meters import TERMS, Pace, Window, in_words
@@ -250,9 +250,7 @@ class _Run:
         tokens = batch.targets(self.device)
         targets = {name: Features(each.summary, each.patches) for name, each in tokens.items()}
         valid = self._cross(torch.from_numpy(batch.valid), self.device)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"
-        ):
+        with precision.products(self.device), precision.autocast(stage, self.device):
             _, predicted = self.wrapped(pixels)
         losses = [
             teacher_loss(
@@ -269,7 +267,8 @@ class _Run:
             for name in self.inputs.dims
         ]
         # Gradients are averaged over workers, the loss is a sum over them.
-        (total_loss(losses) * self.workers.world_size).backward()
+        with precision.products(self.device):
+            (total_loss(losses) * self.workers.world_size).backward()
         return torch.stack([torch.stack(terms) for terms in losses]).detach()
 
     def _figures(self, done: int, pace: Pace) -> dict[str, float]:
