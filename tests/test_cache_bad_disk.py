@@ -144,12 +144,13 @@ def flip_in_a_child(folder: Path, codec: str, every: int, num_patches: int) -> d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["float16", "rot4"])
+@pytest.mark.parametrize("codec", ["float16", "rot4", "grid2"])
 def test_bits_of_every_kind_of_file_are_refused_or_found_by_verify(tmp_path, codec):
     found = flip_in_a_child(tmp_path, codec, 101, 200)
     assert all(counts["bits"] >= 5 for counts in found.values())
-    tables = ("samples", "hashes", "samples HEAD", "manifest", "manifest HEAD", "rows")
-    for kind in (*tables, "spec", "index"):
+    tables = ("samples", "hashes", "sources", "dropped", "samples HEAD", "manifest", "rows")
+    assert ("codec" in found) == (codec == "grid2")
+    for kind in (*tables, "manifest HEAD", "spec", "index", *({"codec"} & found.keys())):
         assert found[kind]["refused"] == found[kind]["bits"], kind  # no verify is needed
 
 

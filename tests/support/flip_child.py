@@ -12,18 +12,24 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
+from cache import dropping
 from cache.errors import StoreError
 from cache.format import arrow_tables, layout, zarr_shard
+from cache.format.sample_table import SOURCES
 from cache.reader import Reader
 from cache.samples import Samples, segment_files
 from cache.store import Store, open_store
 from cache.verify import unseen, verify_root
-from support.toy_stores import DATASET, ROWS_PER_SHARD, Toy, ids
+from support.toy_stores import DATASET, GRID, PATCH_DIM, ROWS_PER_SHARD, Toy, ids, sample_table
 
 COUNT = 7
 VIEW, SHARD = 1, 0
 """Of the shard whose files are damaged; its second row is invalid."""
+DROPPED = "a/005"
+"""A sample of the other one, that is taken out."""
+TOKENS = np.ones((1, GRID[0] * GRID[1], PATCH_DIM), np.float32)
 
 Look = Callable[[], object]
 """Opens a file anew and returns all that is read of it."""
@@ -34,6 +40,7 @@ def looks(store: Store) -> dict[str, tuple[Path, Look]]:
     samples = layout.samples_directory(store.root, DATASET.name)
     segments = segment_files(store.root, DATASET.name)
     manifest = layout.manifest_directory(store.directory)
+    codec = layout.codec_file(store.directory)
 
     def all_samples() -> object:
         opened = Samples.open(store.root, DATASET.name)
@@ -43,6 +50,8 @@ def looks(store: Store) -> dict[str, tuple[Path, Look]]:
             opened.dataset,
             opened.rows_per_shard,
             opened.shards(),
+            opened.dropped.tolist(),
+            opened.sources().to_pylist(),
         ]
 
     def records() -> object:
@@ -57,9 +66,14 @@ def looks(store: Store) -> dict[str, tuple[Path, Look]]:
         everything = np.arange(ROWS_PER_SHARD)
         return Reader(store, [VIEW]).select(everything, VIEW).patches().tobytes()
 
-    return {
+    def fitted() -> object:
+        return open_store(store.root, store.spec).codec.encode(TOKENS).data.tobytes()
+
+    found: dict[str, tuple[Path, Look]] = {
         "samples": (segments[0][0], all_samples),
         "hashes": (segments[1][0], all_samples),
+        "sources": (segments[2][0], all_samples),
+        "dropped": (segments[3][0], all_samples),
         "samples HEAD": (samples / layout.HEAD, all_samples),
         "manifest": (next(manifest.glob("*.arrow")), records),
         "manifest HEAD": (manifest / layout.HEAD, records),
@@ -73,6 +87,10 @@ def looks(store: Store) -> dict[str, tuple[Path, Look]]:
         "index": (layout.patches_file(store.directory, VIEW, SHARD), patches),
         "patches": (layout.patches_file(store.directory, VIEW, SHARD), patches),
     }
+    if codec.is_file():  # of a codec that is fitted to more than moments
+        found["codec"] = (codec, fitted)
+        found["codec of a view"] = (layout.codec_file(store.directory / "view-0001"), lambda: None)
+    return found
 
 
 def bits_of(kind: str, path: Path, every: int, num_patches: int) -> Iterable[int]:
@@ -94,8 +112,11 @@ def verified(root: Path) -> bool:
 def main(folder: str, codec: str, every: str, num_patches: str) -> None:
     """Flip, look, flip back."""
     toy = Toy(Path(folder), codec=codec, bad={"a/001": "no image"})
-    toy.add_samples(ids(COUNT))
+    indexed = pa.table([["a.tar"], [COUNT], ["stamp"], ["[]"]], schema=SOURCES)
+    given = sample_table(ids(COUNT))
+    Samples.append(toy.root, DATASET, given, ROWS_PER_SHARD, sources=indexed)
     store = toy.build(num_views=2)
+    dropping.drop(toy.root, DATASET.name, [DROPPED])
     found = {}
     for kind, (path, look) in looks(store).items():
         wanted = look()
