@@ -1,5 +1,6 @@
 """A cache root in a bucket: what a local one gives, whatever the network and the disk do."""
 
+import errno
 import hashlib
 import json
 import os
@@ -391,6 +392,30 @@ def test_the_least_recently_opened_copies_go(s3, root, tmp_path):
     small.local(Wanted(names[3]))
     assert [copy.exists() for copy in copies] == [True, False, True]
     assert held(small) <= 3200
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [("posix_fallocate", "its disk is full"), ("fsync", "No space left on device")],
+)
+def test_a_full_disk_below_a_mirror_is_one_sentence_and_nothing_is_left(
+    s3, root, tmp_path, monkeypatch, call, why
+):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (name,) = put_objects(root, tmp_path, 1, 1000)
+    small = Mirror(tmp_path / "small", 1 << 20)
+    with monkeypatch.context() as full:
+        full.setattr(os, call, refuse)
+        with pytest.raises(StoreError) as told:
+            small.local(Wanted(name))
+    sentence = str(told.value)
+    wanted = f"{small.folder}: the mirror has no room for 1000 more bytes of {name} ({why}, "
+    assert sentence.startswith(wanted)
+    assert "\n" not in sentence
+    assert held(small) == 0
+    assert small.local(Wanted(name)).read_bytes() == name.read_bytes()
 
 
 def test_what_is_mapped_stays_and_a_full_mirror_says_so(s3, root, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from support.small_caches import (
     write_tar,
 )
 
-from cache.errors import FingerprintMismatch, NotBuilt, StoreError
+from cache.errors import Corrupt, FingerprintMismatch, NotBuilt, StoreError
 from cache.reader import Reader
 from cache.shard_ranges import Missing, ShardRanges
 from cache.store import find_stores, open_store
@@ -135,6 +136,20 @@ def test_a_lost_shard_alone_is_computed_again(tmp_path, images):
     assert (done.num_shards, done.num_images) == (1, 10)
     assert data_files(tmp_path / "root") == before
     assert open_stores(work)[0].spec == store.spec
+
+
+def test_a_deep_build_compares_every_byte(tmp_path, images):
+    """Another one looks at what is new: a bit that flipped since is found when its row is read."""
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+    (store,) = build(work)
+    assert precompute.build([[work]], deep=True).num_shards == 0
+    damaged = store.directory / "view-0000" / "c.1.0.0"
+    content = bytearray(damaged.read_bytes())
+    content[9] ^= 1
+    damaged.write_bytes(content)
+    assert precompute.build([[work]]).num_shards == 0
+    with pytest.raises(Corrupt, match=re.escape(str(damaged))):
+        precompute.build([[work]], deep=True)
 
 
 @pytest.mark.slow
