@@ -46,7 +46,8 @@ from pipelines.images.reader import ImageReader
 from pipelines.recipe import family
 from pipelines.recipe.config import PIXELS, Recipe, StudentConfig
 from pipelines.records import tracking
-from pipelines.training.batches import Batch, Feed
+from pipelines.training.batches import Batch
+from pipelines.training.feeds import Feed
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import train_stage
 

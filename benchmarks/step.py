@@ -71,7 +71,8 @@ from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.draws import TrainingDraw
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.resolutions import Resolutions
-from pipelines.training.batches import Batch, Batches, Feed, Loader
+from pipelines.training.batches import Batch, Batches, Loader
+from pipelines.training.feeds import Feed
 
 PREFETCH = 1
 SETTLE = PREFETCH + 1

@@ -19,7 +19,8 @@ from pipelines.images.reader import ImageReader
 from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.draws import Sweep
 from pipelines.recipe.resolutions import Resolutions
-from pipelines.training.batches import Batches, Feed, Loader
+from pipelines.training.batches import Batches, Loader
+from pipelines.training.feeds import Feed
 
 
 @pytest.fixture(scope="module")

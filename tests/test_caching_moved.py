@@ -35,7 +35,8 @@ from pipelines.recipe.config import SourceConfig, WorkersConfig
 from pipelines.recipe.draws import Sweep
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.recipe.stores import CacheJob, open_stores
-from pipelines.training.batches import Batches, Feed, Loader
+from pipelines.training.batches import Batches, Loader
+from pipelines.training.feeds import Feed
 
 COUNT = 24
 Move = Callable[[Path, Mapping[str, bytes]], SourceConfig]

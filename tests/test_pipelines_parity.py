@@ -37,7 +37,7 @@ from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig
 from pipelines.recipe.stores import open_stores
 from pipelines.training import inputs
-from pipelines.training.batches import Feed
+from pipelines.training.feeds import Feed
 
 pytestmark = pytest.mark.slow
 

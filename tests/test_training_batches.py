@@ -25,7 +25,8 @@ from pipelines.recipe.config import SourceConfig, WorkersConfig
 from pipelines.recipe.draws import Sweep, TrainingDraw, view_numbers
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.resolutions import Resolutions
-from pipelines.training.batches import Batch, Batches, Feed, Loader
+from pipelines.training.batches import Batch, Batches, Loader
+from pipelines.training.feeds import Feed
 
 COUNT, BATCH = 24, 8
 SHARDS = [ShardRange(0, 0, 10), ShardRange(1, 10, 20), ShardRange(2, 20, 24)]

@@ -30,7 +30,7 @@ from pipelines.recipe.marks import EXECUTION, IDENTITY, Mark, mark_of
 from pipelines.recipe.stage import LossConfig, OptimizerConfig, StageConfig
 from pipelines.records import tracking
 from pipelines.training import inputs
-from pipelines.training.batches import Feed
+from pipelines.training.feeds import Feed
 from pipelines.training.loop import train_stage
 
 STEPS = 6

@@ -1,4 +1,4 @@
-"""Batches: the student's pixels joined with teacher tokens by (sample, view), made ahead of need.
+"""Batches: what all feeds bring, put together and made ahead of need.
 
 A batch is addressed by (step, micro-batch, rank) and made by a pure function of that address, in
 any thread. A row whose image is lost or cannot be decoded, or that any joined store holds as
@@ -8,28 +8,22 @@ run draws the same rows, and the loss is a mean over valid rows.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
-import PIL
 import torch
 from torch import Tensor
 
-from cache.errors import StoreError
-from cache.reader import Reader
-from eupe import views
 from eupe.errors import BadInput
-from eupe.spec import AugmentedView, CentreView
 from pipelines.features.buffers import Buffers
-from pipelines.features.sources import FeatureSource, Fetched, Targets
-from pipelines.images.reader import ImageReader
+from pipelines.features.sources import Targets
 from pipelines.recipe.config import WorkersConfig
 from pipelines.recipe.draws import Draw, Drawn
 from pipelines.recipe.resolutions import Resolutions
+from pipelines.training.feeds import Feed, Part
 
 HINTED_BATCHES = 32
 """Micro-batches whose shards and images are asked of a bucket ahead of those being made."""
@@ -39,86 +33,6 @@ Wait = Callable[[str, str, Callable[[], int]], float]
 
 Address = tuple[int, int, int, int, Drawn]
 """Step, micro-batch, micro-batches of the step, place of the first row, rows."""
-
-
-@dataclass(frozen=True)
-class Feed:
-    """One dataset as batches read it.
-
-    Attributes:
-        source: of its teacher tokens; its `samples` say where the images lie.
-        images: reads their bytes.
-        policy: of the views, the one the features were made of.
-        pixels: student's scale -> reader of the views' own pixels; at other scales images are
-            decoded and views drawn again.
-    """
-
-    source: FeatureSource
-    images: ImageReader
-    policy: CentreView | AugmentedView
-    pixels: Mapping[int, Reader] = field(default_factory=dict)
-
-    def versions(self) -> dict[str, int]:
-        """Return store directory (below the cache root) -> manifest version that is read."""
-        own = {
-            str(reader.store.spec.directory()): reader.version for reader in self.pixels.values()
-        }
-        return self.source.versions() | own
-
-    def num_missing(
-        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
-    ) -> int:
-        """Count the shards that a batch will want and that are not there yet.
-
-        Args:
-            rows: int64 [n], of the dataset.
-            view_numbers: int64 [n].
-            resolutions: of the batch.
-        """
-        missing = self.source.num_missing(rows, view_numbers, resolutions.teachers)
-        stored = self.pixels.get(resolutions.student)
-        return (
-            missing if stored is None else missing + stored.records.num_absent(rows, view_numbers)
-        )
-
-    def for_rows(self, num_rows: int) -> "Feed":
-        """Return a feed of the same for who will want so many rows (see `Reader.for_rows`)."""
-        pixels = {scale: reader.for_rows(num_rows) for scale, reader in self.pixels.items()}
-        return replace(self, source=self.source.for_rows(num_rows), pixels=pixels)
-
-    @cached_property
-    def mirrored(self) -> bool:
-        """True if its features or its images lie in a bucket."""
-        return self.source.mirrored or self.images.mirrored
-
-    def will_need(
-        self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
-    ) -> None:
-        """Start mirroring what a batch will want; returns at once.
-
-        Args:
-            rows: int64 [n], of the dataset.
-            view_numbers: int64 [n].
-            resolutions: of the batch.
-        """
-        self.source.will_need(rows, view_numbers, resolutions.teachers)
-        if (stored := self.pixels.get(resolutions.student)) is not None:
-            stored.will_need(rows, view_numbers)
-        elif self.images.mirrored:
-            self.images.will_need(self.source.samples.take(rows).iter_rows(named=True))
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rows of a batch that one feed serves.
-
-    Attributes:
-        places: int64 [n], their places in the batch.
-        fetched: what that feed's source brought for them.
-    """
-
-    places: np.ndarray
-    fetched: Fetched
 
 
 @dataclass(frozen=True)
@@ -346,17 +260,17 @@ class Batches:
             places = np.flatnonzero(drawn.datasets == number)
             if not len(places):
                 continue
-            part, ids, own, resized = _serve(
-                feed, places, drawn.rows[places], drawn.view_numbers[places], resolutions, drawers
+            served = feed.serve(
+                places, drawn.rows[places], drawn.view_numbers[places], resolutions, drawers
             )
-            parts.append(part)
-            channels_first = torch.from_numpy(resized).permute(0, 3, 1, 2)
+            parts.append(served.part)
+            channels_first = torch.from_numpy(served.pixels).permute(0, 3, 1, 2)
             if len(places) == len(drawn):
                 pixels.copy_(channels_first)
             else:
                 pixels[torch.from_numpy(places)] = channels_first
-            valid[places] = own
-            for place, name in zip(places.tolist(), ids, strict=True):
+            valid[places] = served.part.fetched.valid
+            for place, name in zip(places.tolist(), served.sample_ids, strict=True):
                 sample_ids[place] = name
         return Batch(
             step,
@@ -370,63 +284,6 @@ class Batches:
             valid,
             parts,
         )
-
-
-def _serve(
-    feed: Feed,
-    places: np.ndarray,
-    rows: np.ndarray,
-    view_numbers: np.ndarray,
-    resolutions: Resolutions,
-    drawers: ThreadPoolExecutor,
-) -> tuple[Part, list[str], np.ndarray, np.ndarray]:
-    """Fetch the student's pixels and the teachers' tokens of one dataset's rows.
-
-    Returns:
-        the part, sample ids, valid bool [n], and the student's pixels uint8 [n, R, R, 3].
-    """
-    table = feed.source.samples.take(rows)
-    ids = table["sample_id"].to_list()
-    stored = feed.pixels.get(resolutions.student)
-    if stored is not None:
-        pixels, digests = _stored(stored, rows, view_numbers, resolutions.student)
-        fetched = feed.source.fetch(rows, view_numbers, resolutions.teachers)
-    else:
-        canvases, digests = feed.images.canvases(table, feed.policy, view_numbers, drawers)
-        pixels = np.stack(
-            list(drawers.map(partial(views.resize, resolution=resolutions.student), canvases))
-        )
-        fetched = feed.source.fetch(rows, view_numbers, resolutions.teachers, canvases)
-    valid = fetched.valid & np.array([digest is not None for digest in digests])
-    if fetched.view_digests is not None:
-        _check_digests(ids, view_numbers, digests, fetched.view_digests)
-    return Part(places, replace(fetched, valid=valid)), ids, valid, pixels
-
-
-def _stored(
-    reader: Reader, rows: np.ndarray, view_numbers: np.ndarray, resolution: int
-) -> tuple[np.ndarray, list[str | None]]:
-    """Read cached pixels, uint8 [n, R, R, 3], and the digests of the canvases they came from."""
-    selected = reader.select(rows, view_numbers)
-    return selected.patches().reshape(len(rows), resolution, resolution, 3), selected.digests
-
-
-def _check_digests(
-    ids: list[str],
-    view_numbers: np.ndarray,
-    here: list[str | None],
-    cached: Sequence[str | None],
-) -> None:
-    """Refuse to pair a teacher's tokens with pixels that the teacher did not see (law 3)."""
-    for sample_id, view, ours, theirs in zip(ids, view_numbers, here, cached, strict=True):
-        # Without a canvas, here or when it was cached, the row is not valid and pairs nothing.
-        if ours is not None and theirs is not None and ours != theirs:
-            raise StoreError(
-                f"view {view} of sample {sample_id!r} renders as {ours} here and was "
-                f"{theirs} when cached: the image changed, or the image libraries differ (Pillow "
-                f"{PIL.__version__} here; `eupe cache inspect` shows the store's); use the same "
-                "libraries, or rebuild the cache"
-            )
 
 
 class _Pool(ThreadPoolExecutor):

@@ -35,7 +35,8 @@ from pipelines.recipe.stores import (
 )
 from pipelines.records import checkpoint
 from pipelines.training.arrivals import Arrivals
-from pipelines.training.batches import Batch, Batches, Feed, Loader
+from pipelines.training.batches import Batch, Batches, Loader
+from pipelines.training.feeds import Feed
 
 NORMALISERS: dict[str, Callable[[Moments], Normaliser]] = {"zscore": zscore, "phi-s": phi_s}
 

@@ -14,7 +14,8 @@ from eupe.spec import CentreView
 from pipelines.features.sources import FeatureSource, Fetched, Normalisers, Targets
 from pipelines.recipe import resolutions
 from pipelines.recipe.config import Recipe, StudentConfig
-from pipelines.training.batches import Batch, Part
+from pipelines.training.batches import Batch
+from pipelines.training.feeds import Part
 from pipelines.training.inputs import Inputs
 from support import small_recipe
 

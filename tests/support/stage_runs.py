@@ -19,7 +19,7 @@ from pipelines.recipe.stage import OptimizerConfig, StageConfig
 from pipelines.recipe.stores import CacheJob, cache_jobs, jobs_of, open_stores, proxy_jobs
 from pipelines.records import tracking
 from pipelines.training import inputs, launch
-from pipelines.training.batches import Feed
+from pipelines.training.feeds import Feed
 from pipelines.training.loop import train_stage
 from support import small_caches, small_recipe
 

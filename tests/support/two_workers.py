@@ -33,7 +33,8 @@ from pipelines.recipe.config import Recipe
 from pipelines.recipe.resolutions import Resolutions
 from pipelines.recipe.stage import StageConfig
 from pipelines.training import compiled, distributed, inputs
-from pipelines.training.batches import Batch, Feed, Loader, Part
+from pipelines.training.batches import Batch, Loader
+from pipelines.training.feeds import Feed, Part
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import Evaluate, StageResult, train_stage
 from pipelines.training.workers import OneProcess, Workers
