@@ -253,9 +253,9 @@ def find_records(folder: Path) -> dict[str, float]:
     }
 
 
-def memory_mb(name: str) -> float:
-    """Return a figure of this process's memory, as the kernel names it."""
-    status = Path("/proc/self/status").read_text()
+def memory_mb(name: str, process: int | str = "self") -> float:
+    """Return a figure of a process's memory, as the kernel names it."""
+    status = Path(f"/proc/{process}/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 
