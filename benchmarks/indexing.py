@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks import tables
 from benchmarks.scale import memory_mb
 from eupe.spec import CentreView
-from pipelines.caching.indexing import index_samples
+from pipelines.caching.indexing import index_samples, lookers
 from pipelines.recipe.config import DatasetConfig, ExtractionConfig, SourceConfig
 from pipelines.recipe.stores import CacheJob
 
@@ -91,9 +91,12 @@ def job(source: Path, root: Path, workers: int) -> CacheJob:
 
 def index_once(source: Path, root: Path, workers: int) -> tables.Row:
     """Index; run in a fresh process."""
+    work = job(source, root, workers)
     start = time.perf_counter()
-    indexed = index_samples(job(source, root, workers))
-    return {"seconds": time.perf_counter() - start, "samples": indexed.num_samples}
+    with lookers(work) as pool:
+        indexed = index_samples(work, pool if workers > 1 else None)
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "samples": indexed.num_samples}
 
 
 def indexed(source: Path, root: Path, workers: int) -> tables.Row:

@@ -27,10 +27,10 @@ from pipelines.recipe.stores import CacheJob, job_groups
 
 
 @task(name="index samples", task_run_name="index {job.dataset.name}", cache_policy=NO_CACHE)
-def index_samples(job: CacheJob) -> Indexed:
+def index_samples(job: CacheJob, pool: Workers) -> Indexed:
     """Add the images that the dataset's sample table does not have yet."""
     with artifacts.progress("index-samples"):
-        return indexing.index_samples(job)
+        return indexing.index_samples(job, pool)
 
 
 @task(name="resolve stores", task_run_name="resolve {job}", cache_policy=NO_CACHE)

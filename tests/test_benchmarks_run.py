@@ -41,6 +41,10 @@ SMALL = {
         ["--ranks", "2", "--objects", "4", "--scale", "512"],
         {"ranks", "requests", "fetched", "streams", "share_of_link"},
     ),
+    "indexing": (
+        ["--images", "300", "12000", "--workers", "1"],
+        {"images", "workers", "images_per_s", "anonymous_mb", "again_seconds", "again_mb"},
+    ),
     "lanes": (
         ["--pictures", "40000", "80000", "--nodes", "4", "--lanes", "1", "16", "--batch", "64"],
         {"pictures", "lanes"},  # a row has either measures of a batch, or bytes, or both

@@ -22,7 +22,7 @@ from support.small_caches import (
 from cache.order import EpochOrder
 from cache.samples import Samples
 from pipelines.caching import indexing, listing
-from pipelines.images import index
+from pipelines.images import index, looker
 from pipelines.recipe.config import SourceConfig
 
 
@@ -44,13 +44,13 @@ def named(path: str) -> str:
 
 def opened(monkeypatch) -> list[str]:
     """Return the list of what indexing looks at from now on: uris of images."""
-    inspect, seen = index._inspect, list[str]()
+    inspect, seen = looker.inspect, list[str]()
 
     def counted(candidate):
         seen.append(candidate.uri)
         return inspect(candidate)
 
-    monkeypatch.setattr(index, "_inspect", counted)
+    monkeypatch.setattr(looker, "inspect", counted)
     return seen
 
 
@@ -117,9 +117,10 @@ def test_indexing_that_was_killed_goes_on_with_what_is_listed(
     undisturbed = job(tmp_path / "undisturbed", source, **settings)
     indexing.index_samples(undisturbed)
     monkeypatch.setattr(index, "PART_IMAGES", 2)
-    monkeypatch.setattr(index, "WINDOW", 4)
+    monkeypatch.setattr(index, "TASK_BYTES", 1)
+    monkeypatch.setattr(looker, "WINDOW", 4)
     monkeypatch.setattr(listing, "MERGED_ROWS", merged)
-    inspect, looked_at = index._inspect, []
+    inspect, looked_at = looker.inspect, []
 
     def killed(candidate):
         looked_at.append(candidate.sample_id)
@@ -127,12 +128,12 @@ def test_indexing_that_was_killed_goes_on_with_what_is_listed(
             raise KeyboardInterrupt
         return inspect(candidate)
 
-    monkeypatch.setattr(index, "_inspect", killed)
+    monkeypatch.setattr(looker, "inspect", killed)
     work = job(tmp_path / "killed", source, **settings)
     with pytest.raises(KeyboardInterrupt):
         indexing.index_samples(work)
     assert not list((tmp_path / "killed/emoji").glob("samples/HEAD"))  # nothing is a sample yet
-    monkeypatch.setattr(index, "_inspect", inspect)
+    monkeypatch.setattr(looker, "inspect", inspect)
     seen = opened(monkeypatch)
     indexed = indexing.index_samples(work)
     assert len(seen) == 12  # of the third folder and the fourth

@@ -28,7 +28,7 @@ from eupe.normalise import Normaliser
 from pipelines.caching import indexing, precompute
 from pipelines.features.cached import CachedSource
 from pipelines.features.sources import Normalisers
-from pipelines.images import index
+from pipelines.images import looker
 from pipelines.images.reader import ImageReader
 from pipelines.images.walks import base
 from pipelines.recipe.config import SourceConfig, WorkersConfig
@@ -143,13 +143,13 @@ def test_what_moved_alone_is_opened(tmp_path, images, monkeypatch):
         write_tar(tmp_path / f"tars/{number}.tar", part)
     work = job(tmp_path / "root", SourceConfig(kind="webdataset", path=str(tmp_path / "tars")))
     build(work)
-    wanted, inspect, seen = trained_on(work), index._inspect, []
+    wanted, inspect, seen = trained_on(work), looker.inspect, []
 
     def counted(candidate):
         seen.append(candidate.uri)
         return inspect(candidate)
 
-    monkeypatch.setattr(index, "_inspect", counted)
+    monkeypatch.setattr(looker, "inspect", counted)
     (tmp_path / "tars").rename(tmp_path / "disk")
     moved = job(
         tmp_path / "root", SourceConfig(kind="webdataset", path=str(tmp_path / "disk/*.tar"))

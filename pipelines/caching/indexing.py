@@ -20,6 +20,8 @@ from eupe.spec import DatasetSpec
 from pipelines.caching.listing import Listing
 from pipelines.images import index
 from pipelines.images.aside import Aside
+from pipelines.images.looker import Failure, Looker
+from pipelines.machines.pool import Pool, Workers
 from pipelines.recipe.stores import CacheJob, rows_per_shard
 
 REASONS_SHOWN = 10
@@ -48,13 +50,27 @@ class Indexed:
     failures: pl.DataFrame
 
 
-def index_samples(job: CacheJob) -> Indexed:
+def lookers(job: CacheJob) -> Pool:
+    """Return the actors that help to index, to be used as a context: on as many CPUs as extract.
+
+    They start once indexing has taken a while, and want CPUs of Ray that nobody holds.
+    """
+    extraction = job.extraction
+    arguments = {"config": job.dataset.source, "threads": extraction.decode_threads}
+    return Pool(Looker, arguments, extraction.actors * extraction.compute_threads, cpus=1)
+
+
+def index_samples(job: CacheJob, workers: Workers | None = None) -> Indexed:
     """Add the images that the dataset's sample table does not have yet, ordered by hash.
 
     Pieces of the source that were looked at before are not opened. Images that are there keep
     their rows, wherever they lie now. Killed, it goes on after the parts that are listed. Files
     that are no image, and images under the id of another one, are left out and listed in
     `<root>/<dataset>/failures.jsonl`.
+
+    Args:
+        job: whose dataset.
+        workers: `lookers` that help; the samples and their order do not depend on them.
 
     Raises:
         BadInput: nothing there, two images of one id, or more left out than max_failure_share.
@@ -75,13 +91,13 @@ def index_samples(job: CacheJob) -> Indexed:
     listing = Listing(scratch / "listing", dataset.name, wanted, may_write)
     num_others = len(found) - len(listing.missing)
     threads = job.extraction.decode_threads
-    for part in index.look(source, listing.missing, threads, num_others, aside):
+    for part in index.look(source, listing.missing, threads, num_others, aside, workers):
         listing.add(part)
     for line in aside.lines() if wanted else ():
         print(f"{dataset.name}: {line}", file=sys.stderr)
     unchanged = known.take(pa.array([row for row in looked_at if row >= 0], pa.int64()))
     sources = pa.concat_tables([unchanged, listing.sources()]).sort_by("uri").combine_chunks()
-    num_new, changed = 0, list[index.Failure]()
+    num_new, changed = 0, list[Failure]()
     for table in listing.in_order():
         compared = _compared(samples, table)
         num_new, changed = num_new + compared.new.num_rows, changed + compared.changed

@@ -23,7 +23,7 @@ from cache.files import atomic
 from cache.format import arrow_tables
 from cache.format.sample_table import GIVEN, SOURCES, id_hashes
 from eupe.errors import BadInput
-from pipelines.images.index import Part
+from pipelines.images.looker import Part
 from pipelines.images.walks import Piece
 from pipelines.recipe.config import ROW_KEY
 

@@ -31,7 +31,13 @@ from eupe.preprocessing import normalisation
 from eupe.spec import StoreSpec
 from pipelines.caching import quality
 from pipelines.caching.extractor import Extractor, provenance
-from pipelines.caching.indexing import REASONS_SHOWN, Indexed, check_share, index_samples
+from pipelines.caching.indexing import (
+    REASONS_SHOWN,
+    Indexed,
+    check_share,
+    index_samples,
+    lookers,
+)
 from pipelines.caching.measure import measure
 from pipelines.caching.tasks import Tasks
 from pipelines.images.index import check_there
@@ -247,7 +253,7 @@ class Built:
 class Steps:
     """The steps that `build` calls, in this order. Whoever orchestrates a build wraps them."""
 
-    index_samples: Callable[[CacheJob], Indexed] = index_samples
+    index_samples: Callable[[CacheJob, Workers], Indexed] = index_samples
     resolve_stores: Callable[[CacheJob, Workers], list[Store]] = resolve_stores
     extract_missing: Callable[[CacheJob, list[Store], Workers], Extracted] = extract_missing
     verify_stores: Callable[[list[Store], bool], list[Report]] = verify_stores
@@ -279,7 +285,10 @@ def build(
     started = time.monotonic()
     for job in datasets(groups):
         check_there(job.dataset.source)
-    indexed = [steps.index_samples(job) for job in datasets(groups)]
+    indexed = []
+    for job in datasets(groups):
+        with lookers(job) as pool:
+            indexed.append(steps.index_samples(job, pool))
     if look_over is not None:
         look_over()
     extracted: dict[str, Extracted] = {}

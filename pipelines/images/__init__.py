@@ -1,6 +1,7 @@
 """Pictures in: what lies in a source, and each picture's bytes again when they are wanted.
 
     index     lists a source's samples, each with its digest, size and labels
+    looker    looks at some pieces of a source: digests, headers, labels
     folders   the walk over folders, and the files that the other two lie in
     tars      the walk over WebDataset tars
     parquet   the walk over Parquet files, and the row groups a reader keeps

@@ -22,15 +22,16 @@ class Aside:
         self._sentences: dict[str, None] = {}
         self._num_more = 0
 
-    def count(self, group: str, kind: str) -> None:
-        """Count one more thing of a kind.
+    def count(self, group: str, kind: str, number: int = 1) -> None:
+        """Count things of a kind.
 
         Args:
             group: the heading that it is said under.
             kind: such as a file's extension.
+            number: how many more there are.
         """
         counts = self._counts.setdefault(group, Counter())
-        counts[kind if kind in counts or len(counts) < MOST_KINDS else OTHER] += 1
+        counts[kind if kind in counts or len(counts) < MOST_KINDS else OTHER] += number
 
     def file(self, name: str) -> None:
         """Count a file, by its extension."""
@@ -44,6 +45,15 @@ class Aside:
             self._sentences[sentence] = None
         else:
             self._num_more += 1
+
+    def merge(self, other: "Aside") -> None:
+        """Add what another one was told."""
+        for group, kinds in other._counts.items():
+            for kind, number in kinds.items():
+                self.count(group, kind, number)
+        for sentence in other._sentences:
+            self.say(sentence)
+        self._num_more += other._num_more
 
     def lines(self) -> Iterator[str]:
         """Yield what there is to say."""

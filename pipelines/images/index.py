@@ -11,52 +11,32 @@ at it needs not open it again.
 
 import hashlib
 import json
+import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
 import pyarrow as pa
-from PIL import UnidentifiedImageError
 
-from cache.format.sample_table import GIVEN, SOURCES
+from cache.format.sample_table import SOURCES
 from eupe.errors import BadInput
-from eupe.profiles import other_than_srgb
-from eupe.views import DECODER_ERRORS, ImageError, opened
-from pipelines.images import folders, parquet, tars, warned
-from pipelines.images.aside import PROFILES, Aside
+from pipelines.images import folders, parquet
+from pipelines.images.aside import Aside
 from pipelines.images.classes import Classes
-from pipelines.images.walks import Candidate, Piece, Walk
+from pipelines.images.looker import WALKS, Failure, Looked, Looker, Part, inspect
+from pipelines.images.walks import Piece
+from pipelines.machines.pool import Workers
 from pipelines.machines.progress import track
 from pipelines.recipe.config import SourceConfig
 
-WALKS: dict[str, Walk] = {
-    "folder": Walk(None, lambda piece: piece.num_images, folders.candidates),
-    "webdataset": Walk(tars.SUFFIX, lambda piece: None, tars.candidates),
-    "parquet": Walk(parquet.SUFFIX, parquet.num_rows, parquet.candidates),
-}
 PART_IMAGES = 100_000
 """Images that are looked at before what was found is handed on: what a kill can cost."""
+TASK_BYTES = 64 << 20
+"""Of pieces that are looked at together, about."""
+ALONE_SECONDS = 10.0
+"""In which one process looks at some 100,000 small images: others, which cost as long to start,
+are asked for help only with what is left then."""
 LATER_FIELDS = ("key", "image_member", "classes")
 """Of SourceConfig, added after format 1: at their defaults they change no stamp."""
-WINDOW = 256  # candidates in memory at once while indexing
-Failure = tuple[str, str, int, str]
-"""An image that was left out: sample_id, uri, offset and the reason."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What was found in some pieces of a source.
-
-    Attributes:
-        records: samples whose header reads as an image (GIVEN), in the source's order.
-        sources: the pieces (SOURCES), with what was left out of each.
-    """
-
-    records: pa.Table
-    sources: pa.Table
 
 
 def check_there(config: SourceConfig) -> None:
@@ -82,7 +62,7 @@ def check_readable(config: SourceConfig) -> None:
     anything = config.model_copy(update={"where": {}})
     candidates = WALKS[config.kind].candidates(anything, piece, aside)
     first = next(candidates, None)
-    found = "no picture in it" if first is None else _inspect(first)
+    found = "no picture in it" if first is None else inspect(first)
     if isinstance(found, str):
         raise BadInput(f"{config.path}: {piece.uri if first is None else first.uri}: {found}")
 
@@ -118,57 +98,81 @@ def look(
     threads: int = 4,
     num_others: int = 0,
     aside: Aside | None = None,
+    workers: Workers | None = None,
 ) -> Generator[Part, None, None]:
     """List the samples of some pieces, reading every image's bytes once for digest and header.
 
     Args:
         config: where the images lie, and which of them are wanted (`where`).
         wanted: of `pieces`.
-        threads: of reading and hashing.
+        threads: that read images which are files of their own.
         num_others: pieces of the source that were looked at before.
         aside: is told of what is no image.
+        workers: `Looker`s that help with what takes longer than ALONE_SECONDS.
 
     Yields:
-        whole pieces, at least PART_IMAGES images together but for the last.
+        whole pieces, at least PART_IMAGES images together but for the last; with the same pieces
+        the same samples in all, however many workers found them.
 
     Raises:
-        BadInput: nothing in it is an image or is wanted, a file is not of its kind, or a column is
-            missing.
+        BadInput: nothing in it is an image or is wanted, a file is not of its kind or cannot be
+            read, or a column is missing.
     """
     walk, aside = WALKS[config.kind], aside or Aside()
     counts = [] if config.where else [walk.num_images(piece) for piece in wanted]
     total = None if config.where or None in counts else sum(filter(None, counts))
-    records: list[pa.Table] = []
-    sources: list[tuple[str, int, str, str]] = []
+    waiting: list[Part] = []
     classes, num_seen, num_waiting = Classes(), 0, 0
-    with (
-        track(total, f"Indexing {config.path}") as progress,
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        for piece in wanted:
-            failures: list[Failure] = []
-            rows = _inspected(walk.candidates(config, piece, aside), pool, failures, aside)
-            while found := list(islice(rows, PART_IMAGES)):
-                columns = zip(*found, strict=True)
-                records.append(pa.table([*map(list, columns)], schema=GIVEN))
-                classes.add(records[-1]["sample_id"])
-                progress.advance(len(found))
-                num_waiting += len(found)
-            progress.advance(len(failures))
-            left_out = json.dumps(failures, ensure_ascii=False) if failures else ""
-            sources.append((piece.uri, piece.bytes, piece.stamp, left_out))
-            num_waiting += len(failures)
+    with track(total, f"Indexing {config.path}") as progress:
+        for part, num_images, left_aside in _looked(Looker(config, threads), wanted, workers):
+            aside.merge(left_aside)
+            classes.add(part.records["sample_id"])
+            progress.advance(num_images)
+            waiting.append(part)
+            num_waiting += num_images
             if num_waiting >= PART_IMAGES:
-                yield _part(records, sources)
-                num_seen, num_waiting, records, sources = num_seen + num_waiting, 0, [], []
+                yield joined(waiting)
+                num_seen, num_waiting, waiting = num_seen + num_waiting, 0, []
     if not num_seen + num_waiting + num_others:
         kept = f" with {dict(config.where)}" if config.where else ""
         others = "".join(f"; {line}" for line in aside.lines())
         raise BadInput(f"{config.path}: no image{kept} in this {config.kind} source{others}")
     if not num_others:
         classes.doubt(config, aside)
-    if sources:
-        yield _part(records, sources)
+    if waiting:
+        yield joined(waiting)
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Return parts as one."""
+    tables = [part.records for part in parts], [part.sources for part in parts]
+    return Part(*map(pa.concat_tables, tables))
+
+
+def _looked(looker: Looker, wanted: Sequence[Piece], workers: Workers | None) -> Iterator[Looked]:
+    """Look at pieces here, and once that has taken a while, at the others abreast."""
+    started, tasks = time.monotonic(), list(_tasks(wanted))
+    for number, task in enumerate(tasks):
+        long = time.monotonic() - started >= ALONE_SECONDS
+        if workers is not None and long and len(tasks) - number > 1:
+            rest = [(each,) for each in tasks[number:]]
+            for results in workers.run("look", rest):
+                yield from (found for _, found in results)
+            return
+        yield looker.look(task)
+
+
+def _tasks(wanted: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Group pieces, in their order, until they are worth a call."""
+    task, num_bytes = list[Piece](), 0
+    for piece in wanted:
+        task.append(piece)
+        num_bytes += piece.bytes
+        if num_bytes >= TASK_BYTES:
+            yield task
+            task, num_bytes = [], 0
+    if task:
+        yield task
 
 
 def whole(config: SourceConfig) -> Part:
@@ -178,9 +182,7 @@ def whole(config: SourceConfig) -> Part:
         BadInput: as `look`.
     """
     aside = Aside()
-    parts = list(look(config, pieces(config, aside), aside=aside))
-    columns = ([part.records for part in parts], [part.sources for part in parts])
-    return Part(*(pa.concat_tables(tables) for tables in columns))
+    return joined(list(look(config, pieces(config, aside), aside=aside)))
 
 
 def failures(sources: pa.Table) -> list[Failure]:
@@ -212,68 +214,3 @@ def _rule(config: SourceConfig) -> str:
 
 def _default(name: str) -> object:
     return SourceConfig.model_fields[name].default
-
-
-def _part(records: Sequence[pa.Table], sources: Sequence[tuple[str, int, str, str]]) -> Part:
-    columns = [list(column) for column in zip(*sources, strict=True)]
-    return Part(
-        pa.concat_tables([GIVEN.empty_table(), *records]), pa.table(columns, schema=SOURCES)
-    )
-
-
-def _inspected(
-    candidates: Iterator[Candidate], pool: ThreadPoolExecutor, failures: list[Failure], aside: Aside
-) -> Iterator[tuple[str, str, int, int, bytes, str]]:
-    """Look at candidates: yield the rows of those that are images, list the others."""
-    while window := list(islice(candidates, WINDOW)):
-        for candidate, found in zip(window, pool.map(_inspect, window), strict=True):
-            address = candidate.sample_id, candidate.uri, candidate.offset
-            if isinstance(found, str):
-                failures.append((*address, found))
-            else:
-                labels = json.dumps(candidate.labels, ensure_ascii=False, sort_keys=True)
-                if found.profile is not None:
-                    aside.count(PROFILES, found.profile)
-                yield (*address, candidate.num_bytes, found.digest, labels)
-
-
-class _Image(NamedTuple):
-    """What was seen of an image: its digest, and its colour profile if that is not sRGB's."""
-
-    digest: bytes
-    profile: str | None
-
-
-def _inspect(candidate: Candidate) -> _Image | str:
-    """Return what a candidate is, or why it is no usable image."""
-    if candidate.fault:
-        return candidate.fault
-    try:
-        data = candidate.data
-        if data is None:
-            assert candidate.file is not None  # it has either
-            data = candidate.file.read_bytes()
-        with warned.about(candidate.sample_id):
-            profile = _profile(data)
-    except ImageError as error:
-        return str(error)
-    except OSError as error:
-        return f"the image cannot be read: {error.strerror}"
-    return _Image(hashlib.sha256(data).digest(), profile)
-
-
-def _profile(data: bytes) -> str | None:
-    """Return the name of an image's colour profile, None where it is sRGB or there is none.
-
-    Raises:
-        ImageError: the bytes do not begin as an image does; saying why.
-    """
-    if not data:
-        raise ImageError("the image has no bytes")
-    try:
-        with opened(data) as image:
-            return other_than_srgb(image.info.get("icc_profile"))
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{len(data)} bytes are in no image format known here") from error
-    except DECODER_ERRORS as error:
-        raise ImageError(f"the image's header cannot be read: {error}") from error

@@ -10,7 +10,7 @@ from cache.files import place
 from eupe.errors import BadInput
 from eupe.spec import CentreView
 from eupe.views import Canvas, ImageError, make_view
-from pipelines.images import columns, folders, index, parquet
+from pipelines.images import columns, folders, index, looker, parquet
 from pipelines.images.aside import Aside
 from pipelines.recipe.config import ROW_KEY, SourceConfig
 
@@ -86,7 +86,7 @@ def first(source: SourceConfig, views: CentreView, count: int) -> list[Canvas]:
 
 
 def _bytes(source: SourceConfig) -> Iterator[bytes]:
-    walk = index.WALKS[source.kind]
+    walk = looker.WALKS[source.kind]
     for piece in index.pieces(source):
         for candidate in walk.candidates(source, piece, Aside()):
             if candidate.data is not None:

@@ -14,7 +14,7 @@ from functools import partial
 
 from cache.errors import Busy
 from pipelines.caching import beforehand, precompute
-from pipelines.caching.indexing import index_samples
+from pipelines.caching.indexing import index_samples, lookers
 from pipelines.evaluation import during, report
 from pipelines.machines import lease
 from pipelines.machines.errors import bad_input
@@ -60,7 +60,8 @@ def prepare(runs: Sequence[Run]) -> Graph:
     root = runs[0].recipe.outputs
     with lease.held(root / "index"):
         for job in {(job.root, job.dataset.name): job for job in jobs}.values():
-            index_samples(job)
+            with lookers(job) as pool:
+                index_samples(job, pool)
     return expand(runs, Digests(root).read)
 
 
