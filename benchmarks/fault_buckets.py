@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import fault_subject
 from benchmarks.fault_children import Child, Ended, in_child
 from benchmarks.fault_files import CACHE_FILES, DAMAGES, PAGE, filled, limited, small_disk
-from benchmarks.fault_kinds import SIGNALS, Round, Struck, died, kind
+from benchmarks.fault_kinds import SIGNALS, FaultNotHad, Round, Struck, died, kind
 from cache.files import bucket, place
 from cache.files.bucket import BucketPath
 
@@ -104,7 +104,7 @@ def _puts_of_a_build(images: Path, name: str) -> int:
     before = BUCKET.puts()
     ended = in_child(fault_subject.build, images, BucketPath(name))
     if ended.how != "done":
-        raise RuntimeError(f"a build in a bucket without a fault {ended.how}: {ended.words}")
+        raise FaultNotHad(f"a build in a bucket without a fault {ended.how}: {ended.words}")
     return BUCKET.puts() - before
 
 

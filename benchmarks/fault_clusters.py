@@ -22,11 +22,11 @@ import psutil
 
 from benchmarks import fault_subject
 from benchmarks.fault_children import Child, Ended, wait_until
-from benchmarks.fault_kinds import SIGNALS, Round, Struck, kind
+from benchmarks.fault_kinds import SIGNALS, FaultNotHad, Round, Struck, kind
 from flows.local_stack import ask, free_ports
 from pipelines.records import tracking
 
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 600.0
 ACTORS = 2
 STORE_BYTES = 80 << 20
 RECONNECT_SECONDS = 10
@@ -135,7 +135,7 @@ def _begin(round: Round) -> Child:
 def _wait_for_shards(child: Child, round: Round, wanted: int) -> None:
     there = wait_until(lambda: len(round.shards()) >= wanted, child, PATIENCE_SECONDS)
     if not there:
-        raise RuntimeError(f"{wanted} shards did not come: {child.end(PATIENCE_SECONDS)}")
+        raise FaultNotHad(f"{wanted} shards did not come: {child.end(PATIENCE_SECONDS)}")
 
 
 def _struck(round: Round, ended: Ended, sound: bool, there: dict[Path, int]) -> Struck:
@@ -183,7 +183,7 @@ def _trained_by_two(folder: Path, images: Path, cache_root: Path) -> object:
     arguments = (images, root, 2, NODES.address())
     ended = Child(fault_subject.train, *arguments).end(PATIENCE_SECONDS)
     if ended.how != "done":
-        raise RuntimeError(f"training by two without a fault {ended.how}: {ended.words}")
+        raise FaultNotHad(f"training by two without a fault {ended.how}: {ended.words}")
     return ended.result
 
 
@@ -278,7 +278,7 @@ def _prefect_server() -> Iterator[tuple[str, psutil.Process]]:
         given = time.monotonic() + PATIENCE_SECONDS
         while ask(f"{url}/health") is not True:
             if time.monotonic() > given or started.poll() is not None:
-                raise RuntimeError("the Prefect server did not answer")
+                raise FaultNotHad("the Prefect server did not answer")
             time.sleep(0.2)
         yield url, psutil.Process(started.pid)
     finally:

@@ -23,6 +23,10 @@ FOLDER_WILL_DO = ("HEAD", "config.json", "spec.json")
 SIGNALS = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM}
 
 
+class FaultNotHad(Exception):
+    """What a fault should have happened to did not come so far: on a busy machine, say."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """Undisturbed work, which what is left after a fault is compared with.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import fault_subject
 from benchmarks.fault_children import Ended, in_child
-from benchmarks.fault_kinds import Kind, Reference, Round, Struck
+from benchmarks.fault_kinds import FaultNotHad, Kind, Reference, Round, Struck
 from benchmarks.fault_subject import Seen
 
 REDONE_ALLOWED = 2
@@ -80,7 +80,10 @@ def run_round(kind: Kind, work: Undisturbed, round: Round) -> Verdict:
     """Have one fault happen, give the command again, judge."""
     verdict, started = Verdict(kind.name), time.monotonic()
     with round.stack:
-        struck = kind.strike(round)
+        try:
+            struck = kind.strike(round)
+        except FaultNotHad as error:  # the other rounds are had all the same
+            struck = Struck(broken=str(error))
         if struck.broken:
             verdict.fail(struck.broken)
         judge = judge_build if kind.then == "build" else judge_training

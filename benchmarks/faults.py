@@ -111,9 +111,9 @@ def campaign(arguments: argparse.Namespace, folder: Path, console: Console) -> l
     verdicts = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("undisturbed", total=len(chosen))
+        task = progress.add_task("undisturbed", total=len(chosen) - arguments.first)
         work = undisturbed(folder)
-        for number, kind in enumerate(chosen):
+        for number, kind in list(enumerate(chosen))[arguments.first :]:
             progress.update(task, description=kind.name)
             draws = random.Random(f"faults/round/{arguments.seed}/{number}")  # noqa: S311
             round = Round(work.reference, folder / f"round-{number}", draws)
@@ -125,7 +125,15 @@ def campaign(arguments: argparse.Namespace, folder: Path, console: Console) -> l
                     console.print(f"{number} {kind.name}: {line}", highlight=False, markup=False)
             shutil.rmtree(folder / f"round-{number}", ignore_errors=True)
             progress.advance(task)
+            write(arguments.json, verdicts)
     return verdicts
+
+
+def write(path: Path | None, verdicts: Sequence[Verdict]) -> None:
+    """Write the figures of the rounds so far: a campaign that is cut off leaves them."""
+    if path is not None:
+        seconds = sum(verdict.seconds for verdict in verdicts)
+        path.write_text(json.dumps(summary(verdicts, seconds), indent=2) + "\n")
 
 
 def summary(verdicts: Sequence[Verdict], seconds: float) -> dict[str, Any]:
@@ -170,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = tables.parser("faults", __doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="go on with this round of them")
     parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=[], metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="no kind that starts a cluster")
     parser.add_argument(

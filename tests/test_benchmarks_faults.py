@@ -9,7 +9,7 @@ import pytest
 from benchmarks import fault_verdicts
 from benchmarks.fault_children import Ended
 from benchmarks.fault_files import DAMAGES
-from benchmarks.fault_kinds import KINDS, Kind, Reference, Round, Struck
+from benchmarks.fault_kinds import KINDS, FaultNotHad, Kind, Reference, Round, Struck
 from benchmarks.fault_subject import Seen
 from benchmarks.fault_verdicts import Undisturbed, Verdict, run_round
 from benchmarks.faults import drawn
@@ -23,7 +23,7 @@ NAMED = Ended("refused", words=f"{DAMAGED}: contents do not match the recorded s
 
 def verdict(
     monkeypatch: pytest.MonkeyPatch,
-    struck: Struck,
+    struck: Struck | Callable[[Round], Struck],
     then: str = "build",
     files: Mapping[str, str] = FILES,
     stamps: Callable[[], dict[Path, int]] = dict,
@@ -36,7 +36,8 @@ def verdict(
     monkeypatch.setattr(Round, "shards", lambda self: stamps())
     reference = Reference(Path("/reference"), (), 1, 1)
     work = Undisturbed(reference, Seen(VALUES), dict(FILES), "x")
-    kind = Kind("planted", lambda round: struck, then)  # type: ignore[arg-type]
+    strike = struck if callable(struck) else lambda round: struck
+    kind = Kind("planted", strike, then)  # type: ignore[arg-type]
     return run_round(kind, work, Round(reference, Path("/root"), random.Random(0)))
 
 
@@ -103,6 +104,14 @@ def test_other_losses_are_a_difference(monkeypatch):
 
 def test_a_fault_that_did_not_happen_is_a_failure(monkeypatch):
     assert verdict(monkeypatch, Struck(broken="done: ")).failures == 1
+
+
+def test_a_fault_that_could_not_be_had_is_a_failure_and_ends_no_campaign(monkeypatch):
+    def strike(round: Round) -> Struck:
+        raise FaultNotHad("4 shards did not come")
+
+    found = verdict(monkeypatch, strike)
+    assert (found.failures, found.said) == (1, ["4 shards did not come"])
 
 
 @pytest.mark.parametrize("how", sorted(DAMAGES))
