@@ -1,11 +1,13 @@
 """Bad input is one sentence and exit code 2; a bug keeps its traceback and exits 1."""
 
 import compileall
+import errno
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from pipelines.machines.errors import (
 )
 
 ROOT = Path(__file__).parents[1]
+NOBODY = 65534  # an account that may enter nothing of ours
 
 
 def raised(action) -> Exception:
@@ -74,6 +77,76 @@ def test_a_floating_point_error_is_a_bug():
         error = raised(lambda: np.ones(1) / np.zeros(1))
     assert isinstance(error, FloatingPointError)
     assert bad_input(error) is None
+
+
+LONG = "x" * 300
+"""A name that no file system takes: root gets a refusal for it as anybody else does."""
+PATHS = [
+    ["cache", "ls", LONG],
+    ["cache", "inspect", LONG],
+    ["cache", "verify", LONG],
+    ["cache", "derive", LONG],
+    ["cache", "gc", LONG],
+    ["cache", "repair", LONG],
+    ["cache", "drop", "emoji", "id", "--root", LONG],
+    ["cache", "build", LONG],
+    ["recipes", "show", LONG],
+    ["plan", LONG],
+    ["plan", "demo", "--prices", LONG],
+    ["ablate", LONG],
+    ["compare", LONG],
+    ["explore", LONG],
+    ["export", LONG, "--to", "folder"],
+    ["encode", LONG, "--model", "vit_tiny_patch16_224", "--weights", "random:0", "--out", "file"],
+    ["encode", "pictures", "--model", LONG, "--out", "file"],
+    ["evaluate", "demo", "--model", LONG],
+    ["report", "demo", "--set", f"run_directory={LONG}"],
+    ["run", "demo", "--set", f"held_out.source.path={LONG}"],
+    ["run", "demo", "--set", f"student.weights=file:{LONG}"],
+    ["run", "demo", "--set", f"student.weights=checkpoint:{LONG}"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", PATHS, ids=lambda words: " ".join(words).replace(LONG, "PATH"))
+def test_a_path_that_the_system_refuses_is_a_sentence(words, tmp_path, monkeypatch, capsys):
+    """Wherever a command takes one."""
+    monkeypatch.setenv("EUPE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", ["eupe", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    printed = capsys.readouterr()
+    assert left.value.code == 2, printed.err
+    assert LONG in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["examples"]  # nothing was begun
+
+
+@pytest.mark.slow
+def test_a_folder_that_this_user_may_not_enter_is_a_sentence(tmp_path):
+    with tempfile.TemporaryDirectory() as name:  # nobody may enter pytest's own
+        Path(name).chmod(0o755)
+        closed = Path(name, "closed")
+        closed.mkdir(mode=0)
+        code = (
+            "import os, sys; from flows import cli; import cache.listing\n"
+            f"os.getuid() or os.setuid({NOBODY})\n"
+            f"sys.argv = ['eupe', 'cache', 'ls', {str(closed / 'root')!r}]\n"
+            "cli.main()"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+    assert run.stderr == (
+        f"{closed}/root: Permission denied; allow it to this user, or name another path\n"
+    )
+    assert run.returncode == 2
+
+
+def test_an_error_of_the_system_about_no_path_is_a_bug():
+    assert bad_input(OSError(errno.EACCES, "Permission denied")) is None
+    assert bad_input(OSError(errno.EIO, "Input/output error", "file")) is None
 
 
 def test_what_a_ray_task_raised_counts():

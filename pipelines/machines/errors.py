@@ -5,6 +5,7 @@ Work that SIGTERM has asked to end, and that did in order, is one sentence and e
 A process that another one waits for writes either to its job's folder, too.
 """
 
+import errno
 import signal
 import sys
 import traceback
@@ -22,6 +23,8 @@ BAD_INPUT = 2
 """Exit code of a command that was asked for what cannot be done."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that ended because it was asked to, a shell's way of saying so."""
+REFUSED = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG))
+"""What the system says of a path that it does not let this user have."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,15 @@ def bad_input(error: BaseException) -> str | None:
     """Return what to tell the user about bad input, None if the error is a bug.
 
     BadInput and StoreError are bad input. StoreError has a root of its own: it speaks of what lies
-    on a disk, and whoever catches a ValueError does not mean a damaged file. An error of a Ray task
-    counts as the error that the task raised.
+    on a disk, and whoever catches a ValueError does not mean a damaged file. So is a path that the
+    system refuses: any path may be below a folder that the user may not enter. An error of a Ray
+    task counts as the error that the task raised.
     """
     cause = getattr(error, "cause", None)  # ray.exceptions.RayTaskError
     if isinstance(cause, Exception):
         error = cause
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; allow it to this user, or name another path"
     return str(error) if isinstance(error, BadInput | StoreError) else None
 
 
