@@ -73,6 +73,8 @@ def build_network(spec: EncoderSpec, *, classifier: bool = False) -> nn.Module:
     if spec.library == "pixels":
         if spec.architecture != RGB.architecture:
             raise BadInput(_unknown("pixels", spec.architecture, [RGB.architecture]))
+        if spec.model_arguments:
+            raise BadInput(f"model_arguments = {dict(spec.model_arguments)}: pixels take none")
         return Pixels()
     if spec.library == "open_clip":
         return _open_clip_tower(spec.architecture, spec.model_arguments)

@@ -197,6 +197,9 @@ def _hugging_face(spec: EncoderSpec) -> nn.Module:
     from transformers import AutoConfig, AutoModel
 
     try:
+        known = AutoConfig.for_model(spec.architecture)  # it keeps any other name, and uses none
+        if unknown := [name for name in spec.model_arguments if not hasattr(known, name)]:
+            raise ValueError(f"its configuration has no {unknown}")
         config = AutoConfig.for_model(spec.architecture, **spec.model_arguments)
         build: Any = AutoModel.from_config  # not annotated
         network: nn.Module = build(config)

@@ -1,11 +1,15 @@
 """What weights have on record: timm's pretrained_cfg, open_clip's preprocessing."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+from eupe.errors import BadInput
 from eupe.spec import EncoderSpec, Triple
 
 PUBLISHED = ("hub", "hf-hub", "file", "package", "sha256")
@@ -23,6 +27,9 @@ def normalisation(spec: EncoderSpec, weights: str) -> tuple[Triple, Triple] | No
 
     Returns:
         mean and std on the [0, 1] scale; None if there is no record.
+
+    Raises:
+        BadInput: a repository of the Hugging Face hub cannot be asked for its record.
     """
     record = on_record(spec, weights)
     if "mean" not in record or "std" not in record:
@@ -52,6 +59,8 @@ def on_record(spec: EncoderSpec, weights: str) -> dict[str, Any]:
         return {}
     if scheme == "file" and (own := _beside(Path(place))) is not None:
         return own
+    if scheme == "hf-hub" and (own := _in_repository(place)) is not None:
+        return own
     tag = place if scheme == "hub" else ""
     if spec.library == "open_clip":
         import open_clip  # seconds, see `eupe.networks`
@@ -76,6 +85,33 @@ _RECORDS = (
     ("preprocessor_config.json", None, "image_mean", "image_std"),
 )
 """Where a snapshot of the Hugging Face hub says it: open_clip's, timm's and transformers' files."""
+
+
+@cache
+def _in_repository(place: str) -> dict[str, Any] | None:
+    """Return what a repository of the hub has on record; None if it says nothing of pixels.
+
+    Its weights may have been trained otherwise than the architecture's usual ones.
+    """
+    repository, _, revision = place.partition("@")
+    out_of_reach = None
+    for name, *_ in _RECORDS:
+        try:
+            file = huggingface_hub.hf_hub_download(repository, name, revision=revision or None)
+        except (OSError, HFValidationError) as error:
+            out_of_reach = error
+        except EntryNotFoundError:
+            continue
+        else:
+            if (own := _beside(Path(file).parent)) is not None:
+                return own
+    if out_of_reach is not None:
+        raise BadInput(
+            f"weights 'hf-hub:{place}': which pixel mean and std they were trained with cannot be "
+            f"asked there ({type(out_of_reach).__name__}); name encoder.pixel_mean and "
+            "encoder.pixel_std, or ask once where there is a network"
+        ) from out_of_reach
+    return None
 
 
 def _beside(folder: Path) -> dict[str, Any] | None:

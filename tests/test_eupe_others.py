@@ -232,6 +232,7 @@ def test_a_snapshot_is_its_weights(tmp_path: Path):
     [
         (hugging_face("bert"), "reads no pictures alone"),
         (hugging_face("no_such"), "has no vision model 'no_such'"),
+        (hugging_face("vit", hiden_size=8), r"configuration has no \['hiden_size'\]"),
         (hugging_face("vit", "average_pool"), "has no average_pool"),
         (hugging_face("swin", "average_pool"), "do not lie on the grid"),
     ],

@@ -1,9 +1,12 @@
 """Pixels go in as the weights' own record says, and who says otherwise is told."""
 
 import json
+from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from eupe.errors import BadInput
 from eupe.preprocessing import normalisation
 from eupe.spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
 from pipelines.recipe.config import TeacherConfig
@@ -59,3 +62,34 @@ def test_a_folder_of_weights_has_its_own_record(tmp_path, name, record):
     found = normalisation(EncoderSpec(architecture="vit_tiny_patch16_224"), f"file:{tmp_path}")
     own = ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert found == ((HALF, HALF) if "model_type" in record else own)
+
+
+def downloaded(downloads: Path, repository: str, files: dict[str, str]) -> None:
+    """Write a repository as huggingface_hub lays out its downloads."""
+    folder = downloads / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    for name, content in files.items():
+        file = folder / "snapshots" / ("0" * 40) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
+
+def test_a_repository_of_the_hub_has_its_own_record(tmp_path, monkeypatch):
+    """The architecture's usual weights may want other pixels."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    own = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}
+    downloaded(tmp_path, "someone/dino", {"config.json": json.dumps(own)})
+    encoder = EncoderSpec(architecture="vit_tiny_patch16_224")
+    asked = {"name": "t", "weights": "hf-hub:someone/dino", "resolutions": (224,)}
+    teacher = TeacherConfig(encoder=encoder, **asked)
+    assert teacher.encoder.pixel_mean == (0.1, 0.2, 0.3)
+    asked["weights"] = "hf-hub:someone/unknown"
+    with pytest.raises(
+        BadInput, match=r"unknown'.*cannot be asked there.*name encoder\.pixel_mean"
+    ):
+        normalisation(encoder, asked["weights"])
+    both = encoder.model_copy(update={"pixel_mean": HALF, "pixel_std": HALF})
+    both = EncoderSpec(**both.model_dump())
+    assert TeacherConfig(encoder=both, **asked).encoder == both  # needs no record

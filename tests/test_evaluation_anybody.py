@@ -97,6 +97,11 @@ def test_the_command_prints_the_table(run: Recipe, tmp_path: Path, monkeypatch, 
         else:
             assert "raw pixels" in said
             assert "expert lite0" in said
+    monkeypatch.setattr(sys, "argv", ["eupe", "evaluate", "demo", "--recipe", "small_run"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert "demo and --recipe small_run: wants the recipe once" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["eupe", "evaluate", "--weights", "random:0"])
     with pytest.raises(SystemExit) as left:
         main()

@@ -215,6 +215,10 @@ def test_bad_input_is_one_sentence(run: Path, images, tmp_path: Path, monkeypatc
         ((there, "--model", "no"), "no model 'no'"),
         ((there, "--model", model, "--resolution", "50"), "wants a multiple of its patch"),
         ((there, "--model", model, "--image-column", "picture"), "no column 'picture'"),
+        (
+            (str(tmp_path / "full"), "--model", model, "--key-column", "id"),
+            "is for parquet sources",
+        ),
         ((there, "--model", model, "--patches", str(tmp_path / "full")), "something is there"),
         ((there, "--model", model, "--device", "quantum"), "--device quantum"),
     ):

@@ -108,9 +108,12 @@ def test_a_set_of_teachers_leaves_the_others_out_everywhere():
         ({"axes": {"a": {"b": {}}}, "exclude": [{"a": "c"}]}, "exclude names a: c"),
         ({"axes": {"a": {"b": {}}}, "seed": 1}, "seed: Extra inputs"),
         (
-            {"axes": {"a": {"x": {"seed": 1}}, "b": {"y": {"seed": 2}}}},
-            r"another axis sets \['seed'\] too",
+            {"axes": {"a": {"x": {"lanes": 1}}, "b": {"y": {"lanes": 2}}}},
+            r"another axis sets \['lanes'\] too",
         ),
+        ({"axes": {"a": {"x": {"seed": 1}}}}, "some: seed is not to be set: the sweep file lists"),
+        ({"axes": {"a": {"x": {}}}, "set": {"seed": 1}}, "seed is not to be set"),
+        ({"axes": {"a": {"x": {"stage_root": "y"}}}}, "stage_root is not to be set: runs share"),
         ("demo", "wants `recipe: NAME`"),
     ],
 )
@@ -120,6 +123,15 @@ def test_a_fault_of_a_file_is_named(tmp_path, said, sentence):
     path.write_text(yaml.safe_dump(text))
     with pytest.raises(BadInput, match=sentence):
         runs(read(path))
+
+
+def test_a_seed_of_the_command_line_is_refused_and_not_dropped(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text(yaml.safe_dump({"recipe": "demo", "axes": {"a": {"x": {}}}}))
+    with pytest.raises(BadInput, match="seed is not to be set"):
+        runs(read(path), ["seed=3"])
+    (run,) = runs(read(path), ["run_directory=elsewhere/x"])
+    assert run.recipe.directory.parts[-3:] == ("elsewhere", "some", "x_seed0")
 
 
 def test_no_place_is_in_an_address(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import typer
 
 from eupe.errors import BadInput
 from flows.commands.printing import print_json, print_table
-from pipelines.recipe.words import AsJson, Overrides, RecipeName
+from pipelines.recipe.words import AsJson, Overrides, RecipeName, RecipeNameOrNone
 
 if TYPE_CHECKING:
     from pipelines.recipe.config import Recipe
@@ -48,7 +48,7 @@ def train(
 
 @app.command("evaluate")
 def evaluate(
-    recipe: RecipeName = "demo",
+    recipe: RecipeNameOrNone = None,
     stage: Annotated[
         str | None, typer.Option(help="Stage whose student is judged. Left out: all of them.")
     ] = None,
@@ -69,7 +69,8 @@ def evaluate(
         ),
     ] = None,
     named: Annotated[
-        str | None, typer.Option("--recipe", help="The recipe again, for its name at the end.")
+        str | None,
+        typer.Option("--recipe", help="The recipe, for its name at the end.", show_default=False),
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -83,7 +84,9 @@ def evaluate(
     """
     from pipelines.recipe import recipes
 
-    asked = recipes.get(named or recipe, overrides or [])
+    if recipe is not None and named is not None:
+        raise BadInput(f"{recipe} and --recipe {named}: wants the recipe once")
+    asked = recipes.get(recipe or named or recipes.DEFAULT, overrides or [])
     if model:
         evaluate_models(asked, model, weights, stage, as_json)
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eupe.errors import BadInput
 from flows.commands.printing import print_json, print_table
 from pipelines.recipe.words import AsJson, Overrides
 
@@ -40,6 +41,8 @@ def ablate(
     from pipelines.sweeps import describe, page, results, work
     from pipelines.sweeps.file import read, runs
 
+    if dry_run and only_table:
+        raise BadInput("--dry-run and --table: wants one of them")
     asked = runs(read(file), overrides or [])
     if dry_run:
         graph, found = describe.told(asked)

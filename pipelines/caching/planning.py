@@ -113,7 +113,7 @@ def changes(recipe: Recipe, views: int | None, codec: str | None) -> list[str]:
         found.append(f"num_views={views}")
         found += [f"train.{n}.num_views=null" for n, d in recipe.train.items() if d.num_views]
     if codec is not None:
-        found.append(f"proxy_codec={codec}")
+        found += [] if recipe.proxy is None else [f"proxy_codec={codec}"]
         found += [f"teachers.{name}.codec={codec}" for name in recipe.teachers]
     return found
 

@@ -408,6 +408,10 @@ class Recipe(Spec):
             raise BadInput(
                 f"held_out.num_views = {self.held_out.num_views}: that set has one centre view"
             )
+        if self.held_out.share != DatasetConfig.model_fields["share"].default:
+            raise BadInput(
+                f"held_out.share = {self.held_out.share:g}: that set fills no part of a batch"
+            )
         return self
 
     def stage(self, name: str) -> StageConfig:

@@ -16,6 +16,8 @@ FREE = ("where", "gamma", "homogeneous", "model_arguments", "teacher_resolutions
 """Fields that map names to plain values."""
 NAMED = (["stages"], ["teachers"], ["train"])
 """Paths of the fields that map names to configurations."""
+OF_PROXY = ("proxy_dtype", "proxy_codec", "proxy_resolutions")
+"""Fields that a recipe without a proxy has no use for."""
 
 Override = Annotated[str, Field(pattern=r"^[^=]+=.*$")]
 
@@ -63,7 +65,10 @@ def changed(recipe: Recipe, fields: Sequence[tuple[str, object]]) -> Recipe:
         wanted = tree["stages"][name]["steps"]
         if isinstance(wanted, int) and wanted < stage.warmup_steps:
             _set(tree, warmup, stage.warmup_steps * wanted // stage.steps)
-    return validated(tree)
+    whole = validated(tree)
+    for path in named.intersection(OF_PROXY) if whole.proxy is None else ():
+        raise BadInput(f"override {path!r}: recipe {whole.name} has no proxy")
+    return whole
 
 
 def validated(tree: object) -> Recipe:

@@ -4,13 +4,12 @@ from typing import Annotated
 
 import typer
 
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        help="Name of a recipe, for instance [b]demo[/b], or a YAML file that changes one, for "
-        "instance [b]recipes/own_images.yaml[/b]."
-    ),
-]
+_NAMED = typer.Argument(
+    help="Name of a recipe, for instance [b]demo[/b], or a YAML file that changes one, for "
+    "instance [b]recipes/own_images.yaml[/b]."
+)
+RecipeName = Annotated[str, _NAMED]
+RecipeNameOrNone = Annotated[str | None, _NAMED]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from cache.files import place
 from eupe.errors import BadInput
@@ -32,12 +33,17 @@ def source_of(
             where there is none.
 
     Raises:
-        BadInput: nothing is there, or a file that is no whole Parquet file.
+        BadInput: nothing is there, a file that is no whole Parquet file, or a column of what has
+            none.
     """
     kind = KINDS.get(Path(path).suffix) or _kind_of_folder(path)
+    said = {"kind": kind, "path": path, "image_column": image_column, "key_column": key_column}
+    try:
+        bare = SourceConfig.model_validate(said)
+    except ValidationError as error:  # columns of what has none
+        raise BadInput(error.errors()[0]["msg"]) from error
     if kind != "parquet":
-        return SourceConfig.model_validate({"kind": kind, "path": path})
-    bare = SourceConfig(kind="parquet", path=path, image_column=image_column, key_column=key_column)
+        return bare
     first = folders.files_of(bare, parquet.SUFFIX, Aside())[0]
     try:
         schema = place.using(first, pq.read_schema)

@@ -32,6 +32,17 @@ from pipelines.recipe.override import changed, override, validated
 KEPT = ("stages", "teachers")
 """Fields of a recipe that map names to configurations, of which a value may keep some."""
 
+GIVEN = {
+    "seed": "the sweep file lists those of all runs, `seeds: [0, 1, 2]`",
+    "name": "it is the sweep's own",
+}
+"""Fields of a recipe that a sweep gives each run -> what to do instead of setting one."""
+PLACES = {
+    "run_directory": "each run has a folder of its own; `set` may say beside what they lie",
+    "stage_root": "runs share their stages; `set` may say where",
+}
+"""Those that it gives each run, from the one that is set for all."""
+
 
 def _as_text(name: object) -> object:
     """Names are text; YAML makes a number of what looks like one."""
@@ -127,6 +138,7 @@ def runs(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Run]:
     Raises:
         BadInput: a field that does not exist, or a run that does not fit together.
     """
+    _check_own(sweep, {item.partition("=")[0].strip() for item in overrides})
     asked = recipes.get(sweep.recipe)
     try:
         asked = changed(asked, [*sweep.set.items()])
@@ -138,6 +150,14 @@ def runs(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Run]:
         for values in _settings(sweep)
         for seed in sweep.seeds
     ]
+
+
+def _check_own(sweep: Sweep, said: set[str]) -> None:
+    """Refuse fields that a sweep itself gives each run: another value would be dropped."""
+    of_axes = {path for axis in sweep.axes.values() for fields in axis.values() for path in fields}
+    wrong = (of_axes | said | {*sweep.set}) & GIVEN.keys() | of_axes & PLACES.keys()
+    for field in sorted(wrong):
+        raise BadInput(f"{sweep.name}: {field} is not to be set: {(GIVEN | PLACES)[field]}")
 
 
 def _settings(sweep: Sweep) -> Iterator[dict[str, str]]:
