@@ -161,7 +161,7 @@ def open_and_read(root: Path) -> dict[str, float]:
     }
 
 
-def records_table(view: Numbers, shard: Numbers) -> pa.Table:
+def records_table(view: Numbers, shard: Numbers, rows_per_shard: int = ROWS_PER_SHARD) -> pa.Table:
     """Return sorted records of shards (record_table.SCHEMA), their digests and sizes zero."""
     zeros = pa.py_buffer(np.zeros((len(shard), 32), np.uint8))
     columns: dict[str, pa.Array] = {}
@@ -173,8 +173,8 @@ def records_table(view: Numbers, shard: Numbers) -> pa.Table:
         elif pa.types.is_fixed_size_binary(field.type):
             columns[field.name] = pa.Array.from_buffers(field.type, len(shard), [None, zeros])
         else:
-            starts = shard * ROWS_PER_SHARD
-            known = {"view": view, "shard": shard, "start": starts, "stop": starts + ROWS_PER_SHARD}
+            starts = shard * rows_per_shard
+            known = {"view": view, "shard": shard, "start": starts, "stop": starts + rows_per_shard}
             values = known.get(field.name, np.zeros(len(shard)))
             columns[field.name] = from_numpy(values.astype(field.type.to_pandas_dtype()))
     return pa.table(columns, schema=SCHEMA)
