@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from support.toy_stores import DATASET, ids, sample_table
 
 from cache.errors import Corrupt, FingerprintMismatch, MissingSamples, NotBuilt, StoreError
-from cache.format.sample_table import GIVEN, id_hashes, in_full, stored
+from cache.format import arrow_tables
+from cache.format import sample_table as samples_as_rows
+from cache.format.sample_table import GIVEN, conform, id_hashes, in_full, stored
 from cache.samples import Samples, segment_files
 from cache.shard_ranges import ShardRange, ShardRanges
+from eupe.errors import BadInput
 
 BYTES_A_SAMPLE = 80
 
@@ -175,6 +178,28 @@ def test_a_folder_of_images_is_one_entry_an_extension():
     entries = kept["uri"].combine_chunks().dictionary
     assert entries.to_pylist() == ["{id}.JPEG", "{id}.png"]
     assert in_full(kept)["uri"].to_pylist() == table["uri"].to_list()
+
+
+def test_a_segment_is_the_same_in_however_many_blocks_it_is_made(monkeypatch):
+    table = sample_table(ids(100)).with_columns(
+        uri=pl.when(pl.int_range(100) < 60).then(pl.lit("b.tar")).otherwise(pl.col("uri")),
+        labels=pl.lit('{"n": ') + (pl.int_range(100) // 7).cast(pl.String) + "}",
+    )
+    whole = table.select(GIVEN.names).to_arrow().cast(GIVEN)
+    pieces = pa.concat_tables([whole.slice(0, 41), whole.slice(41)])
+    expected = bytes(arrow_tables.to_bytes(stored(whole, 5)))
+    hashes = id_hashes("toy", whole["sample_id"])
+    monkeypatch.setattr(samples_as_rows, "BLOCK_ROWS", 16)
+    assert bytes(arrow_tables.to_bytes(stored(pieces, 5))) == expected
+    np.testing.assert_array_equal(id_hashes("toy", pieces["sample_id"]), hashes)
+
+
+@pytest.mark.parametrize("as_arrow", [False, True])
+def test_an_id_that_is_there_twice_is_refused(as_arrow):
+    table = sample_table([*ids(5), ids(5)[3]]).select(GIVEN.names)
+    asked = table.to_arrow().cast(GIVEN) if as_arrow else table
+    with pytest.raises(BadInput, match=f"sample_id {ids(5)[3]!r} is there twice"):
+        conform(asked)
 
 
 def test_an_equal_image_elsewhere_is_renewed_and_keeps_its_row(tmp_path):

@@ -46,11 +46,18 @@ def to_numpy(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
 
 def to_bytes(table: pa.Table) -> memoryview:
     """Return a table as an uncompressed Arrow IPC file: equal tables, equal bytes."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        for batch in table.combine_chunks().to_batches():
-            writer.write_batch(batch)
-    return memoryview(sink.getvalue())
+    batches = table.combine_chunks().to_batches()
+
+    def write(sink: Any) -> None:
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+
+    size = pa.MockOutputStream()  # a buffer that grows is copied, and there twice, as it does
+    write(size)
+    content = pa.allocate_buffer(size.size())
+    write(pa.FixedSizeBufferWriter(content))
+    return memoryview(content)
 
 
 def map_table(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> pa.Table:

@@ -47,6 +47,8 @@ SOURCES = pa.schema(
 source of the same size and stamp (of modification times or entity tags) is not looked at again;
 `failures` is a JSON list of what was left out of it."""
 
+BLOCK_ROWS = 65_536
+"""Samples whose text is Python's or polars' at once: a segment has up to two million."""
 ID = "{id}"
 _START = b"start"
 _DICTIONARIES = ("uri", "labels")
@@ -65,6 +67,9 @@ def conform(table: pl.DataFrame | pa.Table) -> pa.Table:
     Raises:
         ValueError: other columns, a sample without id or digest, or an id that is there twice.
     """
+    if isinstance(table, pa.Table) and table.schema.equals(GIVEN):
+        _check_ids(table.select(["sample_id", "digest"]))
+        return table
     given = frame(table) if isinstance(table, pa.Table) else table
     if set(given.columns) != set(GIVEN.names):
         lines = sorted(set(given.columns) ^ set(GIVEN.names))
@@ -73,21 +78,49 @@ def conform(table: pl.DataFrame | pa.Table) -> pa.Table:
         given = given.with_columns(pl.col("labels").struct.json_encode())
     if given.schema["digest"] not in (pl.Binary, pl.Null):  # null: there are no rows
         raise ValueError(f"sample table: digest is {given.schema['digest']}; it wants binary")
-    empty = given.select("sample_id", "digest").null_count().row(0)
-    if any(empty):
-        raise ValueError("sample table: sample_id and digest must be given for every sample")
-    twice = given.filter(pl.col("sample_id").is_duplicated())["sample_id"]
-    if len(twice):
-        raise BadInput(f"sample table: sample_id {twice[0]!r} is there twice; ids must be unique")
+    _check_ids(given.select("sample_id", "digest").to_arrow())
     try:
         return given.select(GIVEN.names).to_arrow().cast(GIVEN)
     except pa.ArrowInvalid as error:
         raise ValueError(f"sample table: {error}; digests are {DIGEST_BYTES} bytes") from error
 
 
+def _check_ids(given: pa.Table) -> None:
+    """Refuse samples without id or digest, and an id that is there twice.
+
+    Hashes are compared first: to compare the ids themselves takes ten times the memory.
+    """
+    if any(column.null_count for column in given.columns):
+        raise ValueError("sample table: sample_id and digest must be given for every sample")
+    ids = pl.Series(given["sample_id"])
+    hashes = np.sort(ids.hash().to_numpy())
+    if not (hashes[1:] == hashes[:-1]).any():
+        return
+    twice = ids.filter(ids.is_duplicated())
+    if len(twice):
+        raise BadInput(f"sample table: sample_id {twice[0]!r} is there twice; ids must be unique")
+
+
 def stored(given: pa.Table, start: int) -> pa.Table:
     """Return samples (GIVEN) as a segment that begins at a row: equal samples, equal tables."""
-    shown = frame(given)
+    blocks = range(0, given.num_rows, BLOCK_ROWS)
+    uris = [_uris_on_disk(given.slice(first, BLOCK_ROWS)) for first in blocks]
+    text = {
+        "uri": pa.chunked_array([chunk for uri in uris for chunk in uri.chunks], pa.string()),
+        "labels": given["labels"],
+    }
+    columns = {name: given[name] for name in GIVEN.names}
+    for name in _DICTIONARIES:
+        columns[name] = _dictionary(text[name])
+    for name in _INTEGERS:
+        highest = pc.max(given[name]).as_py() or 0
+        columns[name] = given[name].cast(next(t for t in _UNSIGNED if highest < 2**t.bit_width))
+    return pa.table(columns, metadata={_START: str(start)})
+
+
+def _uris_on_disk(given: pa.Table) -> pa.ChunkedArray:
+    """Return where samples lie as it is on disk: of a file of its own the extension alone."""
+    shown = frame(given.select(["sample_id", "uri"]))
     suffix = pl.col("uri").str.strip_prefix(pl.col("sample_id"))
     own_file = suffix.str.starts_with(".") & (suffix != pl.col("uri"))
     literal = pl.col("uri").str.starts_with(ID)
@@ -98,14 +131,7 @@ def stored(given: pa.Table, start: int) -> pa.Table:
         .then(pl.lit(ID) + suffix)
         .otherwise(pl.col("uri"))
     )
-    text = shown.select(uri=uri, labels="labels").to_arrow()
-    columns = {name: given[name] for name in GIVEN.names}
-    for name in _DICTIONARIES:
-        columns[name] = _dictionary(text[name].combine_chunks().cast(pa.string()))
-    for name in _INTEGERS:
-        highest = pc.max(given[name]).as_py() or 0
-        columns[name] = given[name].cast(next(t for t in _UNSIGNED if highest < 2**t.bit_width))
-    return pa.table(columns, metadata={_START: str(start)})
+    return shown.select(uri=uri).to_arrow()["uri"].cast(pa.string())
 
 
 def first_row(table: pa.Table) -> int:
@@ -138,7 +164,10 @@ def in_full(table: pa.Table) -> pa.Table:
 
 def id_hashes(dataset: str, sample_ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """Return a hash of each sample id, uint64 [n]: by it ids are found, and samples ordered."""
-    return named(sample_ids.to_pylist(), f"cache.samples/{dataset}/")
+    address = f"cache.samples/{dataset}/"
+    blocks = range(0, len(sample_ids), BLOCK_ROWS)
+    hashes = [named(sample_ids.slice(at, BLOCK_ROWS).to_pylist(), address) for at in blocks]
+    return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
 def hash_table(hashes: npt.NDArray[np.uint64]) -> pa.Table:
@@ -158,9 +187,11 @@ def frame(table: pa.Table) -> pl.DataFrame:
     return shown
 
 
-def _dictionary(column: pa.Array) -> pa.DictionaryArray:
+def _dictionary(column: pa.ChunkedArray) -> pa.DictionaryArray:
     """Encode text in the order in which it first appears, by indexes as narrow as will do."""
-    encoded = column.dictionary_encode()
+    encoded = column.dictionary_encode().combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):  # of no rows
+        encoded = pa.array([], pa.string()).dictionary_encode()
     most = len(encoded.dictionary)
     index = next(each for each in _INDEXES if most <= 2 ** (each.bit_width - 1))
     return pa.DictionaryArray.from_arrays(encoded.indices.cast(index), encoded.dictionary)

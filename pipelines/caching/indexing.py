@@ -98,7 +98,7 @@ def index_samples(job: CacheJob, workers: Workers | None = None) -> Indexed:
     unchanged = known.take(pa.array([row for row in looked_at if row >= 0], pa.int64()))
     sources = pa.concat_tables([unchanged, listing.sources()]).sort_by("uri").combine_chunks()
     num_new, changed = 0, list[Failure]()
-    for table in listing.in_order():
+    for table in listing.in_order:
         compared = _compared(samples, table)
         num_new, changed = num_new + compared.new.num_rows, changed + compared.changed
     sources = index.with_failures(sources, changed)
@@ -125,7 +125,7 @@ def index_samples(job: CacheJob, workers: Workers | None = None) -> Indexed:
 def _segments(samples: Samples | None, listing: Listing, rows: int) -> Iterator[pa.Table]:
     """Yield what is new or lies elsewhere, so many new samples at a time: whole segments."""
     waiting = GIVEN.empty_table()
-    for table in listing.in_order():
+    for table in listing.in_order:
         new, moved, *_ = _compared(samples, table)
         waiting = pa.concat_tables([waiting, new])
         if moved.num_rows:

@@ -5,13 +5,17 @@
 Nothing is a sample before the whole source was looked at: then all are added, in the order of the
 hashes of their ids. A tar often holds a class or a day; by hash a shard holds a bit of everything.
 Killed, indexing goes on with the parts that are there. In memory are a part and what is merged,
-never all samples. Two builders may index at once and share the folder: whoever is done first takes
-the parts away, and the other one keeps those that it has mapped.
+never all samples: what is in order already lies in files without a name. Two builders may index at
+once and share the folder: whoever is done first takes the parts away, and the other one keeps
+those that it has mapped.
 """
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,7 @@ from pipelines.images.looker import Part
 from pipelines.images.walks import Piece
 from pipelines.recipe.config import ROW_KEY
 
-MERGED_ROWS = 500_000
+MERGED_ROWS = 100_000
 """Samples that are merged at once, about."""
 _SOURCES = b"sources"
 _SCHEMA = GIVEN.append(pa.field("hash", pa.uint64()))
@@ -91,12 +95,16 @@ class Listing:
         columns = list(zip(*self._all_sources(), strict=True)) or [()] * len(SOURCES)
         return pa.table([list(column) for column in columns], schema=SOURCES)
 
-    def in_order(self) -> Iterator[pa.Table]:
-        """Yield all samples (GIVEN) in the order of their hashes, some at a time.
+    @cached_property
+    def in_order(self) -> list[pa.Table]:
+        """All samples (GIVEN) in the order of their hashes, some in each table; all on disk.
 
         Raises:
             BadInput: two have one id.
         """
+        return [self._spilled(table) for table in self._merged()]
+
+    def _merged(self) -> Iterator[pa.Table]:
         hashes = [arrow_tables.to_numpy(part["hash"]) for part in self._parts]
         num_slices = max(sum(map(len, hashes)) // MERGED_ROWS, 1)
         bounds = [(number << 64) // num_slices for number in range(1, num_slices)]
@@ -112,6 +120,18 @@ class Listing:
             table = merged.select(GIVEN.names).replace_schema_metadata()
             _check_unique(table)
             yield table
+
+    def _spilled(self, table: pa.Table) -> pa.Table:
+        """Return a table as mapped from a file that has no name any more, and ends with it."""
+        if not self._keep:
+            return table
+        handle, path = tempfile.mkstemp(".arrow", dir=self._directory.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(arrow_tables.to_bytes(table))
+            return arrow_tables.map_table(Path(path))
+        finally:
+            os.unlink(path)
 
     def remove(self) -> None:
         """Drop the parts: all of it is in the sample table. Another builder may use the folder."""
