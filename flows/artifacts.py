@@ -92,15 +92,20 @@ def _in_short(record: logging.LogRecord) -> bool:
     """Make what Prefect logs of bad input its sentence; a bug keeps its traceback.
 
     Returns:
-        False for what the run's own state says once more.
+        False for what the run's own state says once more, and for a sentence that was said: a task,
+        its flow and the engine around it each log the same error. A process is of one run.
     """
     if record.getMessage().startswith("Finished in state"):
         return False
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     if error is not None and (sentence := bad_input(error)) is not None:
+        if sentence in _said:
+            return False
+        _said.add(sentence)
         record.msg, record.args, record.exc_info = sentence, (), None
     return True
 
 
+_said = set[str]()
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_in_short)

@@ -116,6 +116,7 @@ def distill(
     beforehand.check(asked)
     with job_cluster() as address:  # one Ray for caching and training
         clock("start ray")
+        beforehand.check_cluster(asked)
         if asked.workers.use_gpu:
             cluster.require_gpus(asked.workers.count, "workers.use_gpu = true")
         look_over = partial(beforehand.check_labels, asked)

@@ -35,7 +35,7 @@ import typer
 from rich.console import Console
 
 from eupe.errors import BadInput
-from pipelines.machines import loopback
+from pipelines.machines import cluster, loopback
 from pipelines.machines.errors import one_sentence
 
 app = typer.Typer(
@@ -54,6 +54,8 @@ PORTS = ("PREFECT", "RAY", "RAY_CLIENT", "RAY_DASHBOARD", "RAY_AGENT")
 UP_SECONDS = 600  # two idle cores take 30, overloaded ones minutes; what dies is seen at once
 STOP_SECONDS = 20  # honcho itself waits five before it kills
 POLL_SECONDS = 0.5
+SHORT = "ray_folder"
+"""File with the short name of Ray's folder, where that wants one."""
 TOKEN_BYTES = 32
 ANSWER_SECONDS = 30  # Ray waits ten for its job agent before it says no
 PUBLIC = (
@@ -92,6 +94,9 @@ def up(home: Path) -> Mapping[str, str]:
         raise StackError(f"the local stack of {home} is up already; `make down` stops it")
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **settings(home, free_ports(len(PORTS)))}
+    if (short := cluster.short_name()) is not None:
+        environment |= cluster.named(short)
+        (folder / SHORT).write_text(f"{short}\n")
     write_private(Path(environment["RAY_AUTH_TOKEN_PATH"]), secrets.token_hex(TOKEN_BYTES))
     log = folder / "stack.log"
     honcho = [command("honcho"), "start", "--no-colour", "-d", str(CHECKOUT)]
@@ -315,6 +320,9 @@ def stop(folder: Path) -> int:
         for process in stubborn:
             process.kill()
         psutil.wait_procs(stubborn, timeout=STOP_SECONDS)
+    if (short := folder / SHORT).exists():
+        cluster.remove_name(Path(short.read_text().strip()))
+        short.unlink()
     return len(found)
 
 

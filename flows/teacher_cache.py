@@ -74,6 +74,7 @@ def teacher_cache(
     """
     asked = recipes.get(recipe, overrides)
     beforehand.check(asked)
+    beforehand.check_cluster(asked)
     look_over = partial(beforehand.check_labels, asked)
     return build(job_groups(asked), f"Stores of recipe {recipe}", deep_verify, look_over)
 

@@ -14,6 +14,7 @@ from pipelines.caching import beforehand
 from pipelines.recipe import recipes
 from pipelines.training import launch
 
+PATIENCE_SECONDS = 30
 TEACHER = "teachers.efficientnet_lite0"
 
 
@@ -71,11 +72,63 @@ def test_a_gpu_that_is_not_here_is_refused(tmp_path, monkeypatch):
         launch.train(asked, asked.stage("stage1"))
 
 
+@pytest.mark.parametrize(
+    ("items", "says"),
+    [
+        (
+            ["extraction.gpus_per_actor=2"],
+            r"^extraction\.gpus_per_actor = 2: this machine has 1 GPU",
+        ),
+        (
+            ["workers.use_gpu=true", "workers.count=2"],
+            r"^workers\.use_gpu = true and workers\.count = 2: this machine has 1 GPU that",
+        ),
+    ],
+)
+def test_more_gpus_than_are_here_are_refused(items, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(BadInput, match=says):
+        beforehand.check_gpus(recipes.get("demo", items))
+    beforehand.check_gpus(recipes.get("demo", ["extraction.gpus_per_actor=1"]))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_gpu_that_no_node_of_the_cluster_has_is_refused_before_anything_is_indexed(tmp_path):
+    """Within half a minute; on a machine with GPUs this Ray is told that it has none."""
+    code = (
+        "import os, sys, time; from pipelines.machines import cluster\n"
+        "os.environ['CUDA_VISIBLE_DEVICES'] = ''\n"
+        "with cluster.connect():\n"
+        "    import ray, subprocess\n"
+        "    address = ray.get_runtime_context().gcs_address\n"
+        "    began = time.monotonic()\n"
+        "    done = subprocess.run([sys.executable, '-m', 'flows.cli', *sys.argv[1:]],\n"
+        "        env=os.environ | {'RAY_ADDRESS': address}, capture_output=True, text=True)\n"
+        "    print(done.returncode, time.monotonic() - began, done.stderr, sep='|')\n"
+    )
+    words = ["--set", "extraction.gpus_per_actor=1", "--set", f"cache_root={tmp_path / 'cache'}"]
+    words += [word for item in HERE for word in ("--set", item)]
+    run = subprocess.run(
+        [sys.executable, "-c", code, "cache", "build", "demo", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    returned, seconds, said = run.stdout.split("|")
+    assert returned == "2", said
+    assert "and 1 GPUs fits no Ray node" in said
+    assert float(seconds) < PATIENCE_SECONDS
+    assert not (tmp_path / "cache").exists()
+
+
 RAY = """
 from pipelines.machines import cluster
 from eupe.errors import BadInput
+from flows.local_stack import free_ports
 import os
-with cluster.connect():
+with cluster.connect(free_ports(1)[0]):
     import ray
     print(ray.get(ray.remote(lambda: 7).remote()))
     try:
@@ -91,7 +144,7 @@ print("RAY_TMPDIR" in os.environ)
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
 def test_ray_below_a_long_folder_and_asked_for_a_gpu(tmp_path):
-    """A batch system's TMPDIR leaves no room for a socket's name."""
+    """A batch system's TMPDIR leaves no room for a socket's name, the dashboard's neither."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
     run = subprocess.run(

@@ -70,10 +70,19 @@ def test_a_long_step_has_an_artifact_of_ten_readings_and_a_short_one_none(clock,
     assert len(made) <= 11
 
 
-def kept(error: Exception, text: str = "Encountered exception during execution: %r") -> object:
+@pytest.fixture(autouse=True)
+def _of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "_said", set())
+
+
+def kept(
+    error: Exception,
+    text: str = "Encountered exception during execution: %r",
+    runs: str = "flow_runs",
+) -> object:
     """Return what is left of a record of Prefect's, as its handlers get it."""
     record = logging.LogRecord(
-        "prefect.flow_runs", logging.ERROR, __file__, 1, text, (error,), (type(error), error, None)
+        f"prefect.{runs}", logging.ERROR, __file__, 1, text, (error,), (type(error), error, None)
     )
     return logging.getLogger(record.name).filter(record) and (record.getMessage(), record.exc_info)
 
@@ -86,3 +95,11 @@ def test_bad_input_is_logged_as_its_sentence_and_a_bug_with_its_traceback():
         (RuntimeError, bug, None),
     )
     assert not kept(bug, "Finished in state %r")
+
+
+def test_a_task_its_flow_and_the_engine_say_a_sentence_once():
+    error = BadInput("no image there")
+    assert kept(error, runs="task_runs") == ("no image there", None)
+    assert not kept(error)
+    assert not kept(error, "Execution of flow run exited with unexpected exception %r")
+    assert kept(BadInput("another")) == ("another", None)

@@ -85,6 +85,7 @@ def build(
     from pipelines.recipe.stores import job_groups
 
     beforehand.check(asked)
+    beforehand.check_cluster(asked)
     groups = job_groups(asked)
 
     def look_over() -> None:

@@ -14,6 +14,7 @@ from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 from pipelines.images import index
 from pipelines.images.labels import check_in_common, labels_of
+from pipelines.machines import cluster, pool
 from pipelines.recipe import whole_batches
 from pipelines.recipe.config import DatasetConfig, Recipe
 
@@ -48,16 +49,37 @@ def check_gpus(recipe: Recipe) -> None:
     Raises:
         BadInput: naming the fields that ask.
     """
+    workers, per_actor = recipe.workers, recipe.extraction.gpus_per_actor
+    there = torch.cuda.device_count()
     asked = []
-    if recipe.workers.use_gpu:
-        asked.append("workers.use_gpu = true")
-    if recipe.extraction.gpus_per_actor:
-        asked.append(f"extraction.gpus_per_actor = {recipe.extraction.gpus_per_actor:g}")
-    if asked and "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available():
+    if workers.use_gpu and workers.count > there:
+        many = f" and workers.count = {workers.count}" if there else ""
+        asked.append(f"workers.use_gpu = true{many}")
+    if per_actor > there:
+        asked.append(f"extraction.gpus_per_actor = {per_actor:g}")
+    if asked and "RAY_ADDRESS" not in os.environ:
+        has = f"{there} GPU{'s' * (there > 1)}" if there else "no GPU"
         raise BadInput(
-            f"{' and '.join(asked)}: this machine has no GPU that torch sees; ask for none, or "
-            "name a cluster that has GPUs in RAY_ADDRESS"
+            f"{' and '.join(asked)}: this machine has {has} that torch sees; ask for "
+            f"{'fewer' if there else 'none'}, or name a cluster that has GPUs in RAY_ADDRESS"
         )
+
+
+def check_cluster(recipe: Recipe) -> None:
+    """Refuse GPUs of an actor that no node of the cluster in RAY_ADDRESS has.
+
+    Connects for a moment: indexing, which comes before the actors, may take hours.
+
+    Raises:
+        BadInput: no node has room for one actor, or the cluster does not answer.
+    """
+    extraction = recipe.extraction
+    if not extraction.gpus_per_actor or "RAY_ADDRESS" not in os.environ:
+        return
+    with cluster.connect():
+        import ray  # after `connect` has settled its environment
+
+        pool.room(ray.nodes(), extraction.cpus_per_actor, extraction.gpus_per_actor)
 
 
 def check_networks(recipe: Recipe) -> None:

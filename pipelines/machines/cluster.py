@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -79,21 +79,49 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
 def short_folder() -> Iterator[str | None]:
     """Give a Ray that is started inside the block a short name for its folder, if it wants one.
 
-    Below a long TMPDIR, as batch systems make one for a job, Ray's sockets have no room in a path.
-    What it writes still lies there: only a link is made, in /tmp.
-
     Yields:
-        the name, which is in RAY_TMPDIR; None if the folder's own is short enough.
+        the name, see `named`; None if the folder's own is short enough.
     """
-    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(os.fsencode(wanted)) + RAY_BYTES <= SOCKET_BYTES:
+    link = short_name()
+    if link is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="eupe-", dir="/tmp") as folder:
-        link = Path(folder) / "t"
-        link.symlink_to(Path(wanted).absolute())
-        with mock.patch.dict(os.environ, RAY_TMPDIR=str(link)):
+    try:
+        with mock.patch.dict(os.environ, named(link)):
             yield str(link)
+    finally:
+        remove_name(link)
+
+
+def short_name() -> Path | None:
+    """Make a short name for the folder of a Ray to be started; None if its own is short enough.
+
+    Below a long TMPDIR, as batch systems make one for a job, Ray's sockets have no room in a path.
+    What it writes still lies there: only a link is made, in /tmp, for `remove_name` to remove.
+    """
+    temporary = tempfile.gettempdir()
+    wanted = os.environ.get("RAY_TMPDIR") or temporary
+    longest = max(len(os.fsencode(folder)) for folder in (wanted, temporary))
+    if longest + RAY_BYTES <= SOCKET_BYTES:
+        return None
+    link = Path(tempfile.mkdtemp(prefix="eupe-", dir="/tmp")) / "t"
+    link.symlink_to(Path(wanted).absolute())
+    return link
+
+
+def named(link: Path) -> dict[str, str]:
+    """Return the variables by which Ray's processes use a short name.
+
+    Ray's own sockets lie below RAY_TMPDIR, those that its dashboard's processes fork by in TMPDIR.
+    """
+    return {"RAY_TMPDIR": str(link), "TMPDIR": str(link)}
+
+
+def remove_name(link: Path) -> None:
+    """Remove what `short_name` made, if it is there."""
+    link.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        link.parent.rmdir()
 
 
 def require_gpus(count: int, field: str) -> None:
