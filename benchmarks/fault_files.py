@@ -99,7 +99,10 @@ CACHE_FILES = {
     "sample HEAD": "cache/*/samples/HEAD",
     "numbered sample HEAD": "cache/*/samples/HEAD-*",
 }
-RUN_FILES = {"checkpoint": "stages/*/checkpoints/step-00000006/*"}
+RUN_FILES = {
+    "checkpoint": "stages/*/checkpoints/step-00000006/*",
+    "what made a stage": "stages/*/made_of.json",
+}
 """Kind of file -> where such files lie below a root."""
 
 
@@ -139,13 +142,13 @@ def _deleted(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
 def _exchanged(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
     """Exchange a file for another of its kind, or the twin's: of its size if there is one."""
     content = path.read_bytes()
-    twin = round.reference.twin / str(path.relative_to(round.root))
-    below = [*sorted(round.root.glob(pattern)), twin]
-    others = [other for other in below if other.is_file() and other.read_bytes() != content]
+    own, twins = (sorted(root.glob(pattern)) for root in (round.root, round.reference.twin))
+    below = own + [twin for twin in twins if twin.name == path.name]
+    others = [other for other in below if other.read_bytes() != content]
     like = [other for other in others if other.stat().st_size == len(content)]
     other = round.random.choice(like or others)
     put(path, other.read_bytes())
-    if other == twin:
+    if other not in own:
         return (path,)
     put(other, content)
     return path, other

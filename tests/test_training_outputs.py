@@ -1,5 +1,6 @@
 """Outputs of stages: addressed by what made them, shared by runs, old where that has changed."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,25 @@ def test_a_stage_that_goes_on_is_another_output_and_leaves_the_shorter_one(built
     apart = longer.model_copy(update={"run_directory": str(built.directory) + "-12"})
     assert addresses(apart) != [long.name]
     assert addresses(longer) == [long.name]
+
+
+def test_what_made_an_output_is_what_its_address_says(built):
+    """By one bit another schedule would be told, or gone on with."""
+    outputs.begin(built, outputs.asked(built, built.last))
+    path = built.stage_directory("stage2") / outputs.MADE_OF_FILE
+    content, wanted = path.read_bytes(), outputs.standing(built)
+    other = changed(built, "stage2", steps=built.last.steps + 1)
+    assert [each.old for each in outputs.standing(other)] == ["stage.steps is 9, was 8"]
+    steps = 8 * (content.index(b'"steps": ') + len(b'"steps": '))
+    for bit in (0, steps, steps + 3, *range(5, 8 * len(content), 1997)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        assert outputs.standing(built) == wanted
+        with pytest.raises(ValueError, match=re.escape(str(path.resolve()))):
+            outputs.standing(other)
+    outputs.begin(built, outputs.asked(built, built.last))
+    assert path.read_bytes() == content
 
 
 def test_what_is_in_the_links_way_is_named_and_stays(built):

@@ -33,6 +33,7 @@ from pipelines.records.checkpoint import Checkpoint
 MADE_OF_FILE, SECONDS_FILE = "made_of.json", "seconds.txt"
 GOES_ON_FROM = "goes_on_from"
 """In what makes an output: the address of a shorter one, at its end, that it goes on from."""
+MENDED = "training what its folder holds writes it anew, or remove the folder"
 LENGTH = {"stage.steps", "stage.warmup_steps"}
 
 
@@ -117,7 +118,8 @@ def asked(
         BadInput: weights that cannot be read.
     """
     made = made_of(recipe, stage, address_of or (lambda name: _address(recipe, name)), digest_of)
-    wanted, there = Output(stage.name, made, recipe.outputs), linked(recipe, stage.name)
+    wanted = Output(stage.name, made, recipe.outputs)
+    there = linked(recipe, stage.name, wanted)
     if there is None or there.address == wanted.address:
         return wanted
     bare = {key: value for key, value in there.made_of.items() if key != GOES_ON_FROM}
@@ -131,16 +133,22 @@ def asked(
     return wanted
 
 
-def linked(recipe: Recipe, name: StageName) -> Output | None:
+def linked(recipe: Recipe, name: StageName, known: Output | None = None) -> Output | None:
     """Return the output that a run's folder names, None where it names none.
 
+    Args:
+        recipe: the run.
+        name: of the stage.
+        known: an output of it; where that is named, nothing is read.
+
     Raises:
-        BadInput: what it names is no output of a stage.
+        BadInput: what it names is no output of a stage, or no longer says what made it.
     """
     path = recipe.stage_directory(name)
     if not path.is_symlink() or not path.exists():
         return None
-    return _read(path.resolve(), name)
+    there = path.resolve()
+    return known if known is not None and known.address == there.name else _read(there, name)
 
 
 def _address(recipe: Recipe, name: StageName) -> str:
@@ -160,17 +168,18 @@ def check_earlier(recipe: Recipe, stage: StageConfig) -> None:
 
 
 def begin(recipe: Recipe, output: Output) -> None:
-    """Make an output's folder, and let the run's folder name it.
+    """Make an output's folder, say what made it, and let the run's folder name it.
 
     Raises:
         BadInput: a folder is where the link would be.
         StoreError: it cannot be written.
     """
     scratch = layout.scratch_directory(output.directory)
-    if not (output.directory / MADE_OF_FILE).is_file():
+    path, text = output.directory / MADE_OF_FILE, json.dumps(output.made_of, indent=2) + "\n"
+    if not path.is_file():
         _go_on_from(output)
-        text = json.dumps(output.made_of, indent=2) + "\n"
-        atomic.write(output.directory / MADE_OF_FILE, [text.encode()], scratch)
+    if not path.is_file() or path.read_bytes() != text.encode():  # made, or damaged since
+        atomic.write(path, [text.encode()], scratch)
     point(recipe.stage_directory(output.stage), output.directory)
 
 
@@ -242,7 +251,8 @@ def standing(recipe: Recipe) -> list[Standing]:
     """
     found, known = list[Standing](), dict[StageName, str]()
     for stage in recipe.stages.values():
-        output, there = asked(recipe, stage, known.__getitem__), linked(recipe, stage.name)
+        output = asked(recipe, stage, known.__getitem__)
+        there = linked(recipe, stage.name, output)
         known[stage.name] = output.address
         done = output.done()
         state = "finished" if done >= output.steps else "begun" if done else "to do"
@@ -274,5 +284,11 @@ def _read(directory: Path, name: str) -> Output:
         made = json.loads(path.read_bytes())
         stage: StageName = made["stage"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: says not what made {name}: {error}; remove the folder") from error
-    return Output(stage, made, directory.parent)
+        raise BadInput(f"{path}: says not what made {name}: {error}; {MENDED}") from error
+    output = Output(stage, made, directory.parent)
+    if output.address != directory.name:
+        raise BadInput(
+            f"{path}: tells of {output.address}, its folder is {directory.name}: it was damaged or "
+            f"changed; {MENDED}"
+        )
+    return output
