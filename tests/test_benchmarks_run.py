@@ -49,6 +49,10 @@ SMALL = {
         ["--pictures", "40000", "80000", "--nodes", "4", "--lanes", "1", "16", "--batch", "64"],
         {"pictures", "lanes"},  # a row has either measures of a batch, or bytes, or both
     ),
+    "opening": (
+        ["--rows", "20000", "--shards", "200"],
+        {"rows", "shards", "records", "open_seconds", "list_seconds", "anonymous_mb"},
+    ),
     "scale": (
         ["--rows", "1000", "20000"],
         {"rows", "shards", "open_seconds", "first_batch_seconds", "rss_mb"},
