@@ -59,6 +59,12 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
                     f"RAY_ADDRESS = {address}: that cluster wants its token: name the file that "
                     "holds it in RAY_AUTH_TOKEN_PATH, or set RAY_AUTH_MODE=disabled if it has none"
                 ) from error
+            except ConnectionError as error:
+                said = " ".join(str(error).split()).removesuffix(".")
+                raise BadInput(
+                    f"RAY_ADDRESS = {address}: {said}; is it up, and is its token the one that "
+                    "RAY_AUTH_TOKEN_PATH names? Unset RAY_ADDRESS to use a Ray of this machine"
+                ) from error
         else:
             kept.enter_context(short_folder())  # for as long as that Ray lives
             with _own_agent_port(), interrupt.unchanged(signal.SIGTERM):
