@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import precompute_child
 from support.small_caches import (
+    POLICY,
     build,
     data_files,
     in_process,
@@ -491,3 +492,16 @@ def test_tasks_come_in_the_turn_of_the_first_of_their_views(bits, turns):
     assert sorted(pairs(ours)) == pairs(plain)
     when = [min(in_turn[view, shard] for view in views) for shard, views in pairs(ours)]
     assert when == sorted(when)
+
+
+@pytest.mark.parametrize("mean", [0.3, 127 / 255])
+def test_pixels_otherwise_than_the_weights_want_them_are_said_once(tmp_path, images, capsys, mean):
+    own = teacher()
+    encoder = own.encoder.model_copy(update={"pixel_mean": (mean,) * 3})
+    asked = own.model_copy(update={"encoder": encoder})
+    write_folder(tmp_path / "images", images)
+    source = SourceConfig(kind="folder", path=str(tmp_path / "images"))
+    for views in (POLICY, CentreView(canvas=64)):
+        build(job(tmp_path / "cache", source, teachers=(asked,), views=views))
+    sentences = capsys.readouterr().err.count("published weights of tf_efficientnet_lite0 want")
+    assert sentences == (1 if mean == 0.3 else 0)

@@ -296,6 +296,21 @@ def test_the_evaluation_during_training_agrees_with_the_one_after(run, found):
     assert seen[8]["held_out/knn_top1"] == paper.value
 
 
+@pytest.mark.parametrize(("a_class", "said"), [(4, True), (1, False)])
+def test_a_bank_of_few_images_a_class_gives_no_knn_during_training(
+    run, monkeypatch, capsys, a_class, said
+):
+    monkeypatch.setattr(during, "HOOK_IMAGES", 6)  # of two classes or more
+    monkeypatch.setattr(during, "PER_CLASS", a_class)
+    stage = run.stage("stage2")
+    figures = during.hook(run, stage, inputs.from_caches(run, stage))(
+        FrozenStudent(run, stage).final, stage.steps
+    )
+    assert ("held_out/knn_top1" in figures) is not said
+    assert (f"fewer than {a_class} a class" in capsys.readouterr().err) is said
+    assert loop.SCORE in figures
+
+
 def test_a_label_that_is_not_there_is_named(run):
     asked = run.model_copy(
         update={"evaluation": run.evaluation.model_copy(update={"label": "colour"})}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
 import numpy as np
@@ -353,12 +354,17 @@ def _say_whose_pixels(job: CacheJob) -> None:
         except BadInput:  # out of reach; the recipe names both
             continue
         if record is not None and not np.allclose(record, asked, atol=PIXEL_STEP):
-            print(
+            _say_once(
                 f"{teacher.name}: pixels get mean {asked[0]} and std {asked[1]}, as the recipe "
                 f"says; published weights of {teacher.encoder.architecture} want {record[0]} and "
-                f"{record[1]}",
-                file=sys.stderr,
+                f"{record[1]}"
             )
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    """Say something on stderr, once a process: a build resolves the stores of several sets."""
+    print(sentence, file=sys.stderr)
 
 
 def _commit(stores: Sequence[Store], records: Sequence[Sequence[ShardRecord]]) -> None:
