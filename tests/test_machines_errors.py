@@ -144,6 +144,31 @@ def test_a_folder_that_this_user_may_not_enter_is_a_sentence(tmp_path):
     assert run.returncode == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [["run", "demo"], ["cache", "build", "demo"], ["ablate", "recipes/ablations/table2_tiny.yaml"]],
+    ids=" ".join,
+)
+def test_a_file_where_runs_belong_is_a_sentence(words, tmp_path):
+    for name in ("examples", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs").write_text("in the way")
+    outside = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    run = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *words],
+        env={**outside, "EUPE_HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    assert f"{tmp_path}/runs: is a file, where a folder is wanted" in run.stderr
+    assert (tmp_path / "runs").read_text() == "in the way"
+
+
 def test_an_error_of_the_system_about_no_path_is_a_bug():
     assert bad_input(OSError(errno.EACCES, "Permission denied")) is None
     assert bad_input(OSError(errno.EIO, "Input/output error", "file")) is None

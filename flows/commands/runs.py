@@ -227,10 +227,18 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
 
 
 def prefect_settings(home: Path) -> None:
-    """Settle what Prefect reads at import: a home of its own, patience, and no log beside ours."""
+    """Settle what Prefect reads at import: a home of its own, patience, and no log beside ours.
+
+    Raises:
+        StoreError: that home cannot be made.
+    """
+    from cache.files import atomic
+    from cache.files.refused import writing
+
     if "PREFECT_API_URL" not in os.environ:
         private = home / "runs" / "prefect"
-        private.mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder only
+        with writing(private):
+            atomic.make_directories(private)  # Prefect makes the last folder only
         os.environ["PREFECT_HOME"] = str(private)
     for name, value in {
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # two busy cores take 30
