@@ -1,5 +1,6 @@
 """Indexing: samples in the order of their hashes, sources recognised, killed or not."""
 
+import errno
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from support.small_caches import (
     write_tar,
 )
 
+from cache.errors import StoreError
 from cache.order import EpochOrder
 from cache.samples import Samples
 from pipelines.caching import indexing, listing
@@ -140,6 +142,23 @@ def test_indexing_that_was_killed_goes_on_with_what_is_listed(
     assert (indexed.num_samples, indexed.num_new) == (23, 23)
     assert indexed.failures["sample_id"].to_list() == [named(first)]
     assert data_files(tmp_path / "killed") == data_files(tmp_path / "undisturbed")
+
+
+def test_no_room_for_samples_in_order_is_a_sentence_and_what_was_listed_stays(
+    tmp_path, images, monkeypatch
+):
+    work = job(tmp_path / "root", write_folder(tmp_path / "images", images))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as there:
+        there.setattr(listing.tempfile, "mkstemp", full)
+        with pytest.raises(StoreError, match="cannot be written"):
+            indexing.index_samples(work)
+    seen = opened(monkeypatch)
+    assert indexing.index_samples(work).num_new == 24
+    assert not seen  # listed before
 
 
 def test_another_builder_that_indexes_at_once_is_in_nobodys_way(tmp_path, images, monkeypatch):

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from cache.errors import NotBuilt
 from cache.files import atomic
+from cache.files.refused import writing
 from cache.format import arrow_tables
 from cache.format.sample_table import GIVEN, SOURCES, id_hashes
 from eupe.errors import BadInput
@@ -101,6 +102,7 @@ class Listing:
 
         Raises:
             BadInput: two have one id.
+            StoreError: there is no room for them.
         """
         return [self._spilled(table) for table in self._merged()]
 
@@ -122,16 +124,21 @@ class Listing:
             yield table
 
     def _spilled(self, table: pa.Table) -> pa.Table:
-        """Return a table as mapped from a file that has no name any more, and ends with it."""
-        if not self._keep:
+        """Return a table as mapped from a file that has no name any more, and ends with it.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        if not self._keep or not table.num_rows:
             return table
-        handle, path = tempfile.mkstemp(".arrow", dir=self._directory.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(arrow_tables.to_bytes(table))
-            return arrow_tables.map_table(Path(path))
-        finally:
-            os.unlink(path)
+        with writing(self._directory.parent):
+            handle, path = tempfile.mkstemp(".arrow", dir=self._directory.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(arrow_tables.to_bytes(table))
+                return arrow_tables.map_table(Path(path))
+            finally:
+                os.unlink(path)
 
     def remove(self) -> None:
         """Drop the parts: all of it is in the sample table. Another builder may use the folder."""
