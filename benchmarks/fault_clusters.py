@@ -152,14 +152,22 @@ def _driver(by: str) -> None:
         return _struck(round, ended, ended.how == "died", there)
 
 
+def _while_building(round: Round, strike: Callable[[], None]) -> tuple[Ended, dict[Path, int]]:
+    """Have something happen to a build; return how it ended, and the shards there before that."""
+    child = _begin(round)
+    there = round.shards()
+    strike()
+    return child.end(PATIENCE_SECONDS), there
+
+
 def _actor(by: str) -> None:
-    @kind(f"actor {by}", slow=True)
-    def strike(round: Round) -> Struck:
-        child = _begin(round)
-        there = round.shards()
+    def end() -> None:
         for process in NODES.actors("Extractor")[:1]:
             process.send_signal(SIGNALS[by])
-        ended = child.end(PATIENCE_SECONDS)
+
+    @kind(f"actor {by}", slow=True)
+    def strike(round: Round) -> Struck:
+        ended, there = _while_building(round, end)
         return _struck(round, ended, ended.how == "done", there)
 
 
@@ -167,10 +175,7 @@ def _raylet(by: str) -> None:
     @kind(f"one of two raylets {by}", slow=True)
     def strike(round: Round) -> Struck:
         """Half of the actors are gone for good: the build ends with the other half, or says so."""
-        child = _begin(round)
-        there = round.shards()
-        NODES.end_second(SIGNALS[by])
-        ended = child.end(PATIENCE_SECONDS)
+        ended, there = _while_building(round, lambda: NODES.end_second(SIGNALS[by]))
         NODES.forget_second()
         return _struck(round, ended, ended.how == "done" or "died more than" in ended.words, there)
 
@@ -232,10 +237,7 @@ def _node_of_one_of_two(round: Round) -> Struck:
 def _head(by: str) -> None:
     @kind(f"Ray head {by}", slow=True)
     def strike(round: Round) -> Struck:
-        child = _begin(round)
-        there = round.shards()
-        NODES.end_head(SIGNALS[by])
-        ended = child.end(PATIENCE_SECONDS)
+        ended, there = _while_building(round, lambda: NODES.end_head(SIGNALS[by]))
         NODES.close()
         return _struck(round, ended, ended.how != "hung", there)
 

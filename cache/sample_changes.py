@@ -36,9 +36,9 @@ class Compared(NamedTuple):
 def compare(samples: "Samples", given: pa.Table) -> Compared:
     """Tell new samples (GIVEN) from those that are there; those taken out are neither."""
     rows = samples.find(given["sample_id"])
-    known = np.flatnonzero((rows >= 0) & ~np.isin(rows, samples.dropped))
     if (rows < 0).all():  # as they are: taken they would be copied
         return Compared(given, given.slice(0, 0), rows[:0], [])
+    known = np.flatnonzero((rows >= 0) & ~np.isin(rows, samples.dropped))
     new = given.take(arrow_tables.from_numpy(np.flatnonzero(rows < 0)))
     theirs = samples.take(rows[known])
     ours = frame(given.take(arrow_tables.from_numpy(known)))
