@@ -7,9 +7,12 @@ import shlex
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +31,7 @@ PENDING_SECONDS = 15.0
 SAVE_SECONDS = round(interrupt.GRACE_SECONDS)
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 """Seconds from a job's SIGTERM to its SIGKILL; Ray's own 3 are too few to save a training in."""
+ANSWER_SECONDS = 10.0
 AWAY_SECONDS = 600.0
 AGENT_SECONDS = 180.0  # a machine five times overloaded took more than ten, which Ray itself waits
 NEVER_RAN = 1
@@ -179,6 +183,34 @@ def _log(client: "JobSubmissionClient", job: str) -> str:
         return ""
 
 
+def _check_answers(address: str) -> None:
+    """Refuse a job API that does not answer: Ray's client would wait for it for ever.
+
+    Raises:
+        BadInput: nothing answers there within ANSWER_SECONDS, or what does is no job API, or it
+            wants another token.
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    url = address if "://" in address else f"http://{address}"  # as Ray reads it
+    try:
+        with suppress(urllib.error.HTTPError):  # an answer, too: the client tells what it means
+            urllib.request.urlopen(f"{url}/api/version", timeout=ANSWER_SECONDS).close()  # noqa: S310 (http, to where the user says)
+        JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise BadInput(
+            f"RAY_API_SERVER_ADDRESS = {address}: that job API wants another token; name the file "
+            "that holds the cluster's in RAY_AUTH_TOKEN_PATH"
+        ) from error
+    except (OSError, HTTPException, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        raise BadInput(
+            f"RAY_API_SERVER_ADDRESS = {address}: no job API of Ray answers there ({said}); it is "
+            "http://HEAD:8265 unless configured otherwise"
+        ) from error
+
+
 @contextmanager
 def job_cluster() -> Iterator[str]:
     """Be connected to a Ray cluster that takes jobs; yield the address of its job API.
@@ -188,9 +220,10 @@ def job_cluster() -> Iterator[str]:
     Token authentication is on in both cases.
 
     Raises:
-        BadInput: RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not.
+        BadInput: RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not, or no job API that takes us
+            answers there.
     """
-    local = "RAY_ADDRESS" not in os.environ
+    local = not os.environ.get("RAY_ADDRESS")
     if not local and not os.environ.get("RAY_API_SERVER_ADDRESS"):
         raise BadInput(
             "RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not: training is submitted to the "
@@ -201,4 +234,7 @@ def job_cluster() -> Iterator[str]:
         scripts = str(Path(sys.executable).parent)
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
     with cluster.connect(dashboard_port=free_ports(1)[0] if local else None) as address:
-        yield address or os.environ["RAY_API_SERVER_ADDRESS"]
+        if address is None:
+            address = os.environ["RAY_API_SERVER_ADDRESS"]
+            _check_answers(address)  # refused before any work
+        yield address

@@ -1,8 +1,10 @@
 """A Ray that is named is reached, or refused in a sentence."""
 
+import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -18,6 +20,99 @@ def test_an_address_at_which_nobody_listens_is_refused_at_once(monkeypatch, host
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(BadInput, match="no Ray answers there"), cluster.connect():
         raise AssertionError("connected")
+
+
+def test_a_port_that_accepts_and_says_nothing_is_refused_soon(monkeypatch):
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{mute.getsockname()[1]}")
+        with pytest.raises(BadInput, match="no word within 1 s"), cluster.connect():
+            raise AssertionError("connected")
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.0 400 Bad request\r\n\r\n", b"SSH-2.0-OpenSSH", b""])
+def test_what_answers_and_is_no_ray_is_refused_at_once(monkeypatch, said):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            with other.accept()[0] as asked:
+                asked.recv(1024)
+                asked.sendall(said)
+
+        threading.Thread(target=answer).start()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{other.getsockname()[1]}")
+        with pytest.raises(BadInput, match="what answers speaks otherwise"), cluster.connect():
+            raise AssertionError("connected")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://head:10001"])
+def test_the_address_of_something_else_of_a_cluster_is_refused(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(BadInput, match="wants a cluster's GCS address"), cluster.connect():
+        raise AssertionError("connected")
+
+
+CONNECTING = """
+import sys, time
+from pipelines.machines import cluster
+from pipelines.machines.errors import one_sentence
+began = time.monotonic()
+try:
+    with one_sentence(), cluster.connect():
+        import ray
+        print("connected", len(ray.nodes()))
+finally:
+    print("seconds", time.monotonic() - began)
+"""
+ENDED_SECONDS = 30.0
+"""For a refusal, Ray's import included."""
+
+
+def connecting(**environment: str) -> tuple[subprocess.CompletedProcess, float]:
+    """Connect in a process of its own; return what it said, and how long that took."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    run = subprocess.run(
+        [sys.executable, "-c", CONNECTING],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run, float(run.stdout.split()[-1])
+
+
+def refused(run: subprocess.CompletedProcess, seconds: float, sentence: str) -> None:
+    assert run.returncode == 2, run.stderr
+    assert sentence in run.stderr.splitlines()[-1]
+    assert len(run.stderr.splitlines()) == 1, run.stderr
+    assert seconds < ENDED_SECONDS
+
+
+@pytest.mark.slow
+def test_a_mute_address_ends_a_command_in_one_sentence_within_half_a_minute():
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        refused(*connecting(RAY_ADDRESS=address), f"RAY_ADDRESS = {address}: no Ray answers there")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_with_a_token_takes_who_has_it_and_refuses_others_in_a_sentence(
+    ray_cluster, tmp_path
+):
+    import ray
+
+    cluster_of = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "HOME": str(tmp_path)}
+    own = os.environ["RAY_AUTH_TOKEN_PATH"]
+    run, _ = connecting(**cluster_of, RAY_AUTH_TOKEN_PATH=own)
+    assert run.stdout.startswith("connected 1"), run.stderr
+    for wrong in (
+        {"RAY_AUTH_TOKEN": "another"},
+        {},
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "absent")},
+    ):
+        refused(*connecting(**cluster_of, **wrong), "that cluster wants its own token")
 
 
 AUTO = """

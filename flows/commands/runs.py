@@ -15,6 +15,9 @@ from pipelines.recipe.words import AsJson, Overrides, RecipeName, RecipeNameOrNo
 if TYPE_CHECKING:
     from pipelines.recipe.config import Recipe
 
+CONNECT_SECONDS = 4.0  # which Prefect's client does four times
+ANSWER_SECONDS = 15.0
+
 app = typer.Typer()
 
 
@@ -202,6 +205,7 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
     found = finished.summary(asked)
     if found is None:
         prefect_settings(recipes.home())
+        check_prefect()
         from flows.distill import distill
 
         found = distill(recipe, overrides or [])
@@ -235,7 +239,7 @@ def prefect_settings(home: Path) -> None:
     from cache.files import atomic
     from cache.files.refused import writing
 
-    if "PREFECT_API_URL" not in os.environ:
+    if not os.environ.get("PREFECT_API_URL"):
         private = home / "runs" / "prefect"
         with writing(private):
             atomic.make_directories(private)  # Prefect makes the last folder only
@@ -247,6 +251,35 @@ def prefect_settings(home: Path) -> None:
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors are shown once, by us
     }.items():
         os.environ.setdefault(name, value)
+
+
+def check_prefect() -> None:
+    """Ask the Prefect server that PREFECT_API_URL names something, if it names one.
+
+    Prefect's own client asks one that says nothing six times, a minute each.
+
+    Raises:
+        BadInput: it does not answer, or does not take us.
+    """
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    patience = {"timeout": (CONNECT_SECONDS, ANSWER_SECONDS, ANSWER_SECONDS, ANSWER_SECONDS)}
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(sync_client=True, httpx_settings=patience) as client,
+        ):
+            client.read_flows(limit=1)
+    except Exception as error:  # whatever it is, no flow can be run there
+        said = (str(error) or type(error).__name__).partition("\n")[0]
+        raise BadInput(
+            f"PREFECT_API_URL = {url}: no Prefect server answers us there ({said}); is it up, and "
+            "is PREFECT_API_AUTH_STRING its secret? Unset both to run on one of this machine"
+        ) from error
 
 
 def clocked(words: Sequence[str]) -> dict[str, float]:

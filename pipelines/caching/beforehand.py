@@ -57,7 +57,7 @@ def check_gpus(recipe: Recipe) -> None:
         asked.append(f"workers.use_gpu = true{many}")
     if per_actor > there:
         asked.append(f"extraction.gpus_per_actor = {per_actor:g}")
-    if asked and "RAY_ADDRESS" not in os.environ:
+    if asked and not os.environ.get("RAY_ADDRESS"):
         has = f"{there} GPU{'s' * (there > 1)}" if there else "no GPU"
         raise BadInput(
             f"{' and '.join(asked)}: this machine has {has} that torch sees; ask for "
@@ -74,7 +74,7 @@ def check_cluster(recipe: Recipe) -> None:
         BadInput: no node has room for one actor, or the cluster does not answer.
     """
     extraction = recipe.extraction
-    if not extraction.gpus_per_actor or "RAY_ADDRESS" not in os.environ:
+    if not extraction.gpus_per_actor or not os.environ.get("RAY_ADDRESS"):
         return
     with cluster.connect():
         import ray  # after `connect` has settled its environment

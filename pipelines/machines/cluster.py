@@ -22,6 +22,12 @@ SOCKET_BYTES = 107
 RAY_BYTES = len("/ray/session_2026-11-26_08-58-28_750547_4194304/sockets/plasma_store")
 """That Ray puts behind the folder for temporary files."""
 ANSWER_SECONDS = 10.0
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""What a client of gRPC says first (RFC 9113, 3.4): the preface, and settings that set nothing."""
+FRAME_BYTES = 9
+FRAME_TYPE = 3
+SETTINGS = b"\x04"
+"""The type of the frame that such a server says first."""
 
 
 @contextmanager
@@ -38,7 +44,7 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         the address of the job API of a Ray started here with one, else None.
 
     Raises:
-        BadInput: nothing answers at RAY_ADDRESS, or it wants another token.
+        BadInput: no Ray answers at RAY_ADDRESS, or it wants another token.
     """
     _authenticate()
     import ray  # after its settings: it reads them once, when imported
@@ -51,14 +57,12 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
     try:
         if address:
             _check_answers(address)
+            _check_takes_us(address)
             try:
                 with interrupt.unchanged(signal.SIGTERM):
                     ray.init(address=address, logging_level=logging.WARNING)
             except ray.exceptions.AuthenticationError as error:
-                raise BadInput(
-                    f"RAY_ADDRESS = {address}: that cluster wants its token: name the file that "
-                    "holds it in RAY_AUTH_TOKEN_PATH, or set RAY_AUTH_MODE=disabled if it has none"
-                ) from error
+                raise _other_token(address) from error
             except ConnectionError as error:
                 said = " ".join(str(error).split()).removesuffix(".")
                 raise BadInput(
@@ -143,7 +147,7 @@ def require_gpus(count: int, field: str) -> None:
     import ray
 
     there = int(ray.cluster_resources().get("GPU", 0))
-    if count and (not there or (there < count and "RAY_ADDRESS" not in os.environ)):
+    if count and (not there or (there < count and not os.environ.get("RAY_ADDRESS"))):
         raise BadInput(
             f"{field}: wants {count} GPUs and Ray has {there} here; name a cluster that has them "
             "in RAY_ADDRESS, or set workers.use_gpu=false"
@@ -151,17 +155,83 @@ def require_gpus(count: int, field: str) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Refuse an address at which nobody listens: Ray would try it for ever."""
+    """Refuse an address at which no Ray answers: Ray would try it for minutes, or for ever.
+
+    Raises:
+        BadInput: it is no host and port, nobody listens there, or no Ray does.
+    """
+    if "://" in address:
+        raise BadInput(
+            f"RAY_ADDRESS = {address}: wants a cluster's GCS address, HEAD:6379; that of its "
+            "job API belongs in RAY_API_SERVER_ADDRESS"
+        )
     host, _, port = address.rpartition(":")
     if not port.isdigit():  # "auto", say
         return
+    encrypted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
-    except OSError as error:
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as asked:
+            asked.sendall(GREETING)
+            answer = asked.recv(FRAME_BYTES)
+        if not encrypted and answer[FRAME_TYPE:][:1] != SETTINGS:
+            raise ConnectionError(f"what answers speaks otherwise: {answer!r}")
+    except (OSError, OverflowError) as error:
+        if encrypted and isinstance(error, ConnectionResetError):  # to what was no hello of TLS
+            return
+        why = getattr(error, "strerror", None) or error
+        if isinstance(error, TimeoutError):
+            why = f"no word within {ANSWER_SECONDS:.0f} s"
         raise BadInput(
-            f"RAY_ADDRESS = {address}: no Ray answers there ({error.strerror or error}); unset it "
-            "to use a Ray of this machine, or name a cluster's GCS address, head:6379"
+            f"RAY_ADDRESS = {address}: no Ray answers there ({why}); unset it to use a Ray of this "
+            "machine, or name a cluster's GCS address, HEAD:6379"
         ) from error
+
+
+def _check_takes_us(address: str) -> None:
+    """Ask the GCS of an address something: ray.init asks one that refuses us twenty times.
+
+    Raises:
+        BadInput: it refuses us, or what answers is another part of a cluster.
+    """
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+    from ray._raylet import InnerGcsClient
+    from ray.exceptions import AuthenticationError, RayError
+
+    if not address.rpartition(":")[2].isdigit():
+        return
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one the next aborts
+        with _no_stderr():  # Ray's C++ writes each try there
+            InnerGcsClient.standalone(address, None, int(ANSWER_SECONDS * 1000))
+    except AuthenticationError as error:
+        raise _other_token(address) from error
+    except RayError as error:
+        said = " ".join(str(error).split()).removesuffix(".")
+        raise BadInput(
+            f"RAY_ADDRESS = {address}: no GCS answers there ({said}); name a cluster's GCS "
+            "address, HEAD:6379, or unset it to use a Ray of this machine"
+        ) from error
+
+
+def _other_token(address: str) -> BadInput:
+    return BadInput(
+        f"RAY_ADDRESS = {address}: that cluster wants its own token: name the file that holds it "
+        "in RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token; disabled is for one that has none"
+    )
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Let nothing of this process, not C++ either, reach stderr inside the block."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _own_agent_port() -> AbstractContextManager[object]:
