@@ -18,6 +18,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from pipelines.machines import once
 from pipelines.machines.errors import bad_input
 from pipelines.machines.progress import Reading, set_listener
 
@@ -99,13 +100,11 @@ def _in_short(record: logging.LogRecord) -> bool:
         return False
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     if error is not None and (sentence := bad_input(error)) is not None:
-        if sentence in _said:
+        if not once.first(sentence):
             return False
-        _said.add(sentence)
         record.msg, record.args, record.exc_info = sentence, (), None
     return True
 
 
-_said = set[str]()
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_in_short)

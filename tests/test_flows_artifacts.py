@@ -7,7 +7,7 @@ import pytest
 
 from eupe.errors import BadInput
 from flows import artifacts
-from pipelines.machines import progress
+from pipelines.machines import once, progress
 
 RETRIES_SECONDS = 62.0  # of Prefect's client, in five tries, before it gives up
 STEP_SECONDS = 10.0
@@ -72,7 +72,7 @@ def test_a_long_step_has_an_artifact_of_ten_readings_and_a_short_one_none(clock,
 
 @pytest.fixture(autouse=True)
 def _of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "_said", set())
+    monkeypatch.setattr(once, "_said", set())
 
 
 def kept(

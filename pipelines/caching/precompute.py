@@ -5,13 +5,11 @@
 Each step looks at what is there and does what is missing: it may be killed and called again.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 
 import numpy as np
@@ -43,6 +41,7 @@ from pipelines.caching.measure import measure
 from pipelines.caching.tasks import Tasks
 from pipelines.images.index import check_there
 from pipelines.images.walks import base
+from pipelines.machines import once
 from pipelines.machines.pool import Pool, Workers
 from pipelines.machines.progress import track
 from pipelines.recipe.stores import CacheJob, store_specs
@@ -346,7 +345,10 @@ def _check_built(absent: Sequence[StoreSpec]) -> None:
 
 
 def _say_whose_pixels(job: CacheJob) -> None:
-    """Say which teachers get pixels otherwise than their weights' own record has it."""
+    """Say which teachers get pixels otherwise than their weights' own record has it.
+
+    Once a process: a build resolves the stores of several sets.
+    """
     for teacher in job.teachers:
         asked = teacher.encoder.pixel_mean, teacher.encoder.pixel_std
         try:
@@ -354,17 +356,11 @@ def _say_whose_pixels(job: CacheJob) -> None:
         except BadInput:  # out of reach; the recipe names both
             continue
         if record is not None and not np.allclose(record, asked, atol=PIXEL_STEP):
-            _say_once(
+            once.say(
                 f"{teacher.name}: pixels get mean {asked[0]} and std {asked[1]}, as the recipe "
                 f"says; published weights of {teacher.encoder.architecture} want {record[0]} and "
                 f"{record[1]}"
             )
-
-
-@cache
-def _say_once(sentence: str) -> None:
-    """Say something on stderr, once a process: a build resolves the stores of several sets."""
-    print(sentence, file=sys.stderr)
 
 
 def _commit(stores: Sequence[Store], records: Sequence[Sequence[ShardRecord]]) -> None:

@@ -8,6 +8,7 @@
     shared_folders  which folders another machine sees
     lease      one process at a time works on something, and a dead one holds nothing
     progress   how far a long step is, shown here or told to another process
+    once       what a process says once
     errors     bad input is one sentence at the edge, a bug keeps its traceback
     interrupt  Ctrl-C ends it at once, SIGTERM in order where work asks for that
     job_folder where a process tells the one that waits for it, and is told to end

@@ -14,18 +14,16 @@ import json
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cache.errors import StoreError
 from cache.files import atomic
 from cache.files.refused import writing
-from pipelines.machines import interrupt
+from pipelines.machines import interrupt, once
 
 VARIABLE = "EUPE_JOB_FOLDER"
 PROGRESS, ERROR, END = "progress.json", "error.json", "end.json"
@@ -94,14 +92,9 @@ def write(folder: Path, name: str, value: object) -> bool:
             raise NotADirectoryError(f"{folder}: no such folder")
         atomic.write(folder / name, [json.dumps(value).encode()], folder)
     except (StoreError, OSError) as error:
-        _say_once(folder, f"whoever waits for this job is not told: {error}")
+        once.say(f"whoever waits for this job is not told: {error}")
         return False
     return True
-
-
-@cache
-def _say_once(folder: Path, why: str) -> None:
-    print(why, file=sys.stderr)
 
 
 def read(folder: Path, name: str) -> Any | None:
