@@ -72,6 +72,7 @@ def test_a_job_api_that_is_not_there_is_refused(address):
 
 CHECKING = """
 import time
+from prefect.client.orchestration import get_client  # which alone takes a busy machine a minute
 from flows.commands import runs
 from pipelines.machines.errors import one_sentence
 began = time.monotonic()

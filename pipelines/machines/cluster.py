@@ -194,7 +194,7 @@ def _check_takes_us(address: str) -> None:
         BadInput: it refuses us, or what answers is another part of a cluster.
     """
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-    from ray._raylet import InnerGcsClient
+    from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # its stub leaves it out
     from ray.exceptions import AuthenticationError, RayError
 
     if not address.rpartition(":")[2].isdigit():
