@@ -35,7 +35,7 @@ def compute(node: Node) -> bool:
         return sweeps.compute(node)
 
 
-@flow(name="ablations", flow_run_name="ablations {sweep}")
+@flow(name="ablations", flow_run_name=artifacts.run_name("ablations", "sweep"))
 def ablations(
     sweep: SweepFile = TINY,
     overrides: Overrides = [],  # noqa: B006 (Prefect shows it as the default; nobody changes it)

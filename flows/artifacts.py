@@ -7,7 +7,7 @@ steps, and of an artifact only that there is one: artifacts are few, and tables 
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from uuid import UUID
 
@@ -17,6 +17,9 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.logging.handlers import APILogHandler
+from prefect.runtime import flow_run
+from rich.markup import escape
 
 from pipelines.machines import once
 from pipelines.machines.errors import bad_input
@@ -106,5 +109,25 @@ def _in_short(record: logging.LogRecord) -> bool:
     return True
 
 
+class _AsText(logging.Formatter):
+    """Says a record so that whoever prints it as rich's markup, as `--watch` does, prints its text.
+
+    A folder's name or a label may look like a tag: an unopened one that closes ends the watching.
+    On Prefect's page such a text has a backslash before its bracket.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape(super().format(record))
+
+
+def run_name(flow: str, parameter: str) -> Callable[[], str]:
+    """Return what names a run of a flow: after a parameter of it, which may look like markup."""
+    return lambda: escape(f"{flow} {flow_run.parameters[parameter]}")
+
+
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(_name).addFilter(_in_short)
+    _logger = logging.getLogger(_name)
+    _logger.addFilter(_in_short)
+    for _handler in _logger.handlers:
+        if isinstance(_handler, APILogHandler):
+            _handler.setFormatter(_AsText())

@@ -83,7 +83,7 @@ def run(key: str, words: list[str], directory: Path, address: str, gpus: int) ->
     raise RuntimeError(f"{words[0]} failed with exit code {code}: {said}")
 
 
-@flow(name="distill", flow_run_name="distill {recipe}")
+@flow(name="distill", flow_run_name=artifacts.run_name("distill", "recipe"))
 def distill(
     recipe: RecipeName = "demo",
     overrides: Overrides = [],  # noqa: B006 (Prefect shows it as the default; nobody changes it)

@@ -54,7 +54,7 @@ def verify_stores(stores: list[Store], deep: bool) -> list[Report]:
         return precompute.verify_stores(stores, deep)
 
 
-@flow(name="teacher-cache", flow_run_name="teacher-cache {recipe}")
+@flow(name="teacher-cache", flow_run_name=artifacts.run_name("teacher-cache", "recipe"))
 def teacher_cache(
     recipe: RecipeName = "demo",
     overrides: Overrides = [],  # noqa: B006 (Prefect shows it as the default; nobody changes it)

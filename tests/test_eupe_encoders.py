@@ -8,7 +8,9 @@ import torch
 
 from eupe.costs import cost
 from eupe.encoders import Encoder
-from eupe.networks import shapes_alone
+from eupe.errors import BadInput
+from eupe.networks import build_network, shapes_alone
+from eupe.pixels import RGB
 from eupe.spec import EncoderSpec
 from eupe.students import FAMILY, build_student
 
@@ -115,6 +117,18 @@ def pictures(resolution: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, 3, resolution, resolution)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"model_arguments": {"depth": 1}}, r"model_arguments = {'depth': 1}: pixels take none"),
+        ({"architecture": "rbg"}, "pixels has no architecture 'rbg'; did you mean 'rgb'"),
+    ],
+)
+def test_pixels_are_one_architecture_without_arguments(changed, why):
+    with pytest.raises(BadInput, match=why):
+        build_network(RGB.model_copy(update=changed))
 
 
 @torch.no_grad()

@@ -123,6 +123,14 @@ def test_the_same_again_computes_nothing(worked, toys, idle):
     assert all(each.num_bytes for each in found)
 
 
+def test_the_two_ways_of_computing_nothing_are_not_asked_for_together(worked):
+    path = str(toy_sweep.sweep(worked))
+    asked = CliRunner().invoke(app, ["ablate", path, "--dry-run", "--table"])
+    assert isinstance(asked.exception, BadInput)
+    assert str(asked.exception) == "--dry-run and --table: wants one of them"
+    assert not asked.stdout
+
+
 def test_the_command_says_what_is_there_and_shows_the_table(worked, toys):
     toys(worked)
     path = str(toy_sweep.sweep(worked))
