@@ -450,6 +450,7 @@ def _read_spec(directory: Path) -> object:
     try:
         return json.loads(path.read_bytes())["spec"]
     except FileNotFoundError as error:
+        Manifest.open(directory)  # NotBuilt without one
         raise Corrupt(f"{path}: missing, though the store has a manifest; restore it") from error
     except (ValueError, KeyError, TypeError) as error:
         raise Corrupt(f"{path}: no store spec in it ({error}); restore it") from error

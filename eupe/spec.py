@@ -29,9 +29,9 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 
 class Spec(BaseModel):
-    """A frozen value that refuses unknown fields and has a fingerprint."""
+    """A frozen value that refuses unknown fields and infinite numbers, and has a fingerprint."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def fingerprint(self) -> str:
         """Return the sha256 of this spec's canonical JSON (64 hexadecimal digits)."""

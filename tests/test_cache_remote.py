@@ -84,9 +84,13 @@ def test_a_bucket_path_is_a_path_that_no_one_can_open_by_mistake():
         os.stat(path)
 
 
-def test_another_kind_of_uri_is_refused():
-    with pytest.raises(ValueError, match="'ftp://x/y': no place known here"):
-        place.root("ftp://x/y")
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [("ftp://x/y", "no place known here"), ("gs://b/../x", "a name in a bucket has no `..`")],
+)
+def test_a_uri_that_names_no_place_is_refused(uri, why):
+    with pytest.raises(ValueError, match=f"'{uri}': {why}"):
+        place.root(uri)
 
 
 def test_objects_of_any_name(s3, root, tmp_path):

@@ -47,6 +47,12 @@ def decoded(store: Store, view: int = 0) -> np.ndarray:
     return Reader(store, [view]).select(range(10), view).decoded()
 
 
+def test_a_folder_without_a_store_is_named_as_that(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(NotBuilt, match="no store here"):
+            derive(folder, tmp_path, "rot4")
+
+
 @pytest.mark.usefixtures("wide")
 def test_rot4_of_float16_is_rot4_within_a_level(tmp_path):
     direct = built(tmp_path / "direct", "rot4")

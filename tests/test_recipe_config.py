@@ -98,6 +98,10 @@ def _restore(changed: object, original: object) -> int:
         ('seed="', "unexpected end of stream"),
         ("stages.stage2.steps=soon", "steps"),
         ("stages.stage2.steps=0", "greater than or equal to 1"),
+        ("stages.stage2.steps=99999999999999999999", "less than or equal to"),
+        ("num_views=1000000000", "less than or equal to"),
+        ("stages.stage2.optimizer.lr=inf", "should be a finite number"),
+        ("stages.stage1.loss.gamma.efficientnet_lite0=nan", "should be a finite number"),
         ("views.crop_area=[0.9, 0.1]", "wants 0 < low <= high"),
         (
             "stages.stage1.teacher_resolutions={efficientnet_lite0: [192]}",

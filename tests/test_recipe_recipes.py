@@ -143,6 +143,7 @@ def test_the_files_that_come_with_the_project_fit(path, monkeypatch):
     [
         (None, "no recipe there"),
         ("recipe: [", "is no YAML"),
+        (b"recipe: d\xe9mo", "is no YAML"),
         ("recipe: demo", "wants `recipe: NAME` and `set:"),
         ("{recipe: demo, set: [seed=1]}", "wants `recipe: NAME` and `set:"),
         ("recipe: dmo\nset: {}", "did you mean 'demo'"),
@@ -153,7 +154,8 @@ def test_the_files_that_come_with_the_project_fit(path, monkeypatch):
 def test_a_file_that_does_not_fit_is_one_sentence(tmp_path, monkeypatch, text, sentence):
     monkeypatch.setenv("EUPE_HOME", str(tmp_path))
     if text is not None:
-        (tmp_path / "mine.yaml").write_text(text)
+        data = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "mine.yaml").write_bytes(data)
     with pytest.raises(ValueError) as refused:  # noqa: PT011 (the sentence is matched below)
         recipes.get("mine.yaml")
     assert sentence in str(refused.value)

@@ -31,13 +31,16 @@ def root(name: str | Path) -> Path:
     """Return a folder, or what a URI names, as an absolute path.
 
     Raises:
-        ValueError: a URI of another kind.
+        BadInput: a URI of another kind, or one that goes upwards.
     """
     if isinstance(name, BucketPath):
         return name
     text = str(name)
     if bucket.is_uri(text):
-        return BucketPath(text)
+        path = BucketPath(text)
+        if ".." in path.parts:
+            raise BadInput(f"{text!r}: a name in a bucket has no `..`; wants it without")
+        return path
     if "://" in text:
         known = ", ".join(f"{scheme}://" for scheme in bucket.SCHEMES)
         raise BadInput(f"{text!r}: no place known here; wants a local path or one of {known}")

@@ -23,7 +23,7 @@ from eupe.spec import (
 from pipelines.recipe.marks import EXECUTION, IDENTITY, OneOf
 from pipelines.recipe.mix import Mix, per_lane
 from pipelines.recipe.named import Named
-from pipelines.recipe.stage import StageConfig, StageName
+from pipelines.recipe.stage import MOST_VIEWS, StageConfig, StageName
 
 
 def _known_codec(name: str) -> str:
@@ -129,7 +129,7 @@ class DatasetConfig(Spec):
         1.0, gt=0, description="of a heterogeneous batch, relative to the other sets"
     )
     num_views: Annotated[int | None, IDENTITY] = Field(
-        None, ge=1, description="of each image of a train set; null: the recipe's num_views"
+        None, ge=1, le=MOST_VIEWS, description="of each train image; null: the recipe's num_views"
     )
     licence: Annotated[str | None, EXECUTION] = Field(
         None, description="of its images, by SPDX name where there is one; null: not known"
@@ -320,7 +320,7 @@ class Recipe(Spec):
     held_out: DatasetConfig = Field(description="data set that is judged on")
     views: Annotated[ViewPolicy, IDENTITY] = Field(description="of the train sets")
     num_views: Annotated[int, IDENTITY] = Field(
-        1, ge=1, description="of each train image, if its set says no other; more make more cache"
+        1, ge=1, le=MOST_VIEWS, description="of each train image, if its set says no other"
     )
     held_out_views: Annotated[CentreView, IDENTITY] = Field(
         description="of the held-out set, and of the bank"

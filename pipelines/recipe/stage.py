@@ -29,6 +29,10 @@ class LossConfig(Spec):
     )
 
 
+MOST_VIEWS = 10_000
+"""A view's folder has four digits."""
+MOST_STEPS = 100_000_000
+"""Draws are planned as arrays of all steps; a hundred times those of any published training."""
 SQRT_BATCH = 1024
 """Batch at which `lr_scaling: sqrt` leaves a rate as it is (DINOv2, arXiv:2304.07193)."""
 LINEAR_BATCH = 256
@@ -76,7 +80,7 @@ class StageConfig(Spec):
     student_resolutions: Annotated[tuple[int, ...], IDENTITY] = Field(
         min_length=1, description="resolutions of the student's input drawn from, pixels"
     )
-    steps: Annotated[int, IDENTITY] = Field(ge=1, description="of the optimizer")
+    steps: Annotated[int, IDENTITY] = Field(ge=1, le=MOST_STEPS, description="of the optimizer")
     global_batch: Annotated[int, IDENTITY] = Field(
         ge=1, description="views a step, of all workers together"
     )

@@ -23,5 +23,5 @@ def read(path: Path, kind: str) -> object:
         return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
         raise BadInput(f"{path}: no {kind} there ({error.strerror})") from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
