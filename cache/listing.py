@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from cache.errors import NotBuilt
+from cache.files.bucket import BucketPath
 from cache.format import layout
 from cache.reader import Reader
 from cache.store import Store, StoreInfo, find_stores, open_store
 
+SAMPLES = "samples/HEAD"  # of each dataset
 LEVELS_BELOW_ROOT = 4  # dataset / views / teacher / resolution
 
 
@@ -43,6 +45,21 @@ def store_lines(root: str | Path, only: Sequence[Store] | None = None) -> list[d
         for info in find_stores(base)
         if wanted is None or info.directory in wanted
     ]
+
+
+def check_root(root: Path) -> None:
+    """Refuse a local folder in or above a cache root: nothing of its stores would be found there.
+
+    Raises:
+        NotBuilt: naming the root.
+    """
+    if isinstance(root, BucketPath) or any(root.glob(f"*/{SAMPLES}")):
+        return
+    for above in root.parents[:LEVELS_BELOW_ROOT]:
+        if (above / root.relative_to(above).parts[0] / SAMPLES).is_file():
+            raise NotBuilt(f"{root}: lies in the cache root {above}; wants that")
+    for found in root.glob(f"*/*/{SAMPLES}"):
+        raise NotBuilt(f"{root}: no cache root; {found.parents[2]} is one")
 
 
 def describe(directory: Path) -> dict[str, object]:

@@ -64,6 +64,20 @@ def test_inspect_names_the_reasons_of_invalid_rows(toy):
     assert [view["rows"] for view in found["views"]] == [NUM_SAMPLES] * NUM_VIEWS
 
 
+@pytest.mark.parametrize("command", ["ls", "verify", "repair", "gc"])
+def test_a_folder_in_or_above_a_root_is_no_root(toy, command):
+    """Else a damaged store that is named itself would be found sound: none is there."""
+    store = toy.store().directory
+    for folder, sentence in (
+        (store, f"lies in the cache root {toy.root}"),
+        (store.parents[2], f"lies in the cache root {toy.root}"),
+        (toy.root.parent, f"{toy.root} is one"),
+    ):
+        run = eupe(command, str(folder))
+        assert run.returncode == 2, run.stdout
+        assert sentence in run.stderr
+
+
 def test_verify_finds_one_flipped_bit(toy):
     sound = eupe("verify", str(toy.root), "--json")
     assert sound.returncode == 0, sound.stderr

@@ -108,19 +108,21 @@ PATHS = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", [LONG, "taken/below"], ids=["long", "below a file"])
 @pytest.mark.parametrize("words", PATHS, ids=lambda words: " ".join(words).replace(LONG, "PATH"))
-def test_a_path_that_the_system_refuses_is_a_sentence(words, tmp_path, monkeypatch, capsys):
+def test_a_path_that_the_system_refuses_is_a_sentence(words, path, tmp_path, monkeypatch, capsys):
     """Wherever a command takes one."""
     monkeypatch.setenv("EUPE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.setattr(sys, "argv", ["eupe", *words])
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(sys, "argv", ["eupe", *(word.replace(LONG, path) for word in words)])
     with pytest.raises(SystemExit) as left:
         main()
     printed = capsys.readouterr()
     assert left.value.code == 2, printed.err
-    assert LONG in printed.err
-    assert [path.name for path in tmp_path.iterdir()] == ["examples"]  # nothing was begun
+    assert path in printed.err
+    assert {each.name for each in tmp_path.iterdir()} == {"examples", "taken"}  # nothing was begun
 
 
 @pytest.mark.slow

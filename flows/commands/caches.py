@@ -369,11 +369,18 @@ def shards_shown(what: str, total: int) -> "Iterator[Progress]":
 
 
 def root_of(root: Path | None) -> Path:
-    """Return the cache root the user named, or that of the demo."""
+    """Return the cache root the user named, or that of the demo.
+
+    Raises:
+        NotBuilt: a folder in or above a root is named.
+    """
     from cache.format import layout
+    from cache.listing import check_root
 
     if root is not None:
-        return layout.cache_root(root).resolve()
+        named = layout.cache_root(root).resolve()
+        check_root(named)
+        return named
     from pipelines.recipe import recipes
 
     return layout.cache_root(recipes.get("demo").cache_root)

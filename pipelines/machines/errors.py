@@ -23,7 +23,9 @@ BAD_INPUT = 2
 """Exit code of a command that was asked for what cannot be done."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that ended because it was asked to, a shell's way of saying so."""
-REFUSED = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG))
+REFUSED = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
+)
 """What the system says of a path that it does not let this user have."""
 
 

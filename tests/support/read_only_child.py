@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from pipelines.caching import precompute
+from pipelines.machines.errors import one_sentence
 from pipelines.recipe.config import SourceConfig
 from support.small_caches import job
 
@@ -19,8 +20,9 @@ if __name__ == "__main__":
         import prefect
 
         from flows import teacher_cache
-    if how == "plain":
-        built = precompute.build([[work]])
-    else:
-        built = prefect.flow(name="reads-only")(teacher_cache.build)([[work]], "Stores")
+    with one_sentence():
+        if how == "plain":
+            built = precompute.build([[work]])
+        else:
+            built = prefect.flow(name="reads-only")(teacher_cache.build)([[work]], "Stores")
     print(built)
