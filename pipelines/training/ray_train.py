@@ -31,7 +31,7 @@ from pipelines.machines.errors import RemoteBug, bad_input, keeping_traceback
 from pipelines.machines.interrupt import Terminated
 from pipelines.machines.progress import followed
 from pipelines.recipe.config import Recipe
-from pipelines.training import distributed
+from pipelines.training import distributed, shared_lanes
 from pipelines.training.batches import Loader
 from pipelines.training.job import Job
 from pipelines.training.loop import StageResult
@@ -59,6 +59,7 @@ def train(job: Job) -> StageResult:
     ):
         job = replace(job, pins=dict(inputs.pins), folder=folder)
         _check_room(job.recipe)
+        _say_what_is_shared(job)
         return job.ended(_to_the_end(job, ending), ending())
 
 
@@ -132,6 +133,13 @@ def _worker(config: dict[str, Job]) -> StageResult:
         if bad_input(error) is None:  # of a peer that died, perhaps, and that is what is to be told
             time.sleep(SEEN_SECONDS)
         raise
+
+
+def _say_what_is_shared(job: Job) -> None:
+    """Say what workers read more than once, if the recipe asks for lanes or there are machines."""
+    said = shared_lanes.told(job.recipe, job.stage)
+    if said is not None and (job.recipe.lanes > 1 or len(deaths.nodes_alive()) > 1):
+        print(said, file=sys.stderr)
 
 
 def _check_room(recipe: Recipe) -> None:
