@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from cache.errors import StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout
-from cache.format.sample_table import DROPPED, first_row, hash_table, id_hashes, is_stored
+from cache.format.sample_table import DROPPED, first_row, hash_table, is_stored
 from cache.mending import Mending
 from cache.samples import DROPPED_REASON, Samples, SampleSegment, SamplesHead, segment_files
 from cache.segments import left_of, packed, restore, whole_segments, write_segment
@@ -113,7 +113,7 @@ def _restore_samples(
 
 def _hashes(head: SamplesHead, table: pa.Table) -> pa.Table:
     """Return the table that finds the ids of a segment."""
-    return hash_table(id_hashes(head.dataset.name, table["sample_id"]))
+    return hash_table(head.dataset.name, table["sample_id"], None)
 
 
 def _told_by_stores(dataset: str, base: Path, stores: Sequence[Path]) -> SamplesHead | None:

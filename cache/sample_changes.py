@@ -1,6 +1,8 @@
 """What changes in a sample table: which samples are new, and which lie elsewhere than they did."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -8,8 +10,8 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from cache.format import arrow_tables
-from cache.format.sample_table import GIVEN, frame, in_full
+from cache.format import arrow_tables, on_disk
+from cache.format.sample_table import BLOCK_ROWS, GIVEN, frame, in_full
 
 if TYPE_CHECKING:
     from cache.samples import Samples
@@ -70,19 +72,28 @@ def _said(here: dict[str, Any], there: dict[str, Any]) -> tuple[str, str, int, s
 
 
 def renewed(
-    samples: "Samples", moved: pa.Table, rows: npt.NDArray[np.int64]
-) -> dict[int, pa.Table]:
-    """Return the segments (number -> GIVEN) in which rows are replaced by moved samples."""
+    samples: "Samples", moved: pa.Table, rows: npt.NDArray[np.int64], scratch: Path
+) -> Iterator[tuple[int, pa.Table]]:
+    """Yield the segments (number, GIVEN) in which rows are replaced by moved samples.
+
+    Args:
+        samples: as they are.
+        moved: the samples that replace them.
+        rows: of those.
+        scratch: a folder for files without a name: a segment in full is many times its file.
+    """
     segment = np.searchsorted(samples.starts, rows, side="right") - 1
-    tables = {}
     for number in np.unique(segment).tolist():
-        mine = np.flatnonzero(segment == number)
-        whole = in_full(samples.segment(number))
-        order = np.arange(whole.num_rows)
-        order[rows[mine] - samples.starts[number]] = whole.num_rows + np.arange(len(mine))
-        both = pa.concat_tables([whole, moved.take(arrow_tables.from_numpy(mine))])
-        tables[number] = both.take(arrow_tables.from_numpy(order))
-    return tables
+        whole, blocks = samples.segment(number), list[pa.Table]()
+        for first in range(0, whole.num_rows, BLOCK_ROWS):
+            block = in_full(whole.slice(first, BLOCK_ROWS))
+            places = rows - samples.starts[number] - first
+            mine = np.flatnonzero((places >= 0) & (places < block.num_rows))
+            order = np.arange(block.num_rows)
+            order[places[mine]] = block.num_rows + np.arange(len(mine))
+            both = pa.concat_tables([block, moved.take(arrow_tables.from_numpy(mine))])
+            blocks.append(on_disk.kept(both.take(arrow_tables.from_numpy(order)), scratch))
+        yield number, pa.concat_tables(blocks)
 
 
 def _joined(there: str, given: str) -> str:

@@ -22,6 +22,7 @@ from cache.errors import FingerprintMismatch, MissingSamples, NotBuilt, StoreErr
 from cache.files import atomic
 from cache.format import arrow_tables, layout
 from cache.format.sample_table import (
+    BLOCK_ROWS,
     DROPPED,
     GIVEN,
     HASHES,
@@ -309,6 +310,9 @@ class Samples:
 
     def find(self, sample_ids: pa.Array | pa.ChunkedArray) -> Rows:
         """Return the row of each sample id, int64 [n]; -1 where the dataset has no such sample."""
+        if len(sample_ids) > BLOCK_ROWS:
+            blocks = range(0, len(sample_ids), BLOCK_ROWS)
+            return np.concatenate([self.find(sample_ids.slice(at, BLOCK_ROWS)) for at in blocks])
         rows = np.full(len(sample_ids), -1, np.int64)
         hashes = id_hashes(self.dataset.name, sample_ids)
         for number, segment in enumerate(self._head.segments):
@@ -355,10 +359,10 @@ def _grown(
     sources: pa.Table | None,
 ) -> SamplesHead | None:
     """Write what is not there yet; return the HEAD that names it, or None if all is there."""
-    version = next_version(there)
+    version, scratch = next_version(there), layout.scratch_directory(directory)
 
     def written(table: pa.Table) -> Segment:
-        return write_segment(directory, version, table, layout.scratch_directory(directory))
+        return write_segment(directory, version, table, scratch)
 
     start, new = 0, given
     if there is None:
@@ -373,9 +377,9 @@ def _grown(
             name, *_, said = changed[0]
             raise StoreError(f"{directory}: sample {name!r} {said}")
         segments = list(head.segments)
-        for number, whole in renewed(opened, moved, rows).items():
+        for number, whole in renewed(opened, moved, rows, scratch):
             before = segments[number]
-            file = written(stored(whole, before.start)).model_dump()
+            file = written(stored(whole, before.start, scratch)).model_dump()
             segments[number] = before.model_copy(update=file)
         head = head.model_copy(update={"segments": tuple(segments)})
         start = -(-opened.num_rows // head.rows_per_shard) * head.rows_per_shard
@@ -383,8 +387,8 @@ def _grown(
     most = max(SEGMENT_ROWS // head.rows_per_shard, 1) * head.rows_per_shard
     for first in range(0, new.num_rows, most):
         part = new.slice(first, most)
-        hashes = written(hash_table(id_hashes(dataset.name, part["sample_id"])))
-        file = written(stored(part, start + first)).model_dump()
+        hashes = written(hash_table(dataset.name, part["sample_id"], scratch))
+        file = written(stored(part, start + first, scratch)).model_dump()
         segment = SampleSegment(**file, start=start + first, hashes=hashes)
         head = head.model_copy(update={"segments": (*head.segments, segment)})
     if sources is not None and not sources.equals(sources_there):

@@ -30,7 +30,7 @@ from cache.errors import Busy, Corrupt, StoreError
 from cache.files import atomic, bucket, place, sealed
 from cache.files.bucket import BucketPath
 from cache.files.mapped import MappedFile
-from cache.format import arrow_tables, layout
+from cache.format import arrow_tables, layout, on_disk
 
 KEPT_HEADS = 8
 """A committer overtaken by so many cannot tell what became of its version: it tries again."""
@@ -426,17 +426,19 @@ def write_segment(directory: Path, version: int, table: pa.Table, scratch: Path)
         table: its rows.
         scratch: for the file while it is written.
     """
-    segment, content = packed(version, table)
-    atomic.write(directory / segment.name, [content], scratch)
+    segment, pieces = packed(version, on_disk.combined(table, scratch))
+    atomic.write(directory / segment.name, pieces, scratch)
     return segment
 
 
-def packed(version: int, table: pa.Table) -> tuple[Segment, memoryview]:
-    """Return a segment of the HEAD of a version as it will be named, and its file."""
-    content = arrow_tables.to_bytes(table)
-    sha256 = hashlib.sha256(content).hexdigest()
+def packed(version: int, table: pa.Table) -> tuple[Segment, list[memoryview]]:
+    """Return a segment of the HEAD of a version as it will be named, and its file in pieces."""
+    pieces, digest = arrow_tables.to_pieces(table), hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    sha256 = digest.hexdigest()
     name = f"{version:08d}-{sha256[:DIGEST_DIGITS]}.arrow"
-    return Segment(name=name, rows=table.num_rows, sha256=sha256), content
+    return Segment(name=name, rows=table.num_rows, sha256=sha256), pieces
 
 
 def map_segment(directory: Path, segment: Segment, schema: Columns) -> pa.Table:

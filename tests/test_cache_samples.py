@@ -135,6 +135,8 @@ def test_nothing_of_a_segment_is_read_before_it_is_touched(tmp_path):
         samples.shard(2)
 
 
+NOWHERE = Path("/nowhere")
+"""Few samples want no file."""
 URIS = [
     "a/1.png",
     "a/1",
@@ -163,7 +165,7 @@ def test_what_is_stored_is_what_was_given(names, data):
         },
         GIVEN,
     )
-    back = in_full(stored(table, 0))
+    back = in_full(stored(table, 0, NOWHERE))
     normal = [str(Path(uri)) for uri in back["uri"].to_pylist()]
     assert normal == [str(Path(uri)) for uri in table["uri"].to_pylist()]
     assert back.drop_columns("uri").equals(table.drop_columns("uri"))
@@ -174,23 +176,23 @@ def test_a_folder_of_images_is_one_entry_an_extension():
         uri=pl.col("sample_id")
         + pl.when(pl.int_range(1000) % 2 == 0).then(pl.lit(".JPEG")).otherwise(pl.lit(".png"))
     )
-    kept = stored(table.select(GIVEN.names).to_arrow().cast(GIVEN), 0)
+    kept = stored(table.select(GIVEN.names).to_arrow().cast(GIVEN), 0, NOWHERE)
     entries = kept["uri"].combine_chunks().dictionary
     assert entries.to_pylist() == ["{id}.JPEG", "{id}.png"]
     assert in_full(kept)["uri"].to_pylist() == table["uri"].to_list()
 
 
-def test_a_segment_is_the_same_in_however_many_blocks_it_is_made(monkeypatch):
+def test_a_segment_is_the_same_in_however_many_blocks_it_is_made(monkeypatch, tmp_path):
     table = sample_table(ids(100)).with_columns(
         uri=pl.when(pl.int_range(100) < 60).then(pl.lit("b.tar")).otherwise(pl.col("uri")),
         labels=pl.lit('{"n": ') + (pl.int_range(100) // 7).cast(pl.String) + "}",
     )
     whole = table.select(GIVEN.names).to_arrow().cast(GIVEN)
     pieces = pa.concat_tables([whole.slice(0, 41), whole.slice(41)])
-    expected = bytes(arrow_tables.to_bytes(stored(whole, 5)))
+    expected = bytes(arrow_tables.to_bytes(stored(whole, 5, NOWHERE)))
     hashes = id_hashes("toy", whole["sample_id"])
     monkeypatch.setattr(samples_as_rows, "BLOCK_ROWS", 16)
-    assert bytes(arrow_tables.to_bytes(stored(pieces, 5))) == expected
+    assert bytes(arrow_tables.to_bytes(stored(pieces, 5, tmp_path))) == expected
     np.testing.assert_array_equal(id_hashes("toy", pieces["sample_id"]), hashes)
 
 
@@ -247,7 +249,8 @@ def test_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):
     def same(dataset: str, names: pa.Array) -> np.ndarray:
         return np.full(len(names), 7, np.uint64)
 
-    monkeypatch.setattr("cache.samples.id_hashes", same)
+    for user in ("cache.samples", "cache.format.sample_table"):
+        monkeypatch.setattr(f"{user}.id_hashes", same)
     Samples.append(tmp_path, DATASET, sample_table(ids(5)), 4)
     samples = Samples.append(tmp_path, DATASET, sample_table(ids(3, "b")))
     names = ids(3, "b") + ids(5)[::-1]

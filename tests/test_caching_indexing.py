@@ -21,6 +21,7 @@ from support.small_caches import (
 )
 
 from cache.errors import StoreError
+from cache.format import on_disk
 from cache.order import EpochOrder
 from cache.samples import Samples
 from pipelines.caching import indexing, listing
@@ -153,7 +154,7 @@ def test_no_room_for_samples_in_order_is_a_sentence_and_what_was_listed_stays(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as there:
-        there.setattr(listing.tempfile, "mkstemp", full)
+        there.setattr(on_disk, "open", full, raising=False)
         with pytest.raises(StoreError, match="cannot be written"):
             indexing.index_samples(work)
     seen = opened(monkeypatch)

@@ -46,18 +46,41 @@ def to_numpy(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
 
 def to_bytes(table: pa.Table) -> memoryview:
     """Return a table as an uncompressed Arrow IPC file: equal tables, equal bytes."""
-    batches = table.combine_chunks().to_batches()
+    return memoryview(b"".join(to_pieces(table)))
 
-    def write(sink: Any) -> None:
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
 
-    size = pa.MockOutputStream()  # a buffer that grows is copied, and there twice, as it does
-    write(size)
-    content = pa.allocate_buffer(size.size())
-    write(pa.FixedSizeBufferWriter(content))
-    return memoryview(content)
+def to_pieces(table: pa.Table) -> list[memoryview]:
+    """Return what `to_bytes` does in pieces: columns are views of the table, and not copied.
+
+    A table in several chunks is combined first, in memory.
+    """
+    sink = _Pieces()
+    with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), table.schema) as writer:
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    return sink.pieces
+
+
+class _Pieces:
+    """A file that keeps the buffers which Arrow writes to it."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.pieces: list[memoryview] = []
+        self._bytes = 0
+
+    def write(self, data: bytes | pa.Buffer) -> int:
+        piece = memoryview(data).cast("B")
+        self.pieces.append(piece)
+        self._bytes += len(piece)
+        return len(piece)
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        pass
 
 
 def map_table(path: Path, num_bytes: int | None = None, sha256: str | None = None) -> pa.Table:

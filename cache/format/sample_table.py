@@ -9,6 +9,8 @@ The `uri` of an image that is a file of its own mostly is its id and an extensio
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.format import arrow_tables
+from cache.format import arrow_tables, on_disk
 from eupe.addressed import named
 from eupe.errors import BadInput
 
@@ -49,6 +51,8 @@ source of the same size and stamp (of modification times or entity tags) is not 
 
 BLOCK_ROWS = 65_536
 """Samples whose text is Python's or polars' at once: a segment has up to two million."""
+CHECKED_ROWS = 262_144
+"""Hashes of ids that are compared at once."""
 ID = "{id}"
 _START = b"start"
 _DICTIONARIES = ("uri", "labels")
@@ -92,30 +96,51 @@ def _check_ids(given: pa.Table) -> None:
     """
     if any(column.null_count for column in given.columns):
         raise ValueError("sample table: sample_id and digest must be given for every sample")
-    ids = pl.Series(given["sample_id"])
-    hashes = np.sort(ids.hash().to_numpy())
-    if not (hashes[1:] == hashes[:-1]).any():
+    column = given["sample_id"]
+    if not any((each[1:] == each[:-1]).any() for each in _sorted_hashes(column)):
         return
+    ids = pl.Series(column)
     twice = ids.filter(ids.is_duplicated())
     if len(twice):
         raise BadInput(f"sample table: sample_id {twice[0]!r} is there twice; ids must be unique")
 
 
-def stored(given: pa.Table, start: int) -> pa.Table:
-    """Return samples (GIVEN) as a segment that begins at a row: equal samples, equal tables."""
-    blocks = range(0, given.num_rows, BLOCK_ROWS)
-    uris = [_uris_on_disk(given.slice(first, BLOCK_ROWS)) for first in blocks]
-    text = {
-        "uri": pa.chunked_array([chunk for uri in uris for chunk in uri.chunks], pa.string()),
-        "labels": given["labels"],
-    }
+def _sorted_hashes(ids: pa.ChunkedArray) -> Iterator[npt.NDArray[np.uint64]]:
+    """Yield hashes of ids, rising, some at a time; equal ones are of one time."""
+    times = 1 << max(len(ids) // CHECKED_ROWS, 1).bit_length() - 1
+    for time in range(times):
+        found = []
+        for first in range(0, len(ids), BLOCK_ROWS):
+            hashes = pl.Series(ids.slice(first, BLOCK_ROWS)).hash().to_numpy()
+            found.append(hashes[hashes % np.uint64(times) == time])
+        yield np.sort(np.concatenate([np.empty(0, np.uint64), *found]))
+
+
+def stored(given: pa.Table, start: int, scratch: Path) -> pa.Table:
+    """Return samples (GIVEN) as a segment that begins at a row: equal samples, equal tables.
+
+    Args:
+        given: the samples; where they are many, they lie in files as well.
+        start: that row.
+        scratch: a folder for files without a name.
+    """
+    blocks = [given.slice(at, BLOCK_ROWS) for at in range(0, given.num_rows, BLOCK_ROWS)]
+    highest = [pc.max(given[name]).as_py() or 0 for name in _INTEGERS]
+    kinds = [next(kind for kind in _UNSIGNED if most < 2**kind.bit_width) for most in highest]
+    integers = pa.schema(list(zip(_INTEGERS, kinds, strict=True)))
+    kept = [_kept(block.select(_INTEGERS).cast(integers), scratch) for block in blocks]
     columns = {name: given[name] for name in GIVEN.names}
-    for name in _DICTIONARIES:
-        columns[name] = _dictionary(text[name])
-    for name in _INTEGERS:
-        highest = pc.max(given[name]).as_py() or 0
-        columns[name] = given[name].cast(next(t for t in _UNSIGNED if highest < 2**t.bit_width))
+    columns |= {name: pa.concat_tables([integers.empty_table(), *kept])[name] for name in _INTEGERS}
+    columns["uri"] = _dictionary(map(_uris_on_disk, blocks), scratch)
+    columns["labels"] = _dictionary((block["labels"] for block in blocks), scratch)
     return pa.table(columns, metadata={_START: str(start)})
+
+
+def _kept(block: pa.Table, scratch: Path | None) -> pa.Table:
+    """Return a block of many as it lies in a file, another one as it is."""
+    if scratch is None or block.num_rows < BLOCK_ROWS:
+        return block
+    return on_disk.kept(block, scratch)
 
 
 def _uris_on_disk(given: pa.Table) -> pa.ChunkedArray:
@@ -170,12 +195,29 @@ def id_hashes(dataset: str, sample_ids: pa.Array | pa.ChunkedArray) -> npt.NDArr
     return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
-def hash_table(hashes: npt.NDArray[np.uint64]) -> pa.Table:
-    """Return the table (HASHES) that finds the ids of a segment by their hashes, uint64 [n]."""
-    places = np.argsort(hashes, kind="stable")
+def hash_table(dataset: str, sample_ids: pa.ChunkedArray, scratch: Path | None) -> pa.Table:
+    """Return the table (HASHES) that finds the ids of a segment by their hashes.
+
+    Args:
+        dataset: whose ids.
+        sample_ids: in the order of the segment.
+        scratch: a folder for files without a name; None: all is in memory.
+    """
+    blocks, last, rising = [HASHES.empty_table()], np.uint64(0), True
+    for first in range(0, len(sample_ids), BLOCK_ROWS):
+        hashes = id_hashes(dataset, sample_ids.slice(first, BLOCK_ROWS))
+        rising = rising and bool(hashes[0] >= last and (hashes[1:] >= hashes[:-1]).all())
+        last, places = hashes[-1], np.arange(first, first + len(hashes), dtype=np.uint32)
+        columns = [arrow_tables.from_numpy(hashes), arrow_tables.from_numpy(places)]
+        blocks.append(_kept(pa.table(columns, schema=HASHES), scratch))
+    table = pa.concat_tables(blocks)
+    if rising:  # as indexing gives them
+        return table
+    hashes = arrow_tables.to_numpy(table["hash"])
+    order = np.argsort(hashes, kind="stable")
     columns = [
-        arrow_tables.from_numpy(hashes[places]),
-        arrow_tables.from_numpy(places.astype(np.uint32)),
+        arrow_tables.from_numpy(hashes[order]),
+        arrow_tables.from_numpy(order.astype(np.uint32)),
     ]
     return pa.table(columns, schema=HASHES)
 
@@ -187,11 +229,21 @@ def frame(table: pa.Table) -> pl.DataFrame:
     return shown
 
 
-def _dictionary(column: pa.ChunkedArray) -> pa.DictionaryArray:
+def _dictionary(blocks: Iterable[pa.ChunkedArray], scratch: Path) -> pa.DictionaryArray:
     """Encode text in the order in which it first appears, by indexes as narrow as will do."""
-    encoded = column.dictionary_encode().combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):  # of no rows
-        encoded = pa.array([], pa.string()).dictionary_encode()
-    most = len(encoded.dictionary)
-    index = next(each for each in _INDEXES if most <= 2 ** (each.bit_width - 1))
-    return pa.DictionaryArray.from_arrays(encoded.indices.cast(index), encoded.dictionary)
+    none = pa.array([], pa.string()).dictionary_encode()
+    indexes, own = [pa.table({"index": none.indices})], [none]
+    for block in blocks:
+        encoded = block.combine_chunks().dictionary_encode()
+        indexes.append(_kept(pa.table({"index": encoded.indices}), scratch))
+        entries = pa.array(np.arange(len(encoded.dictionary), dtype=np.int32))
+        own.append(pa.DictionaryArray.from_arrays(entries, encoded.dictionary))
+    shared = pa.chunked_array(own, none.type).unify_dictionaries()
+    dictionary = shared.chunk(0).dictionary
+    kind = next(each for each in _INDEXES if len(dictionary) <= 2 ** (each.bit_width - 1))
+    narrow = [
+        _kept(pa.table({"index": entries.indices.take(block["index"]).cast(kind)}), scratch)
+        for entries, block in zip(shared.chunks, indexes, strict=True)
+    ]
+    whole = on_disk.joined(pa.concat_tables(narrow)["index"], scratch).combine_chunks()
+    return pa.DictionaryArray.from_arrays(whole, dictionary)

@@ -12,9 +12,7 @@ those that it has mapped.
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,15 +22,14 @@ import pyarrow.compute as pc
 
 from cache.errors import NotBuilt
 from cache.files import atomic
-from cache.files.refused import writing
-from cache.format import arrow_tables
+from cache.format import arrow_tables, on_disk
 from cache.format.sample_table import GIVEN, SOURCES, id_hashes
 from eupe.errors import BadInput
 from pipelines.images.looker import Part
 from pipelines.images.walks import Piece
 from pipelines.recipe.config import ROW_KEY
 
-MERGED_ROWS = 100_000
+MERGED_ROWS = 50_000
 """Samples that are merged at once, about."""
 _SOURCES = b"sources"
 _SCHEMA = GIVEN.append(pa.field("hash", pa.uint64()))
@@ -82,13 +79,15 @@ class Listing:
         if not self._keep:
             self._parts.append(table)
             return
-        content = arrow_tables.to_bytes(table)
-        path = self._directory / f"{hashlib.sha256(content).hexdigest()}.arrow"
-        atomic.write(path, [content], self._directory.parent)
+        pieces, digest = arrow_tables.to_pieces(table), hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        path = self._directory / f"{digest.hexdigest()}.arrow"
+        atomic.write(path, pieces, self._directory.parent)
         try:
             kept = arrow_tables.map_table(path, sha256=path.stem)
         except NotBuilt:  # another builder is done with all parts, this one among them
-            kept = arrow_tables.parse_table(pa.py_buffer(content), str(path))
+            kept = arrow_tables.parse_table(pa.py_buffer(b"".join(pieces)), str(path))
         self._parts.append(kept)
 
     def sources(self) -> pa.Table:
@@ -104,41 +103,25 @@ class Listing:
             BadInput: two have one id.
             StoreError: there is no room for them.
         """
-        return [self._spilled(table) for table in self._merged()]
+        return list(map(self._kept, self._merged()))
+
+    def _kept(self, table: pa.Table) -> pa.Table:
+        if not self._keep or not table.num_rows:
+            return table
+        return on_disk.kept(table, self._directory.parent)
 
     def _merged(self) -> Iterator[pa.Table]:
+        """Merge slice by slice; nothing here holds one while the next is made."""
         hashes = [arrow_tables.to_numpy(part["hash"]) for part in self._parts]
         num_slices = max(sum(map(len, hashes)) // MERGED_ROWS, 1)
         bounds = [(number << 64) // num_slices for number in range(1, num_slices)]
         ends = np.array(bounds, np.uint64)
         cuts = [np.r_[0, np.searchsorted(each, ends), len(each)].tolist() for each in hashes]
         for number in range(num_slices):
-            slices = [
+            yield _in_order(
                 part.slice(cut[number], cut[number + 1] - cut[number])
                 for part, cut in zip(self._parts, cuts, strict=True)
-            ]
-            merged = pa.concat_tables([_SCHEMA.empty_table(), *slices])
-            merged = merged.sort_by([("hash", "ascending"), ("sample_id", "ascending")])
-            table = merged.select(GIVEN.names).replace_schema_metadata()
-            _check_unique(table)
-            yield table
-
-    def _spilled(self, table: pa.Table) -> pa.Table:
-        """Return a table as mapped from a file that has no name any more, and ends with it.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
-        if not self._keep or not table.num_rows:
-            return table
-        with writing(self._directory.parent):
-            handle, path = tempfile.mkstemp(".arrow", dir=self._directory.parent)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(arrow_tables.to_bytes(table))
-                return arrow_tables.map_table(Path(path))
-            finally:
-                os.unlink(path)
+            )
 
     def remove(self) -> None:
         """Drop the parts: all of it is in the sample table. Another builder may use the folder."""
@@ -155,6 +138,19 @@ def _key(piece: Piece) -> tuple[str, int, str]:
 
 def _sources(part: pa.Table) -> list[tuple[str, int, str, str]]:
     return [(*row,) for row in json.loads(part.schema.metadata[_SOURCES])]
+
+
+def _in_order(slices: Iterable[pa.Table]) -> pa.Table:
+    """Return samples (GIVEN) of parts in the order of their hashes.
+
+    Raises:
+        BadInput: two have one id.
+    """
+    merged = pa.concat_tables([_SCHEMA.empty_table(), *slices])
+    merged = merged.sort_by([("hash", "ascending"), ("sample_id", "ascending")])
+    table = merged.select(GIVEN.names).replace_schema_metadata()
+    _check_unique(table)
+    return table
 
 
 def _check_unique(table: pa.Table) -> None:
