@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -40,38 +41,46 @@ def output(script: str, **more: str) -> str:
     return run.stdout
 
 
+HEAD = """
+import sys
+import ray
+from flows.ray_jobs import job_cluster
+with job_cluster() as address:
+    print("up", ray.get_runtime_context().gcs_address, address, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[dict[str, str]]:
+    """A Ray in a process of its own: what names it to whoever is to use it."""
+    words = [sys.executable, "-c", HEAD]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = next(line.split() for line in process.stdout if line.startswith("up "))
+        yield {"RAY_ADDRESS": said[1], "RAY_API_SERVER_ADDRESS": said[2]}
+        process.communicate("")
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_output_streams_and_the_exit_code_is_the_drivers_own():
+def test_output_streams_and_the_exit_code_is_the_drivers_own(head):
     code = "import os, sys; print(os.environ['GREETING'], 'from the job'); sys.exit(7)"
-    said = output(SCRIPT.format(code=code))
+    said = output(SCRIPT.format(code=code), **head)
     assert "hello from the job\n" in said
     assert "exit code 7\n" in said
     assert "exit code 127\n" in said  # what the shell says of a command that is not there
 
 
-BESIDE = """
-import sys
-from flows.ray_jobs import job_cluster, run_job
-with job_cluster() as address:
-    print("up", flush=True)
-    sys.stdin.read()
-"""
-
-
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("head")
 def test_a_second_ray_on_the_machine_takes_jobs_too():
     """Every Ray's job agent wants one port unless it is told otherwise."""
-    words = [sys.executable, "-c", BESIDE]
-    with subprocess.Popen(
-        words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert any(line == "up\n" for line in other.stdout)
-        said = output(SCRIPT.format(code="print('hello')"))
-        assert "hello\nexit code 0\n" in said
-        other.communicate("")
+    said = output(SCRIPT.format(code="print('hello')"))
+    assert "hello\nexit code 0\n" in said
 
 
 GPU_SCRIPT = """
@@ -145,8 +154,8 @@ with ray_jobs.job_cluster() as address:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_connection_that_breaks_neither_stops_the_job_nor_loses_a_line():
-    said = output(CUT_SCRIPT)
+def test_a_connection_that_breaks_neither_stops_the_job_nor_loses_a_line(head):
+    said = output(CUT_SCRIPT, **head)
     lines = [line for line in said.splitlines() if line.startswith(("line", "exit"))]
     assert lines == [*(f"line {n}" for n in range(6)), "exit code 0"]
 
@@ -154,7 +163,8 @@ def test_a_connection_that_breaks_neither_stops_the_job_nor_loses_a_line():
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_driver_leaves_no_job_behind(number, tmp_path):
+def test_an_interrupted_driver_leaves_no_job_behind(number, tmp_path, head):
+    """Ctrl-C, with a Ray of its own, which ends too; SIGTERM, with one that lives on."""
     pid_file = tmp_path / "pid"
     code = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     driver = subprocess.Popen(
@@ -162,6 +172,7 @@ def test_an_interrupted_driver_leaves_no_job_behind(number, tmp_path):
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, **({} if number == signal.SIGINT else head)},
         start_new_session=True,
         # A test run in the background of a shell ignores SIGINT, and its children would too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
