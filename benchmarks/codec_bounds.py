@@ -47,13 +47,14 @@ def grid_variances(rows: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -
     _, height, width, dim = rows.shape
     y = (rows - mean) @ basis
     y = np.einsum("ia,jb,nabd->nijd", cosines(height), cosines(width), y, optimize=True)
-    return np.square(y).mean(axis=0).reshape(height * width, dim)
+    variance: np.ndarray = np.square(y).mean(axis=0).reshape(height * width, dim)
+    return variance
 
 
 def cosines(size: int) -> np.ndarray:
     """Return the orthonormal cosine transform (DCT-II), [m, m]."""
     k, n = np.arange(size)[:, None], np.arange(size)[None]
-    matrix = np.cos(np.pi * (2 * n + 1) * k / (2 * size)) * np.sqrt(2 / size)
+    matrix: np.ndarray = np.cos(np.pi * (2 * n + 1) * k / (2 * size)) * np.sqrt(2 / size)
     matrix[0] /= np.sqrt(2)
     return matrix
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # it is there
 
 from benchmarks.tables import Row
 
@@ -209,13 +209,15 @@ class Bench:
         with torch.profiler.profile(activities=activities) as profile:
             yield found
             self.synchronise()
-        kernels, copies = [], []
+        kernels, copies = list[tuple[float, float]](), list[tuple[float, float]]()
         for event in profile.events() or []:
             if event.device_type == getattr(DeviceType, kind):
                 own = copies if event.name.startswith(("Memcpy", "Memset")) else kernels
                 own.append((event.time_range.start / 1e6, event.time_range.end / 1e6))
-        seconds = [covered(each) / calls for each in (kernels, copies, kernels + copies)]
-        found.append(Busy(*seconds, len(kernels) / calls))
+        computed, copied, either = (
+            covered(each) / calls for each in (kernels, copies, kernels + copies)
+        )
+        found.append(Busy(computed, copied, either, len(kernels) / calls))
 
     @contextmanager
     def peak_memory(self) -> Iterator[list[float]]:

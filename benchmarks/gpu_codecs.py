@@ -55,7 +55,8 @@ def _measured(bench: Bench, name: str, features: torch.Tensor, moments: Moments)
     """Measure one codec on features float32 [n, H, W, D]."""
     sample = features[:64].flatten(1, 2).cpu().numpy()
     stored = moments.count, moments.mean, moments.scatter
-    codec = make_codec(default_codec(name), stored, features.shape[1:3], sample)
+    grid = features.shape[1], features.shape[2]
+    codec = make_codec(default_codec(name), stored, grid, sample)
     patches, num_bytes = features.flatten(1, 2), features.numel() * 4
     encoded = encode(codec, patches)
     # As a loader hands them over: in a buffer that is page-locked where there is a CUDA device.

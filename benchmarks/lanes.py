@@ -70,7 +70,7 @@ def drawn(num_rows: int, lanes: int, nodes: int, batch: int) -> tables.Row:
     shards = shards_of(num_rows)
     draw = TrainingDraw(Mix({"a": 1.0}, {}, batch, 0, lanes), {"a": shards}, {"a": 1}, 0)
     of_nodes = np.zeros((nodes, len(shards)), bool)
-    kept = []
+    kept = list[np.ndarray]()
     for step in range(num_rows // batch):
         rows = draw(step).rows
         for node, own in enumerate(np.split(rows, nodes)):

@@ -51,12 +51,13 @@ COLUMNS = {
 def noise() -> np.ndarray:
     """BATCH rows of float16 noise."""
     rng = np.random.default_rng(0)
-    return rng.standard_normal((BATCH, *SHAPE), np.float32).astype(np.float16)
+    rows: np.ndarray = rng.standard_normal((BATCH, *SHAPE), np.float32).astype(np.float16)
+    return rows
 
 
 def make_rows(numbers: np.ndarray) -> np.ndarray:
     """Rows [n, N, D] of those numbers: noise, with the number itself in the first two values."""
-    rows = noise()[numbers % BATCH]
+    rows: np.ndarray = noise()[numbers % BATCH]
     rows[:, 0, 0], rows[:, 0, 1] = numbers // 1024, numbers % 1024
     return rows
 
@@ -166,8 +167,10 @@ def run(arguments: argparse.Namespace, folder: Path, console: Console) -> list[t
     peers: list[tuple[type[Peer], Path]] = []
     rows: np.ndarray | None = None
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("writing", total=len({Memmap, *chosen}))
-        for cls in dict.fromkeys((Memmap, *chosen)):
+        floor: type[Peer] = Memmap
+        all_of_them = list(dict.fromkeys([floor, *chosen]))
+        task = progress.add_task("writing", total=len(all_of_them))
+        for cls in all_of_them:
             # A subclass that only reads shares the files its base class wrote.
             owner = next(c.__name__ for c in cls.__mro__ if "write" in c.__dict__)
             home = folder / f"{owner}-{num_rows}"
@@ -189,7 +192,7 @@ def run(arguments: argparse.Namespace, folder: Path, console: Console) -> list[t
             for cls, home in peers:
                 progress.update(task, description=f"{mode} {access}: {cls.name}")
                 # memmap against itself must share its map, or neither would ever be cold.
-                subject = reference if cls is Memmap else Opened(cls, home, mode)
+                subject = reference if cls is floor else Opened(cls, home, mode)
                 table.append(measure(subject, reference, num_rows, access, arguments.seconds))
                 progress.advance(task)
     return table

@@ -65,7 +65,8 @@ class Peer(Protocol):
 class Memmap:
     """numpy.memmap of one flat file, np.take into the buffer: the floor, one copy from the map."""
 
-    name, version = "numpy.memmap", np.__version__
+    name = "numpy.memmap"
+    version: str | None = np.__version__
 
     def write(self, rows: Rows, folder: Path) -> None:
         """One file of raw bytes."""
@@ -85,7 +86,8 @@ class Memmap:
 class Ours:
     """A store of this project through `cache.reader`, a batch copied by THREADS threads."""
 
-    name, version = "eupe", version("eupe")
+    name = "eupe"
+    version: str | None = installed("eupe")
     threads = THREADS
     spec = StoreSpec(
         dataset=DatasetSpec(name="bench"),
@@ -162,7 +164,8 @@ class OursUnchecked(Ours):
 class Tensorstore(Ours):
     """tensorstore on the very files of `Ours`; indexes cached, nothing rechecked."""
 
-    name, version = "tensorstore", installed("tensorstore")
+    name = "tensorstore"
+    version: str | None = installed("tensorstore")
 
     def open(self, folder: Path) -> None:
         """Open view 0 as a Zarr v3 array, with a cache that holds every shard's index."""
@@ -187,7 +190,8 @@ class Tensorstore(Ours):
 class ZarrPython(Ours):
     """zarr-python on the very files of `Ours`, run by run: 15 x faster than its oindex."""
 
-    name, version = "zarr-python", version("zarr")
+    name = "zarr-python"
+    version: str | None = installed("zarr")
 
     def open(self, folder: Path) -> None:
         """Open view 0 as a Zarr v3 array."""
@@ -205,7 +209,8 @@ class ZarrPython(Ours):
 class Zarrs(ZarrPython):
     """zarrs, the codec pipeline in Rust, under zarr-python on the very files of `Ours`."""
 
-    name, version = "zarrs", installed("zarrs")
+    name = "zarrs"
+    version: str | None = installed("zarrs")
 
     def open(self, folder: Path) -> None:
         """Open view 0 with zarrs' pipeline; an array keeps the one it was opened with."""
@@ -219,7 +224,8 @@ class Zarrs(ZarrPython):
 class Lance:
     """A Lance dataset, a fixed-size list of halffloats a row, read by `take`."""
 
-    name, version = "lance", installed("pylance")
+    name = "lance"
+    version: str | None = installed("pylance")
     column = "patches"
 
     def write(self, rows: Rows, folder: Path) -> None:
@@ -257,7 +263,8 @@ class Lance:
 class Safetensors:
     """One tensor in one safetensors file, mapped by the library, slice by slice."""
 
-    name, version = "safetensors", version("safetensors")
+    name = "safetensors"
+    version: str | None = installed("safetensors")
     key = "patches"
 
     def write(self, rows: Rows, folder: Path) -> None:
@@ -282,7 +289,8 @@ class Safetensors:
 class MosaicMl:
     """MDS shards of MosaicML Streaming, read where they lie by its LocalDataset."""
 
-    name, version = "mosaicml-streaming", installed("mosaicml-streaming")
+    name = "mosaicml-streaming"
+    version: str | None = installed("mosaicml-streaming")
     column = "patches"
 
     def write(self, rows: Rows, folder: Path) -> None:
@@ -310,7 +318,8 @@ class MosaicMl:
 class Litdata:
     """Chunks of litdata, read by its StreamingDataset from the folder they lie in."""
 
-    name, version = "litdata", installed("litdata")
+    name = "litdata"
+    version: str | None = installed("litdata")
 
     def write(self, rows: Rows, folder: Path) -> None:
         """Write chunks of 64 MB, litdata's advice."""
@@ -337,7 +346,8 @@ class Litdata:
 class Webdataset:
     """Tars of .npy files, read by wids, WebDataset's indexed reader (its version 1 has none)."""
 
-    name, version = "webdataset", installed("webdataset")
+    name = "webdataset"
+    version: str | None = installed("webdataset")
 
     def write(self, rows: Rows, folder: Path) -> None:
         """Write tars and the index that wids wants."""

@@ -141,7 +141,7 @@ def build(root: Path, num_rows: int, console: Console) -> Store:
     return store
 
 
-def open_and_read(root: Path) -> dict[str, float]:
+def open_and_read(root: Path) -> tables.Row:
     """Open the store and take one random batch; run in a fresh process."""
     start = time.perf_counter()
     reader = Reader(open_store(root, Ours.spec))
@@ -199,13 +199,13 @@ def build_records(folder: Path, num_records: int, console: Console) -> None:
         for view in range(NUM_VIEWS)
         for first in range(0, num_shards, runs.PART_RECORDS)
     ]
-    for view, first in track(starts, "writing parts", console=console, transient=True):
+    for number, first in track(starts, "writing parts", console=console, transient=True):
         shard = np.arange(first, min(first + runs.PART_RECORDS, num_shards))
-        content = arrow_tables.to_bytes(records_table(np.full_like(shard, view), shard))
+        content = arrow_tables.to_bytes(records_table(np.full_like(shard, number), shard))
         sha256 = hashlib.sha256(content).hexdigest()
         name = f"{1:08d}-{sha256[:16]}.arrow"
         write_sparse(manifest.directory / name, content)
-        ends = (view, first), (view, int(shard[-1]))
+        ends = (number, first), (number, int(shard[-1]))
         parts.append(
             Part(name=name, rows=len(shard), sha256=sha256, run=1, first=ends[0], last=ends[1])
         )
@@ -221,11 +221,11 @@ def write_sparse(path: Path, content: memoryview) -> None:
     with open(path, "wb") as file:
         for run in np.split(full, np.flatnonzero(np.diff(full) > 1) + 1):
             file.seek(int(run[0]) * PAGE)
-            file.write(pages[run[0] : run[-1] + 1])
+            file.write(pages[run[0] : run[-1] + 1].data)
         file.truncate(len(content))
 
 
-def find_records(folder: Path) -> dict[str, float]:
+def find_records(folder: Path) -> tables.Row:
     """Open a manifest and find the records of a batch; run in a fresh process."""
     start = time.perf_counter()
     manifest = Manifest.open(folder)
@@ -260,7 +260,7 @@ def memory_mb(name: str, process: int | str = "self") -> float:
     return int(line.split()[1]) / 1024
 
 
-def measure_records(num_records: int, folder: Path, console: Console) -> dict[str, float]:
+def measure_records(num_records: int, folder: Path, console: Console) -> tables.Row:
     """Build a manifest, if it is not there, and open it in a fresh process."""
     root = folder / f"records-{num_records}"
     started = time.perf_counter()
@@ -273,7 +273,7 @@ def measure_records(num_records: int, folder: Path, console: Console) -> dict[st
     return {"records": num_records, "build_seconds": built, **json.loads(run.stdout)}
 
 
-def measure(num_rows: int, folder: Path, console: Console) -> dict[str, float]:
+def measure(num_rows: int, folder: Path, console: Console) -> tables.Row:
     """Build one size, if it is not there, and open it in a fresh process."""
     root = folder / f"scale-{num_rows}"
     if not (root / "done").exists():

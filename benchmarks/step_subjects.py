@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -194,14 +195,16 @@ def block_seconds(subject: Subject, batch: int) -> float:
     if not subject.missing_blocks:
         return 0.0
     encoder = subject.teacher.encoder
-    blocks = encoder.network.blocks
+    network: Any = encoder.network  # torch's modules answer with any attribute
+    blocks = network.blocks
     pixels = torch.zeros(batch, 3, SIDE, SIDE, dtype=torch.uint8)
-    whole, fewer = [], []
+    whole, fewer = list[float](), list[float]()
     for _ in range(5):
         for times, kept in ((whole, blocks), (fewer, blocks[:1])):
-            encoder.network.blocks = kept
+            network.blocks = kept
             started = time.perf_counter()
             subject.teacher(pixels)
             times.append(time.perf_counter() - started)
-    encoder.network.blocks = blocks
-    return float(np.median(np.subtract(whole, fewer))) / (len(blocks) - 1)
+    network.blocks = blocks
+    seconds = float(np.median(np.subtract(whole, fewer)))
+    return seconds / int(len(blocks) - 1)

@@ -12,7 +12,7 @@ from eupe.encoders import Features
 from eupe.heads import DistillationModel
 from eupe.losses import teacher_loss, total_loss
 from eupe.spec import CentreView, EncoderSpec
-from eupe.students import build_student
+from eupe.students import FAMILY, build_student
 from pipelines.features.sources import Targets
 from pipelines.images import index
 from pipelines.images.reader import ImageReader
@@ -61,7 +61,7 @@ class TrainingStep:
     def __init__(
         self,
         teachers: Mapping[str, tuple[int, int]],
-        student: EncoderSpec = family.FAMILY["eupe_vitt16"],
+        student: EncoderSpec = FAMILY["eupe_vitt16"],
         lr: float | None = None,
     ) -> None:
         stage = family.full("eupe_vitt16").stage("stage2")
@@ -95,7 +95,8 @@ def smooth_features(
     waves = torch.from_numpy(cosines(side)).float().to(device)
     y = make(count, *falling.shape) * falling
     rows = torch.einsum("ia,jb,nijd->nabd", waves, waves, y)
-    return rows @ torch.linalg.qr(make(width, width)).Q
+    turned: torch.Tensor = rows @ torch.linalg.qr(make(width, width)).Q
+    return turned
 
 
 def targets_of(tokens: Features, rows: Sequence[int] | slice = slice(None)) -> Targets:
