@@ -47,15 +47,23 @@ def worker() -> type:
     return Worker
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Start a cluster whose head has no CPU to compute on; nodes are the test's own."""
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """Start a cluster whose head has no CPU to compute on."""
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    monkeypatch.setenv("RAY_ADDRESS", started.address)
     yield started
     started.shutdown()
+
+
+@pytest.fixture
+def cluster(head: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Name that cluster; nodes are the test's own, and go with it."""
+    monkeypatch.setenv("RAY_ADDRESS", head.address)
+    yield head
+    for node in list(head.worker_nodes):
+        head.remove_node(node)
 
 
 def test_work_goes_on_beside_an_actor_without_room_and_with_nodes_that_come_and_go(
