@@ -15,7 +15,7 @@ from pipelines.recipe.stage import OptimizerConfig, StageConfig, StageName
 
 NAME = "demo"
 STAGE_2_ONLY = "demo_stage2"
-PYRAMID = (64, 96, 128)
+PYRAMID = (48, 64, 96)
 SCALE_ALONE = 96
 """Of the student that learns from both teachers at once."""
 
@@ -23,7 +23,7 @@ SCALE_ALONE = 96
 def whole() -> Recipe:
     """Return the demo: three stages on real emoji with two ImageNet teachers, on two cores.
 
-    The teachers are Python packages; the pyramid is (64, 96, 128), as small as the emoji are.
+    The teachers are Python packages, and see more pixels than the pyramid (48, 64, 96) has.
     Proxy and student are narrow ResNet-18s: in minutes, from nothing, a convolutional network
     learns what a transformer does not (docs/log.md). Views are mild: a run this short sees each
     picture some ten times, and with the paper's stronger ones it learns less in the same time.
@@ -51,9 +51,9 @@ def whole() -> Recipe:
         proxy_dtype="float32",
         student=StudentConfig(name="resnet_mini", encoder=_resnet(24)),
         stages=by_name(
-            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=600),
-            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=400),
-            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=600, lr=2e-3),
+            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=700),
+            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=450),
+            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=800, lr=2e-3),
         ),
         extraction=ExtractionConfig(
             rows_per_shard=256,
