@@ -140,11 +140,17 @@ def _deleted(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
 
 
 def _exchanged(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
-    """Exchange a file for another of its kind, or the twin's: of its size if there is one."""
+    """Exchange a file for another of its kind, or the twin's: of its size if there is one.
+
+    The only one of its kind gets what another file of its folder holds.
+    """
     content = path.read_bytes()
     own, twins = (sorted(root.glob(pattern)) for root in (round.root, round.reference.twin))
     below = own + [twin for twin in twins if twin.name == path.name]
     others = [other for other in below if other.read_bytes() != content]
+    if not others:
+        put(path, round.random.choice(_neighbours(path)).read_bytes())
+        return (path,)
     like = [other for other in others if other.stat().st_size == len(content)]
     other = round.random.choice(like or others)
     put(path, other.read_bytes())
@@ -152,6 +158,10 @@ def _exchanged(round: Round, path: Path, pattern: str) -> tuple[Path, ...]:
         return (path,)
     put(other, content)
     return path, other
+
+
+def _neighbours(path: Path) -> list[Path]:
+    return [other for other in sorted(path.parent.rglob("*")) if other.is_file() and other != path]
 
 
 DAMAGES = {
