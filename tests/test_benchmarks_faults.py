@@ -114,14 +114,15 @@ def test_a_fault_that_could_not_be_had_is_a_failure_and_ends_no_campaign(monkeyp
     assert (found.failures, found.said) == (1, ["4 shards did not come"])
 
 
+@pytest.mark.parametrize("pattern", ["*", "a"], ids=["of many", "the only one"])
 @pytest.mark.parametrize("how", sorted(DAMAGES))
-def test_every_damage_changes_a_file(tmp_path, how):
+def test_every_damage_changes_a_file(tmp_path, how, pattern):
     root = tmp_path / "root"
     root.mkdir()
     for name in "ab":
         (root / name).write_bytes(name.encode() * 9)
     round = Round(Reference(tmp_path, (), 1, 1), root, random.Random(0))
-    damaged = DAMAGES[how](round, root / "a", "*")
+    damaged = DAMAGES[how](round, root / "a", pattern)
     assert root / "a" in damaged
     assert how == "deleted" or (root / "a").read_bytes() != b"a" * 9
     assert (root / "a").exists() == (how != "deleted")
