@@ -21,7 +21,7 @@ lock: $(INSTALLED)  ## write constraints.txt: the exact versions that .venv has
 	$(BIN)/python .ci/lock.py constraints.txt demo dev release transformers bench
 	@touch $(INSTALLED)
 
-demo: $(INSTALLED)  ## the whole recipe on real images in some eleven minutes: two teachers, a proxy, a student
+demo: $(INSTALLED)  ## the whole recipe on real images in some eight minutes: two teachers, a proxy, a student
 	$(BIN)/eupe run demo
 
 # Those that start a Ray cluster or a Prefect server want the machine to themselves.
