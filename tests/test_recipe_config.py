@@ -219,7 +219,7 @@ def test_a_field_that_a_source_of_that_kind_would_drop_is_refused(kind, field, v
 
 def test_all_pixels_are_those_that_stages_show_their_students():
     demo = recipes.get("demo", ["stages.stage3.student_resolutions=[64,160]"])
-    assert demo.pixel_scales == (64, 96, 128, 160)
+    assert demo.pixel_scales == (48, 64, 96, 160)
     assert recipes.get("demo_stage2").pixel_scales == (96,)
     assert recipes.get("demo", ["pixels=[64]"]).pixel_scales == (64,)
     with pytest.raises(BadInput, match=r"pixels at \[65\]: no stage has a student at that scale"):
