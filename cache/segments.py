@@ -397,7 +397,7 @@ def _read(path: Path, kind: type[H]) -> HeadFile[H] | None:
             found = bucket.read(path)
             if found is None:
                 return None
-            content, stamp = found
+            content, stamp = found.content, found.stamp
         else:
             content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

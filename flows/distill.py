@@ -18,6 +18,7 @@ from pathlib import Path
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from cache.files import copies
 from eupe.errors import BadInput
 from flows import artifacts
 from flows.parameters import Overrides, RecipeName
@@ -114,6 +115,7 @@ def distill(
         seconds[step], last = time.monotonic() - last, time.monotonic()
 
     beforehand.check(asked)
+    outputs.bring(asked.directory)
     with job_cluster() as address:  # one Ray for caching and training
         clock("start ray")
         beforehand.check_cluster(asked)
@@ -136,13 +138,15 @@ def distill(
                 continue
             own = gpus if asked.workers.count == 1 else 0
             train(stage.name, arguments, asked.directory, address, own)
+            outputs.bring(asked.directory)
             clock(stage.name)
         found = report.current(asked)
         if found is None:
             make_report(arguments, seconds, asked.directory, address, gpus)
+            outputs.bring(asked.directory)
             found = report.read(asked)
     said = [*tables.verdicts(found), tables.steps_line(found)]
     artifacts.table("distill-encoders", tables.encoder_rows(found), tables.table_line(found))
     artifacts.table("distill-summary", tables.closing_rows(found), "\n\n".join(said))
-    print(f"{asked.directory}: summary.json, report.html", file=sys.stderr)
+    print(f"{copies.named(asked.directory)}: summary.json, report.html", file=sys.stderr)
     return found

@@ -73,3 +73,8 @@ def test_a_head_is_replaced_if_it_is_as_expected(google):
     with pytest.raises(Busy, match="another process has replaced it"):
         bucket.swap(head, b"3", first)
     assert (google.content, google.generation) == (b"2", 2)
+    now = bucket.read(head)
+    assert now is not None
+    stamp = bucket.swap(head, b"4", now)  # what it returns is enough to go on with
+    bucket.swap(head, b"5", bucket.Stamped(b"4", stamp))
+    assert (google.content, google.generation) == (b"5", 4)

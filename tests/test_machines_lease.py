@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from support.bucket_server import NAME
 
 from cache.errors import Busy
+from cache.files import bucket, copies
+from cache.files.bucket import BucketPath
 from pipelines.machines import lease
 
 CHILD = """
@@ -110,3 +113,70 @@ def test_a_lease_that_cannot_be_read_is_nobodys(tmp_path: Path):
     (tmp_path / "stage2-1.lease").write_text("{")
     with lease.held(tmp_path / "stage2-1", wait=False):
         assert lease.holder(tmp_path / "stage2-1") is not None
+
+
+@pytest.fixture
+def in_bucket(s3, tmp_path, monkeypatch, request) -> Path:
+    """Something that is worked on in a copy, and lies in a bucket."""
+    monkeypatch.setenv(copies.FOLDER_VARIABLE, str(tmp_path / "copies"))
+    return copies.local(f"s3://{NAME}/{request.node.name}/stage2-1")
+
+
+def test_in_a_bucket_one_holds_it_and_gives_it_back(in_bucket, monkeypatch):
+    with lease.held(in_bucket):
+        found = lease.holder(in_bucket)
+        assert found is not None
+        assert found.pid == os.getpid()
+        with pytest.raises(Busy, match="in work on"), lease.held(in_bucket, wait=False):
+            raise AssertionError("two hold it")
+    assert lease.holder(in_bucket) is None
+    monkeypatch.setattr(lease, "BUCKET_POLL_SECONDS", 0.01)
+    with lease.held(in_bucket):  # of many that wait one at a time has it
+        threads = [threading.Thread(target=_hold, args=(in_bucket,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join()
+    assert lease.holder(in_bucket) is None
+
+
+def _hold(path: Path) -> None:
+    with lease.held(path):
+        there = lease.holder(path)
+        assert there is not None
+
+
+def test_in_a_bucket_a_holder_elsewhere_is_dead_by_the_buckets_clock(in_bucket, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.atomic, "host", lambda: "another")
+        block = lease.held(in_bucket)
+        block.__enter__()
+    with pytest.raises(Busy, match="another"), lease.held(in_bucket, wait=False):
+        pass
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 10 * lease.DEAD_SECONDS)  # our clock is wrong
+    with pytest.raises(Busy, match="another"), lease.held(in_bucket, wait=False):
+        pass
+    clock = lease._bucket_clock
+    monkeypatch.setattr(lease, "_bucket_clock", lambda folder: clock(folder) + lease.DEAD_SECONDS)
+    with lease.held(in_bucket, wait=False):
+        block.__exit__(None, None, None)  # the old holder wakes up: the lease is not its own
+        found = lease.holder(in_bucket)
+        assert found is not None
+        assert found.pid == os.getpid()
+        assert not found.host.startswith("another")
+
+
+def test_in_a_bucket_a_holder_says_that_it_lives(in_bucket, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    there = copies.remote(in_bucket)
+    assert there is not None
+    file = BucketPath(f"{there}.lease")
+    with lease.held(in_bucket):
+        first = bucket.read(file)
+        deadline = time.monotonic() + 30
+        while (now := bucket.read(file)) == first and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert now != first
+        assert lease.holder(in_bucket) is not None
+    assert lease.holder(in_bucket) is None

@@ -5,6 +5,8 @@
     mirror_space     the room of a mirror: what it holds, what it evicts
     atomic           written, then visible: temporary name, fsync, rename; swaps of a HEAD
     bucket           objects of s3://, gs:// and az:// under the names of paths
+    copies           folders that are worked on here and lie in a bucket, file by file
+    trees            folders of a bucket whose files belong together: what HEAD names
     refused          what the operating system refuses to write, in one sentence
     mapped           files mapped into memory, and how many of them a process keeps
 

@@ -356,10 +356,12 @@ class Stamped(NamedTuple):
     Attributes:
         content: of the object.
         stamp: entity tag, which S3 and Azure compare, and version, which Google does.
+        written: when, seconds since 1970 by the bucket's clock.
     """
 
     content: bytes
     stamp: dict[str, str]
+    written: float = 0.0
 
 
 def read(path: BucketPath) -> Stamped | None:
@@ -371,16 +373,16 @@ def read(path: BucketPath) -> Stamped | None:
     with _asking(path, "read"):
         try:
             found = obstore.get(_store(path), path.key)
-            stamp = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
-            return Stamped(bytes(found.bytes()), stamp)
+            written = found.meta["last_modified"].timestamp()
+            return Stamped(bytes(found.bytes()), _stamp(found.meta), written)
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise
             return None
 
 
-def swap(path: BucketPath, content: bytes, there: Stamped | None) -> None:
-    """Replace an object if it is as it was read: compare and swap, in the bucket.
+def swap(path: BucketPath, content: bytes, there: Stamped | None) -> dict[str, str]:
+    """Replace an object if it is as it was read, in the bucket; return its new stamp.
 
     Args:
         path: the object.
@@ -395,13 +397,12 @@ def swap(path: BucketPath, content: bytes, there: Stamped | None) -> None:
     mode: Any = "create" if there is None else there.stamp
     with _asking(path, "written"):
         try:
-            obstore.put(store, path.key, content, mode=mode, use_multipart=False)
-            return
+            return _stamp(obstore.put(store, path.key, content, mode=mode, use_multipart=False))
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
             # An attempt whose answer was lost may have been ours.
             now = read(path)
             if now is not None and now.content == content:
-                return
+                return now.stamp
     raise Busy(f"{path}: another process has replaced it meanwhile; run the same again")
 
 
@@ -415,6 +416,10 @@ def _below(path: BucketPath) -> list[tuple[BucketPath, Any]]:
     with _asking(path, "listed"):
         found = obstore.list(_store(path), prefix=path.key or None, chunk_size=1000)
         return [(base / each["path"], each) for part in found for each in part]
+
+
+def _stamp(meta: Any) -> dict[str, str]:
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name]}
 
 
 def _tag(found: Any) -> str:

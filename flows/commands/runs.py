@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cache.files import copies
 from eupe.errors import BadInput
 from flows.commands.printing import print_json, print_table
 from pipelines.recipe.words import AsJson, Overrides, RecipeName, RecipeNameOrNone
@@ -99,7 +100,9 @@ def evaluate(
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.evaluation.frozen import FrozenStudent
     from pipelines.recipe.stores import Opened
+    from pipelines.training import outputs
 
+    outputs.bring(asked.directory)
     judged, opened = [alone] if alone else asked.stages.values(), Opened()
     found = evaluation.evaluate(
         [FrozenStudent(asked, each, evaluation.device(asked), opened) for each in judged]
@@ -158,7 +161,8 @@ def report(
     if as_json:
         print_json(found)
     else:
-        print(asked.directory / reports.SUMMARY_FILE, asked.directory / reports.REPORT_FILE)
+        folder = copies.named(asked.directory)
+        print(folder / reports.SUMMARY_FILE, folder / reports.REPORT_FILE)
 
 
 @app.command("compare")
@@ -216,7 +220,8 @@ def run(recipe: RecipeName = "demo", overrides: Overrides = None, as_json: AsJso
         return
     print_evaluation(found)
     print(tables.steps_line(found))
-    print(f"{asked.directory / 'summary.json'}\n{asked.directory / 'report.html'}")
+    folder = copies.named(asked.directory)
+    print(f"{folder / 'summary.json'}\n{folder / 'report.html'}")
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:

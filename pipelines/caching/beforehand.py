@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from cache.files import copies
 from cache.samples import Samples
 from eupe import weights
 from eupe.encoders import shapes, weightless
@@ -14,7 +15,7 @@ from eupe.errors import BadInput
 from eupe.spec import EncoderSpec
 from pipelines.images import index
 from pipelines.images.labels import check_in_common, labels_of
-from pipelines.machines import cluster, pool
+from pipelines.machines import cluster, pool, shared_folders
 from pipelines.recipe import whole_batches
 from pipelines.recipe.config import DatasetConfig, Recipe
 
@@ -126,6 +127,18 @@ def check_sources(recipe: Recipe) -> None:
             )
 
 
+def check_places(recipe: Recipe) -> None:
+    """Refuse a run in a bucket that nothing can be written to.
+
+    Raises:
+        BadInput: naming the bucket, and what it answers.
+    """
+    wanted = (copies.remote(folder) for folder in (recipe.directory, recipe.outputs))
+    with shared_folders.laid([str(each) for each in wanted if each is not None]) as laid:
+        for sentence in laid.refused.values():
+            raise BadInput(sentence)
+
+
 def check_labels(recipe: Recipe) -> None:
     """Refuse a label that indexed samples do not have, or whose values are of two alphabets.
 
@@ -160,5 +173,5 @@ def networks(recipe: Recipe) -> Iterator[tuple[str, EncoderSpec, str | None, tup
             yield field, trained.encoder, trained.weights, tuple(sorted(scales))
 
 
-CHECKS = (check_sources, check_gpus, check_networks)
+CHECKS = (check_sources, check_gpus, check_places, check_networks)
 """What `check` calls, the cheapest first."""

@@ -35,6 +35,7 @@ from pipelines.images import warned
 from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader, LostImage
 from pipelines.recipe.config import TeacherConfig
+from pipelines.records import checkpoint
 
 ALL_LOST = 4
 """Images of a batch of which not one is found: a disk that is not mounted, not images lost."""
@@ -240,6 +241,7 @@ class Extractor:
     def _teacher(self, name: str) -> Teacher:
         if name not in self._teachers:
             config = self._configs[name]
+            checkpoint.bring(config.weights)
             self._teachers[name] = load_teacher(
                 name, config.encoder, config.weights, config.dtype, self._device
             )

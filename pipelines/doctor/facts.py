@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from cache.errors import StoreError
+from cache.files import copies
 from eupe.errors import BadInput
 from pipelines.caching import beforehand, planning
 from pipelines.caching.outlook import HOUR, Outlook
@@ -126,7 +127,7 @@ def gather(recipe: Recipe, on_cluster: bool, gpus: str | None) -> Facts:
     on = machine_here() if gpus is None else machine(gpus)
     token = _token()  # before a connection invents one
     refused = beforehand.refusals(recipe)
-    shared = (recipe.cache_root, recipe.run_directory, str(recipe.outputs))
+    shared = (recipe.cache_root, recipe.run_directory, str(copies.named(recipe.outputs)))
     cluster_said = Asked([], {}, [], None)
     with shared_folders.laid(shared) as laid:
         question = Question(recipe, example(), laid.probes)

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from cache.files import atomic
+from cache.files import copies
 from cache.format import layout
 from eupe.encoders import Features
 from eupe.paired import Interval, mean_interval, paired_test, runs_interval
@@ -299,9 +299,9 @@ def write(recipe: Recipe, evaluation: Evaluation, stage: StageConfig | None = No
     )
     path = _own(recipe.directory / EVALUATION_FILE, own)
     text = json.dumps(plain(recipe, evaluation), indent=2) + "\n"
-    atomic.write(_own(recipe.directory / CORRECT_FILE, own), [_correct(evaluation)], scratch)
-    atomic.write(path, [text.encode()], scratch)
-    return path
+    copies.write(_own(recipe.directory / CORRECT_FILE, own), _correct(evaluation), scratch)
+    copies.write(path, text.encode(), scratch)
+    return copies.named(path)
 
 
 def _own(path: Path, suffix: str) -> Path:

@@ -18,6 +18,7 @@ def summary(recipe: Recipe) -> dict[str, object] | None:
         BadInput: a source or weights that cannot be read.
         Corrupt: a store is not what its manifest says.
     """
+    outputs.bring(recipe.directory)
     if not (recipe.directory / report.SUMMARY_FILE).is_file():
         return None
     opened = Opened()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from cache.files import copies
 from eupe.errors import BadInput
 from eupe.paired import Interval, ratio_interval
 from pipelines.evaluation.compare import INITIAL
@@ -16,6 +17,7 @@ from pipelines.evaluation.encoders import PROBES, Probe
 from pipelines.evaluation.evaluate import CORRECT_FILE, Versus, versus
 from pipelines.evaluation.networks import PIXELS
 from pipelines.evaluation.tables import PROBE_TITLES, TRIVIAL, interval, percent
+from pipelines.training import outputs
 
 SUMMARY_FILE = "summary.json"
 
@@ -85,10 +87,10 @@ def compare(directories: Sequence[Path]) -> dict[Probe, Pooled]:
         BadInput: a folder without summary and correct.parquet, no labels, or runs that were judged
             on other images or by another label.
     """
-    runs = [read(directory) for directory in directories]
+    runs = [read(outputs.here(directory, stages=False)) for directory in directories]
     for number, run in enumerate(runs):
         if run.directory.resolve() in {each.directory.resolve() for each in runs[:number]}:
-            raise BadInput(f"{run.directory}: named twice; each run counts once")
+            raise BadInput(f"{copies.named(run.directory)}: named twice; each run counts once")
     check_same(runs)
     return {probe: _pooled(runs, probe) for probe in PROBES}
 
@@ -155,8 +157,8 @@ def read(directory: Path) -> Judgement:
     for name in (SUMMARY_FILE, CORRECT_FILE):
         if not (directory / name).is_file():
             raise BadInput(
-                f"{directory} has no {name}: wants the folder of a run that `eupe run` or `eupe "
-                "report` has finished"
+                f"{copies.named(directory)} has no {name}: wants the folder of a run that `eupe "
+                "run` or `eupe report` has finished"
             )
     summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
     if "versus" not in summary:

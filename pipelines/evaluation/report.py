@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache.files import atomic
+from cache.files import atomic, copies
 from cache.format import layout
 from cache.store import Store
 from eupe import fingerprint as fp
@@ -18,6 +18,7 @@ from pipelines.evaluation.pyramid import StageFigures, stage_figures
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stores import Opened, job_groups, open_stores
 from pipelines.records import checkpoint, tracking
+from pipelines.training import outputs
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 TEMPLATE = "evaluation/report.html.j2"
@@ -104,6 +105,7 @@ def make(recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, object]:
             that cannot be read.
         StoreError: a cache cannot be read.
     """
+    outputs.bring(recipe.directory)
     for stage in recipe.stages.values():
         checkpoint.finished(recipe.stage_directory(stage.name), stage.steps)
     opened = Opened()
@@ -263,4 +265,4 @@ def _bar(cosine: Cosine) -> dict[str, float]:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    atomic.write(path, [text.encode()], layout.scratch_directory(path.parent))
+    copies.write(path, text.encode(), layout.scratch_directory(path.parent))

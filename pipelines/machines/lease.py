@@ -3,6 +3,9 @@
 A lease is a small file that its holder touches every few seconds. On the holder's own machine a
 dead process is known at once; elsewhere by the file's age, by the clock of the file system it lies
 on. Processes that look at a lease take turns by a lock on a file beside it.
+
+What is worked on in a copy of a bucket has its lease there, an object: taken, kept and given back
+by compare and swap, its age told by the bucket's clock.
 """
 
 import json
@@ -11,16 +14,18 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
 from filelock import FileLock
 
-from cache.errors import Busy
-from cache.files import atomic
+from cache.errors import Busy, StoreError
+from cache.files import atomic, bucket, copies
+from cache.files.bucket import BucketPath, Stamped
 from cache.files.refused import writing
 
 BEAT_SECONDS = 10.0
@@ -28,8 +33,11 @@ DEAD_SECONDS = 90.0
 """A lease that was not touched for so long is nobody's: nine beats missed."""
 CLOCK_SECONDS = 2.0
 """When a process began is told by a clock that may be set."""
-POLL_SECONDS = 0.5
+POLL_SECONDS, BUCKET_POLL_SECONDS = 0.5, 5.0
 SUFFIX = ".lease"
+FREE = b"{}\n"
+"""A lease in a bucket that was given back."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,11 @@ def holder(path: Path) -> Holder | None:
 
     Args:
         path: of what is worked on; its lease lies beside it.
+
+    Raises:
+        StoreError: the bucket that it lies in does not answer.
     """
-    lease = _file(path)
-    try:
-        found = Holder(**json.loads(lease.read_bytes()))
-        age = _now(lease.parent) - lease.stat().st_mtime
-    except (OSError, ValueError, TypeError):
-        return None
-    us = _this_process()
-    if found.host == us.host:
-        return found if _lives(found) else None
-    return found if age < DEAD_SECONDS else None
+    return _lease(path).holder()
 
 
 @contextmanager
@@ -82,57 +84,140 @@ def held(path: Path, wait: bool = True) -> Iterator[None]:
         Busy: another process holds it, and `wait` is False.
         StoreError: the lease cannot be written.
     """
-    ours = _this_process()
-    told = False
-    while (other := _take(path, ours)) is not None:
+    lease, ours, told = _lease(path), _this_process(), False
+    while (other := lease.take(ours)) is not None:
         if not wait:
             raise Busy(f"{path} is in work on {other}")
         if not told:
             print(f"{path.name} is in work on {other}; waiting for it", file=sys.stderr, flush=True)
             told = True
-        time.sleep(POLL_SECONDS)
+        time.sleep(lease.poll_seconds)
     ended = threading.Event()
-    beats = threading.Thread(target=_beat, args=(_file(path), ended), daemon=True)
+    beats = threading.Thread(target=_beat, args=(lease, ended), daemon=True)
     beats.start()
     try:
         yield
     finally:
         ended.set()
         beats.join()
-        _give_back(path, ours)
+        lease.give_back(ours)
 
 
-def _take(path: Path, ours: Holder) -> Holder | None:
-    """Take a lease that nobody alive holds; return who does, None if it is ours now."""
-    lease = _file(path)
-    with writing(lease):
-        atomic.make_directories(lease.parent)
-        with _turn(path):
-            there = holder(path)
-            if there is None:
-                text = json.dumps(vars(ours)).encode()
-                atomic.write(lease, [text], lease.parent)
-            return there
-
-
-def _give_back(path: Path, ours: Holder) -> None:
-    with _turn(path), suppress(OSError):
-        if holder(path) == ours:  # else it was taken over while this process was stopped
-            _file(path).unlink()
-
-
-def _beat(lease: Path, ended: threading.Event) -> None:
+def _beat(lease: "_File | _Object", ended: threading.Event) -> None:
     while not ended.wait(BEAT_SECONDS):
-        with suppress(OSError):  # a drive that is away for a moment
-            os.utime(lease)
+        with suppress(OSError, StoreError):  # a drive, or a bucket, that is away for a moment
+            lease.beat()
 
 
-def _turn(path: Path) -> FileLock:
-    return FileLock(path.with_name(f".{path.name}.lock"))
+def _lease(path: Path) -> "_File | _Object":
+    there = copies.remote(path)
+    return _File(path) if there is None else _Object(there)
 
 
-def _file(path: Path) -> Path:
-    return path.with_name(path.name + SUFFIX)
+class _File:
+    """A lease on something in a local or shared folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.with_name(path.name + SUFFIX)
+        self.poll_seconds = POLL_SECONDS
+
+    def holder(self) -> Holder | None:
+        """Return who holds it."""
+        try:
+            found = Holder(**json.loads(self._file.read_bytes()))
+            age = _now(self._file.parent) - self._file.stat().st_mtime
+        except (OSError, ValueError, TypeError):
+            return None
+        return _alive(found, lambda: age)
+
+    def take(self, ours: Holder) -> Holder | None:
+        """Take it if nobody alive holds it; return who does, None if it is ours now."""
+        with writing(self._file):
+            atomic.make_directories(self._file.parent)
+            with self._turn():
+                there = self.holder()
+                if there is None:
+                    text = json.dumps(vars(ours)).encode()
+                    atomic.write(self._file, [text], self._file.parent)
+                return there
+
+    def beat(self) -> None:
+        """Say that its holder lives."""
+        os.utime(self._file)
+
+    def give_back(self, ours: Holder) -> None:
+        """Let others have it, unless it was taken over while this process was stopped."""
+        with self._turn(), suppress(OSError):
+            if self.holder() == ours:
+                self._file.unlink()
+
+    def _turn(self) -> FileLock:
+        return FileLock(self._path.with_name(f".{self._path.name}.lock"))
+
+
+class _Object:
+    """A lease on something in a bucket; an object that names nobody is free."""
+
+    def __init__(self, path: BucketPath) -> None:
+        self._object = path.with_name(path.name + SUFFIX)
+        self.poll_seconds = BUCKET_POLL_SECONDS
+        self._ours, self._beats = Stamped(b"", {}), 0
+
+    def holder(self) -> Holder | None:
+        """Return who holds it."""
+        return self._holder(bucket.read(self._object))
+
+    def _holder(self, there: Stamped | None) -> Holder | None:
+        if there is None:
+            return None
+        try:
+            said = json.loads(there.content)
+            found = Holder(**{name: said[name] for name in Holder.__dataclass_fields__})
+        except (ValueError, TypeError, KeyError):
+            return None
+        return _alive(found, lambda: _bucket_now(self._object.parent) - there.written)
+
+    def take(self, ours: Holder) -> Holder | None:
+        """Take it if nobody alive holds it; return who does, None if it is ours now."""
+        while True:
+            there = bucket.read(self._object)
+            other = self._holder(there)
+            if other is not None:
+                return other
+            content = json.dumps(vars(ours)).encode()
+            with suppress(Busy):
+                self._ours = Stamped(content, bucket.swap(self._object, content, there))
+                return None
+
+    def beat(self) -> None:
+        """Say that its holder lives; of a lease that was taken over, nothing."""
+        self._beats += 1
+        content = json.dumps({**json.loads(self._ours.content), "beats": self._beats}).encode()
+        stamp = bucket.swap(self._object, content, self._ours)
+        self._ours = Stamped(content, stamp)
+
+    def give_back(self, ours: Holder) -> None:
+        """Let others have it, unless it was taken over while this process was silent."""
+        with suppress(StoreError):
+            bucket.swap(self._object, FREE, self._ours)
+
+
+@cache
+def _bucket_clock(folder: BucketPath) -> float:
+    """Return how far the clock of a bucket is ahead of this machine's monotonic one."""
+    probe = folder / f".now-{secrets.token_hex(4)}"
+    bucket.swap(probe, b"", None)
+    found = bucket.read(probe)
+    asked = time.monotonic()
+    probe.unlink()
+    if found is None:
+        raise StoreError(f"{probe}: was written and is not there; the bucket loses objects")
+    return found.written - asked
+
+
+def _bucket_now(folder: BucketPath) -> float:
+    """Return the time by the clock of a bucket, which stamps leases."""
+    return time.monotonic() + _bucket_clock(folder)
 
 
 def _now(directory: Path) -> float:
@@ -148,7 +233,22 @@ def _now(directory: Path) -> float:
 def _this_process() -> Holder:
     process = psutil.Process()
     token = secrets.token_hex(8)
-    return Holder(atomic.host(), os.getpid(), process.create_time(), token)
+    return Holder(_host(), os.getpid(), process.create_time(), token)
+
+
+def _host() -> str:
+    """Name this machine since it was started: names of machines in a cloud are not their own."""
+    name = atomic.host()
+    with suppress(OSError):
+        name += f"-{BOOT.read_text().strip()[:8]}"
+    return name
+
+
+def _alive(found: Holder, age: Callable[[], float]) -> Holder | None:
+    """Return the holder of a lease, None if it has died; its age is asked if that must tell."""
+    if found.host == _host():
+        return found if _lives(found) else None
+    return found if age() < DEAD_SECONDS else None
 
 
 def _lives(found: Holder) -> bool:

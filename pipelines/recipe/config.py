@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from cache.codec.known import KNOWN, default_codec
+from cache.files import copies
 from eupe.errors import BadInput
 from eupe.spec import (
     CentreView,
@@ -20,6 +21,7 @@ from eupe.spec import (
     Spec,
     ViewPolicy,
 )
+from pipelines.recipe import places
 from pipelines.recipe.marks import EXECUTION, IDENTITY, OneOf
 from pipelines.recipe.mix import Mix, per_lane
 from pipelines.recipe.named import Named
@@ -286,11 +288,9 @@ class Recipe(Spec):
 
     name: Annotated[Name, EXECUTION] = Field(description="of the recipe, in reports")
     run_directory: Annotated[str, EXECUTION] = Field(
-        description="reports are written below it, and its stages are linked"
+        description="folder, or one in a bucket: reports are written below it, its stages linked"
     )
-    cache_root: Annotated[str, EXECUTION] = Field(
-        description="folder or bucket of the caches; recipes may share it"
-    )
+    cache_root: Annotated[str, EXECUTION] = Field(description="of caches; a folder or in a bucket")
     pixels: Annotated[tuple[int, ...] | Literal["all"], EXECUTION] = Field(
         (),
         description="student scales at which the views themselves are cached too, as uint8; all: "
@@ -298,8 +298,8 @@ class Recipe(Spec):
     )
     stage_root: Annotated[str | None, EXECUTION] = Field(
         None,
-        description="folder of the outputs of stages, each at the address of what made it, so that "
-        "runs share them; null: the folder `stages` beside the run directory",
+        description="folder of the outputs of stages, each at the address of what made it, which "
+        "runs share; null: `stages` beside the run directory",
     )
     seed: Annotated[int, IDENTITY] = Field(
         0, description="of networks, order, mix and scales; views have their own"
@@ -358,6 +358,7 @@ class Recipe(Spec):
                 f"{[self.held_out.name]}: more than one data set of that name; every train set "
                 "and the held-out set wants a name of its own"
             )
+        places.check(self.run_directory, self.stage_root)
         Mix(self.shares, self.homogeneous, 1, self.seed)
         for stage in self.stages.values():
             try:
@@ -485,14 +486,14 @@ class Recipe(Spec):
 
     @property
     def directory(self) -> Path:
-        """The run directory as a path."""
-        return Path(self.run_directory)
+        """The run directory; of one in a bucket the copy here."""
+        return copies.local(self.run_directory)
 
     @property
     def outputs(self) -> Path:
-        """The folder of the outputs of stages, which runs share."""
-        return Path(self.stage_root) if self.stage_root else self.directory.parent / "stages"
+        """The folder of the outputs of stages, which runs share; likewise."""
+        return copies.local(self.stage_root or self.directory.parent / "stages")
 
     def stage_directory(self, name: StageName) -> Path:
-        """Return where a run finds the output of its stage: a link to its address."""
+        """Where a run finds the output of its stage: a link to its address."""
         return self.directory / name

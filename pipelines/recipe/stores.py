@@ -7,6 +7,7 @@ import numpy as np
 
 from cache.codec.known import default_codec, row_bytes
 from cache.errors import NotBuilt
+from cache.files import copies
 from cache.reader import Reader
 from cache.shard_ranges import ShardRanges
 from cache.store import Store, open_store
@@ -162,7 +163,10 @@ def proxy_teacher(recipe: Recipe, stage1: Path | None = None) -> TeacherConfig:
         raise BadInput(f"recipe {recipe.name} has no proxy")
     directory = stage1 or recipe.stage_directory("stage1")
     done = checkpoint.finished(directory, recipe.stage("stage1").steps)
-    return _as_teacher(recipe, recipe.proxy, f"checkpoint:{done.directory}")
+    weights = f"checkpoint:{done.directory}"
+    if copies.remote(done.directory) is not None:  # of another node's copy the run has no link
+        weights = f"checkpoint:{done.directory.resolve()}"
+    return _as_teacher(recipe, recipe.proxy, weights)
 
 
 def _as_teacher(recipe: Recipe, proxy: StudentConfig, weights: str) -> TeacherConfig:

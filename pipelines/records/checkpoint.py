@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cache.files import atomic, sealed
+from cache.files import atomic, sealed, trees
 from cache.files.refused import writing
 from cache.format import layout
 from eupe import fingerprint as fp
@@ -298,6 +298,17 @@ def finished(stage_directory: Path, steps: int) -> Checkpoint:
             f"{stage_directory}: trained for {found.step} of {steps} steps; finish this stage first"
         )
     return found
+
+
+def bring(weights: str) -> None:
+    """Have the checkpoint that weights name on this machine, if its run lies in a bucket.
+
+    Raises:
+        StoreError: the bucket does not answer, or what is there is damaged.
+    """
+    scheme, _, directory = weights.partition(":")
+    if scheme == "checkpoint":
+        trees.bring(Path(directory).parents[1])
 
 
 def _open(directory: Path) -> Checkpoint:

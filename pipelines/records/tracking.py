@@ -19,7 +19,7 @@ EVENTS_DIRECTORY = "tensorboard"
 
 
 class Tracker(Protocol):
-    """Somewhere that figures go. A tracker of another kind implements these two."""
+    """Somewhere that figures go. A tracker of another kind implements these three."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Take the figures of a step, named `group/name`.
@@ -29,8 +29,12 @@ class Tracker(Protocol):
         """
         ...
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Write out what is still held."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is still held, and end."""
         ...
 
 
@@ -57,6 +61,9 @@ class JsonLines:
             self._file.write(_line({"step": step, **finite}))
             self._file.flush()
 
+    def flush(self) -> None:
+        """Do nothing: every line is written out as it comes."""
+
     def close(self) -> None:
         """Close the file."""
         with writing(self._path):
@@ -77,8 +84,13 @@ class TensorBoard:
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Write out the events still held."""
+        with writing(self._directory):
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write out the events still held, and close the file."""
         with writing(self._directory):
             self._writer.close()
 
@@ -93,6 +105,11 @@ class Trackers:
         """Hand the figures to every tracker."""
         for tracker in self._trackers:
             tracker.log(step, figures)
+
+    def flush(self) -> None:
+        """Have every tracker write out what it holds."""
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         """Close every tracker, whatever one of them raises."""

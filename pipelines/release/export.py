@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cache.files import copies
 from eupe.encoders import Encoder
 from eupe.errors import BadInput
 from eupe.students import build_student
@@ -20,6 +21,7 @@ from pipelines.records import made_by
 from pipelines.records.checkpoint import HEADS, NORMALISERS, Checkpoint
 from pipelines.release import card, graph, layouts, licences, models, pictures
 from pipelines.release.models import Model
+from pipelines.training import outputs
 
 NUM_PICTURES = 4
 """That a student is compared with itself on."""
@@ -65,10 +67,11 @@ def export(
     """
     if to.exists() and (not to.is_dir() or next(to.iterdir(), None) is not None):
         raise BadInput(f"--to {to}: something is there; wants a folder that is new or empty")
-    if not run.is_dir():
+    folder = outputs.here(run)
+    if not folder.is_dir():
         raise BadInput(f"{run}: no such folder; wants the run_directory of a recipe")
-    saved = models.trained(run, stage)
-    model = models.of_run(str(run), saved)
+    saved = models.trained(folder, stage)
+    model = models.of_run(str(copies.named(folder)), saved)
     encoder = build_student(model.encoder, model.weights).eval()
     shown = _pictures(saved, model, encoder, images)
     temporary = to.with_name(f".{to.name}.exporting")

@@ -14,12 +14,15 @@ import open_clip
 import timm
 from pydantic import Field, ValidationError
 
+from cache.files import copies
+from cache.files.bucket import is_uri
 from eupe.encoders import native_resolution, shapes
 from eupe.errors import BadInput
 from eupe.preprocessing import centre_share, normalisation
 from eupe.spec import CentreView, EncoderSpec, Library, Spec, SummaryKind
 from pipelines.records import checkpoint
 from pipelines.records.checkpoint import Checkpoint
+from pipelines.training import outputs
 
 RECORD, WEIGHTS = "encoder.json", "model.safetensors"
 """What an exported folder says of itself, and its tensors under the network's own names."""
@@ -58,7 +61,7 @@ def named(name: str, weights: str | None = None, stage: str | None = None) -> Mo
         BadInput: there is no such thing, naming the nearest; or a stage or weights are named where
             they cannot be.
     """
-    folder = Path(name).expanduser()
+    folder = outputs.here(name) if is_uri(name) else Path(name).expanduser()
     if folder.is_dir():
         if weights is not None:
             raise BadInput(f"--weights {weights}: {name} is a folder, which has its own")
@@ -105,7 +108,9 @@ def trained(run: Path, stage: str | None) -> Checkpoint:
         if (found := checkpoint.latest(run / name)) is not None:
             return found
     asked = "no checkpoint of any stage" if stage is None else f"no checkpoint of {stage}"
-    raise BadInput(f"{run}: {asked} there; wants the run_directory of a recipe that was trained")
+    raise BadInput(
+        f"{copies.named(run)}: {asked} there; wants the run_directory of a recipe that was trained"
+    )
 
 
 def of_run(name: str, saved: Checkpoint) -> Model:

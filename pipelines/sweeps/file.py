@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 
+from cache.files import copies
 from eupe.errors import BadInput
 from eupe.spec import Spec
 from pipelines.recipe import recipes, yaml_file
@@ -145,6 +146,11 @@ def runs(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Run]:
     except BadInput as error:
         raise BadInput(f"{sweep.name}, set: {error}") from error
     asked = recipes.placed(override(asked, overrides))
+    if copies.remote(asked.directory) is not None:
+        raise BadInput(
+            f"run_directory = {asked.run_directory!r}: the runs of a sweep lie in a folder that "
+            "its machines share, not in a bucket; name a folder, or run one setting by `eupe run`"
+        )
     return [
         Run(values, seed, _recipe(sweep, asked, values, seed))
         for values in _settings(sweep)

@@ -1,11 +1,13 @@
 """A worker's share of a stage: what it is told, whichever process it is in, and the doing of it."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from cache.files import copies, trees
 from eupe.heads import DistillationModel
 from pipelines.machines.interrupt import Terminated
 from pipelines.recipe.config import Recipe
@@ -59,6 +61,14 @@ class Job:
         self, workers: Workers, device: torch.device, ending: Callable[[], bool]
     ) -> StageResult:
         """Do one worker's share; `ending` as in `train_stage`."""
+        with trees.taken(self.directory) if workers.rank == 0 else nullcontext():
+            if copies.remote(self.directory) is not None:
+                workers.barrier()  # what the bucket has of it is here now, and nothing else
+            return self._train(workers, device, ending)
+
+    def _train(
+        self, workers: Workers, device: torch.device, ending: Callable[[], bool]
+    ) -> StageResult:
         loader = Loader(self.recipe.workers, workers.rank, workers.world_size)
         inputs = self.make_inputs(self.recipe, self.stage, self.pins, loader)
         if workers.rank == 0:  # what could be refused was: what the run has is left for this
@@ -92,7 +102,8 @@ class Job:
         Raises:
             Terminated: it has.
         """
-        self.output.add_seconds(done.seconds)
+        with trees.taken(self.directory):
+            self.output.add_seconds(done.seconds)
         if asked:
             saved = f"saved at step {done.checkpoint.step} of {self.stage.steps}"
             raise Terminated(f"{self.stage.name} is {saved}")

@@ -2,6 +2,7 @@
 
 import torch
 
+from cache.files import trees
 from eupe.errors import BadInput
 from pipelines.machines import interrupt, lease
 from pipelines.recipe.config import Recipe
@@ -48,11 +49,13 @@ def train(
         Terminated: SIGTERM came, and what is done is saved.
         WorkerGroupError: of Ray Train: a worker raised anything else; its notes say all of it.
     """
+    outputs.bring(recipe.directory)
     outputs.check_earlier(recipe, stage)
     if stage.on_missing == "wait":  # for the samples too, which its address counts
         Arrivals(recipe, stage).stores()
     output = outputs.asked(recipe, stage)
     with lease.held(output.directory, wait):
+        trees.bring(output.directory)  # another machine may have had the lease
         return _train(recipe, stage, output, make_inputs, make_evaluate, resume)
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cache.files import trees
 from cache.files.refused import writing
 from eupe.drop_path import RowDraws
 from eupe.encoders import Features
@@ -179,7 +180,7 @@ class _Run:
                     judge = evaluate if self._due(done) and not self.ends else None
                     due = last or done % stage.checkpoint_every == 0
                     if judge is not None or due or self.ends:
-                        saved = self._save(done)
+                        saved = self._save(done, trackers)
                         if judge is not None:  # what it raises must lose nothing
                             saved = self._judged(judge, saved, trackers)
                     if self.ends:
@@ -307,6 +308,8 @@ class _Run:
         if SCORE in figures:  # on rank 0 alone
             keep = self.stage.keep_checkpoints
             saved = checkpoint.judge(self.directory, saved, figures[SCORE], keep)
+            trackers.flush()
+            trees.publish(self.directory)
         self.workers.barrier()
         return saved
 
@@ -334,7 +337,7 @@ class _Run:
         whole_state.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.window = Window(**state["window"]).part(self.workers).to(self.device)
 
-    def _save(self, done: int) -> Checkpoint:
+    def _save(self, done: int, trackers: tracking.Trackers) -> Checkpoint:
         encoder = whole_state.weights(self.model.encoder.network)
         heads = whole_state.weights(self.model.heads)
         optimizer = whole_state.optimizer_state(self.model, self.optimizer)
@@ -355,6 +358,8 @@ class _Run:
                 recipe=self.recipe.model_dump(mode="json"),
             )
             checkpoint.save(self.directory, contents, self.stage.keep_checkpoints)
+            trackers.flush()
+            trees.publish(self.directory)
         self.workers.barrier()
         return checkpoint.require(self.directory)
 

@@ -6,7 +6,8 @@
     <stage root>/stage2-3f2a9c0b77de.lease who trains it, while somebody does
     <run directory>/stage2                a link to it
 
-Whoever asks for an address that is there gets it. Readers follow the run's link.
+Whoever asks for an address that is there gets it. Readers follow the run's link. Where they lie in
+a bucket these are copies (cache/files/copies.py), an output a tree.
 """
 
 import json
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.files import atomic
+from cache.files import atomic, copies, trees
 from cache.files.refused import writing
 from cache.format import layout
 from eupe.errors import BadInput
@@ -98,6 +99,7 @@ class Output:
         text = f"{self.seconds() + seconds:.1f}\n"
         scratch = layout.scratch_directory(self.directory)
         atomic.write(self.directory / SECONDS_FILE, [text.encode()], scratch)
+        trees.publish(self.directory)
 
 
 def asked(
@@ -116,9 +118,11 @@ def asked(
 
     Raises:
         BadInput: weights that cannot be read.
+        StoreError: of a run in a bucket: it does not answer, or what is there is damaged.
     """
     made = made_of(recipe, stage, address_of or (lambda name: _address(recipe, name)), digest_of)
     wanted = Output(stage.name, made, recipe.outputs)
+    trees.bring(wanted.directory)
     there = linked(recipe, stage.name, wanted)
     if there is None or there.address == wanted.address:
         return wanted
@@ -129,7 +133,9 @@ def asked(
     if all(field.startswith("samples.") for field in fields) and 0 < there.done() < there.steps:
         return there  # it began with fewer samples, and goes on with those
     if fields <= LENGTH and wanted.steps > there.steps and there.finished():
-        return Output(stage.name, {**made, GOES_ON_FROM: there.address}, recipe.outputs)
+        longer = Output(stage.name, {**made, GOES_ON_FROM: there.address}, recipe.outputs)
+        trees.bring(longer.directory)
+        return longer
     return wanted
 
 
@@ -156,6 +162,31 @@ def _address(recipe: Recipe, name: StageName) -> str:
     return (there or asked(recipe, recipe.stage(name))).address
 
 
+def bring(run: Path, stages: bool = True) -> None:
+    """Bring a run whose folder is a copy of one in a bucket; else nothing.
+
+    Args:
+        run: its folder, or in a sweep a link to it.
+        stages: False to bring its report alone.
+
+    Raises:
+        StoreError: the bucket does not answer, or what is there is damaged.
+    """
+    if copies.bring_link(run):
+        run = run.parent / run.readlink()
+    copies.bring(run)
+    if stages and copies.remote(run) is not None:
+        for link in sorted(path for path in run.iterdir() if path.is_symlink()):
+            trees.bring(Path(os.path.normpath(run / link.readlink())))
+
+
+def here(run: str | Path, stages: bool = True) -> Path:
+    """Return the folder of a run, of one in a bucket the copy here, brought as by `bring`."""
+    folder = copies.local(run)
+    bring(folder, stages)
+    return folder
+
+
 def check_earlier(recipe: Recipe, stage: StageConfig) -> None:
     """Refuse a stage whose earlier stages are not there to their end.
 
@@ -180,6 +211,7 @@ def begin(recipe: Recipe, output: Output) -> None:
         _go_on_from(output)
     if not path.is_file() or path.read_bytes() != text.encode():  # made, or damaged since
         atomic.write(path, [text.encode()], scratch)
+        trees.publish(output.directory)
     point(recipe.stage_directory(output.stage), output.directory)
 
 
@@ -198,6 +230,7 @@ def point(link: Path, folder: Path) -> None:
     there = Path(os.path.relpath(folder.resolve(), _made(link.parent)))
     if link.is_symlink() and link.readlink() == there:
         return
+    copies.send_link(link, there, layout.scratch_directory(link.parent))
     temporary = link.with_name(f".{link.name}-{secrets.token_hex(4)}")
     with writing(link):
         temporary.symlink_to(there, target_is_directory=True)
@@ -274,7 +307,7 @@ def first_difference(asked: Mapping[str, Any], there: Mapping[str, Any]) -> str:
 
 def known(root: Path) -> list[Output]:
     """List the outputs below a root that say what they are made of."""
-    names = (path.parent for path in sorted(root.glob(f"*/{MADE_OF_FILE}")))
+    names = (path.parent for path in sorted(root.glob(f"[!.]*/{MADE_OF_FILE}")))
     return [_read(path, path.name.partition("-")[0]) for path in names]
 
 

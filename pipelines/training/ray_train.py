@@ -17,6 +17,7 @@ from functools import partial
 from signal import SIGINT
 from typing import Any
 
+from cache.files import copies
 from eupe.errors import BadInput
 from pipelines.machines import (
     cluster,
@@ -170,6 +171,12 @@ def _check_folders(recipe: Recipe) -> None:
 
     if deaths.nodes_alive() == {ray.get_runtime_context().get_node_id()}:
         return
+    if copies.remote(recipe.outputs) is not None:
+        raise BadInput(
+            f"run_directory = {recipe.run_directory!r}, workers.count = {recipe.workers.count}: of "
+            "a run in a bucket the workers of one machine train together, and this cluster has "
+            "several: name a folder that all of them share, or train with workers.count=1"
+        )
     resource = "GPU" if recipe.workers.use_gpu else "CPU"
     with shared_folders.laid([str(recipe.outputs), recipe.cache_root]) as laid:
         look = partial(_unseen, probes=laid.probes)
