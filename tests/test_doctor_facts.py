@@ -69,7 +69,7 @@ def test_faults_of_a_recipe_are_a_line_each_and_exit_code_1(home):
         "teachers.efficientnet_lite2.weights=file:damaged.safetensors",
         "teachers.efficientnet_lite2.licence=null",
         "held_out.source.path=absent",
-        "num_views=100000",
+        "num_views=10000",
         "extraction.everything=true",
     )
     words = [word for change in changes for word in ("--set", change)]

@@ -49,10 +49,11 @@ def unread(model: type[BaseModel], read: set[str]) -> list[str]:
 
 
 def ignored(function: ast.FunctionDef) -> set[str]:
-    """Return the parameters that a function never looks at."""
-    arguments = {each.arg for each in (*function.args.args, *function.args.kwonlyargs)}
+    """Return the parameters that a function never looks at; `super()` looks at the first."""
+    arguments = [each.arg for each in (*function.args.args, *function.args.kwonlyargs)]
     body = chain.from_iterable(map(ast.walk, function.body))
-    return arguments - {node.id for node in body if isinstance(node, ast.Name)}
+    seen = {node.id for node in body if isinstance(node, ast.Name)}
+    return set(arguments) - seen - set(arguments[:1] if "super" in seen else [])
 
 
 @pytest.fixture(scope="module")
