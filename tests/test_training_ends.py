@@ -130,7 +130,9 @@ def test_sigterm_is_a_checkpoint_and_the_same_command_goes_on(tmp_path, undistur
     saved_at = f"stage2 is saved at step {saved.step} of {STEPS}"
     assert workers > 1 or saved_at in last, said
     assert last.endswith(f"ending_child.py {run.directory} {workers}")
-    assert "Traceback" not in said
+    # A thread of Ray Train's own may find its cluster gone before itself.
+    ours = [line for line in said.splitlines() if "(PlacementGroupCleaner " not in line]
+    assert "Traceback" not in "\n".join(ours)
     subprocess.run(command, check=True, env=environment, timeout=PATIENCE_SECONDS)
     assert losses(run) == undisturbed(workers)
 
