@@ -12,7 +12,6 @@ from cache.format import layout
 from cache.reader import Reader
 from cache.store import Store, StoreInfo, find_stores, open_store
 
-SAMPLES = "samples/HEAD"  # of each dataset
 LEVELS_BELOW_ROOT = 4  # dataset / views / teacher / resolution
 
 
@@ -53,12 +52,14 @@ def check_root(root: Path) -> None:
     Raises:
         NotBuilt: naming the root.
     """
-    if isinstance(root, BucketPath) or any(root.glob(f"*/{SAMPLES}")):
+    heads = str(layout.samples_directory(Path(), "*") / layout.HEAD)
+    if isinstance(root, BucketPath) or any(root.glob(heads)):
         return
     for above in root.parents[:LEVELS_BELOW_ROOT]:
-        if (above / root.relative_to(above).parts[0] / SAMPLES).is_file():
+        samples = layout.samples_directory(above, root.relative_to(above).parts[0])
+        if (samples / layout.HEAD).is_file():
             raise NotBuilt(f"{root}: lies in the cache root {above}; wants that")
-    for found in root.glob(f"*/*/{SAMPLES}"):
+    for found in root.glob(f"*/{heads}"):
         raise NotBuilt(f"{root}: no cache root; {found.parents[2]} is one")
 
 

@@ -121,7 +121,7 @@ def all_folders(base: Path) -> tuple[list[Path], list[Path]]:
         NotBuilt: there is no such folder.
     """
     stores = set(store_directories(base)) | {view.parent for view in base.glob("*/*/*/*/view-*")}
-    tables = {head.parent for head in base.glob(f"*/samples/{layout.HEAD}*")}
+    tables = {head.parent for head in base.glob(f"*/{layout.SAMPLES}/{layout.HEAD}*")}
     tables |= {layout.samples_directory(base, store.relative_to(base).parts[0]) for store in stores}
     return sorted(tables), sorted(stores)
 

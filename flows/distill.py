@@ -65,7 +65,7 @@ def run(key: str, words: list[str], directory: Path, address: str, gpus: int) ->
         RuntimeError: the job failed.
     """
     env = {"EUPE_HOME": str(recipes.home())}
-    if not os.environ.get("RAY_ADDRESS"):  # Ray gives a job's driver one thread; a cluster's own
+    if cluster.address_named() is None:  # Ray gives a job's driver one thread; a cluster's own
         env["OMP_NUM_THREADS"] = str(os.cpu_count())  # setting is that of its nodes
 
     def say(chunk: str) -> None:

@@ -223,7 +223,7 @@ def job_cluster() -> Iterator[str]:
         BadInput: RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not, or no job API that takes us
             answers there.
     """
-    local = not os.environ.get("RAY_ADDRESS")
+    local = cluster.address_named() is None
     if not local and not os.environ.get("RAY_API_SERVER_ADDRESS"):
         raise BadInput(
             "RAY_ADDRESS is set and RAY_API_SERVER_ADDRESS is not: training is submitted to the "

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,3 +158,15 @@ def s3(
         monkeypatch.setenv(name, value)
     bucket_running.behave()
     return bucket_running
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return what makes this process, and those that it starts, one on another machine."""
+    from cache.files import copies
+
+    def move(name: str) -> None:
+        monkeypatch.setenv(copies.FOLDER_VARIABLE, str(tmp_path / name))
+
+    move("first")
+    return move

@@ -20,17 +20,6 @@ def place(s3, request) -> str:
     return f"s3://{NAME}/{request.node.name}/runs"
 
 
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """Return what makes this process one on another machine: its copies lie elsewhere."""
-
-    def move(name: str) -> None:
-        monkeypatch.setenv(copies.FOLDER_VARIABLE, str(tmp_path / name))
-
-    move("first")
-    return move
-
-
 def fill(tree: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -247,8 +236,10 @@ def test_files_and_links_of_a_folder_are_those_in_the_bucket(place, machine, tmp
     assert {path.name for path in folder.glob("[!.]*")} == {"summary.json", "stage2"}
     assert json.loads((folder / "summary.json").read_text()) == {}
     assert (folder / "summary.json").stat().st_size == 3
-    copies.unlink(folder / "summary.json")
+    (BucketPath(f"{place}/demo") / "summary.json").unlink()
+    copies.bring(folder)
     assert objects(f"{place}/demo") == {"stage2.link"}
+    assert {path.name for path in folder.glob("[!.]*")} == {"stage2"}
 
 
 def test_a_folder_in_the_bucket_is_asked_for_once(place, machine, s3):

@@ -17,9 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_another_machine_finds_all_of_it_and_computes_nothing(s3, tmp_path, monkeypatch):
+def test_another_machine_finds_all_of_it_and_computes_nothing(s3, tmp_path, monkeypatch, machine):
     place = f"s3://{NAME}/finished/runs/demo"
-    monkeypatch.setenv(copies.FOLDER_VARIABLE, str(tmp_path / "first"))
     run = small_run.recipe(tmp_path).model_copy(update={"run_directory": place})
     small_run.build(run, tmp_path)
     for stage in run.stages.values():
@@ -35,13 +34,13 @@ def test_another_machine_finds_all_of_it_and_computes_nothing(s3, tmp_path, monk
         "stage2.link",
     }
 
-    monkeypatch.setenv(copies.FOLDER_VARIABLE, str(tmp_path / "second"))
+    machine("second")
     monkeypatch.setattr(evaluate, "evaluate", None)
     assert not run.directory.exists()
     assert finished.summary(run) == made
     assert report.make(run, {}) == made
 
-    monkeypatch.setenv(copies.FOLDER_VARIABLE, str(tmp_path / "third"))
+    machine("third")
     found = pooled.compare([Path(place)])  # as the command line has it, one slash less
     assert found["knn_paper"].final > 0
     assert (run.directory / "summary.json").is_file()
@@ -50,8 +49,7 @@ def test_another_machine_finds_all_of_it_and_computes_nothing(s3, tmp_path, monk
     assert run.outputs.exists()
 
 
-def test_what_is_no_run_in_a_bucket_is_a_sentence(s3, tmp_path, monkeypatch):
-    monkeypatch.setenv(copies.FOLDER_VARIABLE, str(tmp_path))
+def test_what_is_no_run_in_a_bucket_is_a_sentence(s3, machine):
     place = f"s3://{NAME}/nothing/runs/demo"
     with pytest.raises(BadInput, match=f"{place} has no summary.json: wants the folder of a run"):
         pooled.compare([Path(place)])

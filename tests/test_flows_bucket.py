@@ -1,14 +1,12 @@
 """`eupe run` with caches and run in a bucket: whole on one machine, found by another one."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.bucket_server import NAME
-from support.small_demo import TINY
+from support.small_demo import TINY, eupe
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_SECONDS = 900
@@ -16,43 +14,35 @@ PATIENCE_SECONDS = 900
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 
 
-def eupe(home: Path, machine: str, *words: str) -> subprocess.CompletedProcess:
+def on(home: Path, machine: str, *words: str) -> subprocess.CompletedProcess:
     """Run a command in a folder that has the images alone, on a machine of that name."""
     if not (home / "examples").exists():
         (home / "examples").symlink_to(ROOT / "examples")
     disk = home / "disks" / machine
     places = {"EUPE_RUN_COPIES": str(disk / "copies"), "EUPE_MIRROR": str(disk / "mirror")}
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words],
-        cwd=home,
-        env={**os.environ, **places},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-    )
+    return eupe(home, *words, seconds=PATIENCE_SECONDS, **places)
 
 
 def test_a_run_is_in_the_bucket_and_a_new_machine_has_nothing_to_do(s3, tmp_path):
     place = f"s3://{NAME}/flows"
     sets = [*TINY, f"cache_root={place}/cache", f"run_directory={place}/runs/demo"]
     words = [word for item in sets for word in ("--set", item)]
-    first = eupe(tmp_path, "first", "run", "demo_stage2", "--json", *words)
+    first = on(tmp_path, "first", "run", "demo_stage2", "--json", *words)
     assert first.returncode == 0, first.stderr
     assert "Training stage2: 2/2 steps" in first.stderr
     assert not (tmp_path / "runs" / "demo").exists()
-    second = eupe(tmp_path, "second", "run", "demo_stage2", "--json", *words)
+    second = on(tmp_path, "second", "run", "demo_stage2", "--json", *words)
     assert second.returncode == 0, second.stderr
     assert "nothing to do: all of it is there, of this recipe and these images" in second.stderr
     assert json.loads(second.stdout) == json.loads(first.stdout)
-    compared = eupe(tmp_path, "third", "compare", f"{place}/runs/demo", "--json")
+    compared = on(tmp_path, "third", "compare", f"{place}/runs/demo", "--json")
     assert compared.returncode == 0, compared.stderr
 
 
 def test_a_bucket_that_is_not_there_is_said_before_anything_is_built(s3, tmp_path):
     for command in ("run", "report", "evaluate", "train"):
         there = ("--set", "run_directory=s3://no-such/runs/demo")
-        said = eupe(tmp_path, "first", command, "demo_stage2", *there)
+        said = on(tmp_path, "first", command, "demo_stage2", *there)
         assert said.returncode == 2
         assert "there is no bucket 'no-such'" in said.stderr
         assert len(said.stderr.strip().splitlines()) == 1, said.stderr

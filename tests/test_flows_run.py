@@ -1,14 +1,12 @@
 """`eupe run`: a whole recipe through the flows, on a temporary Prefect server and a local Ray."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.small_demo import TINY
+from support.small_demo import TINY, eupe
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_SECONDS = 500
@@ -22,15 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 def run(home: Path, *words: str) -> subprocess.CompletedProcess:
     """Run a command beside a dead proxy."""
     sets = [word for item in TINY for word in ("--set", item)]
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words, *sets],
-        cwd=home,
-        env={**os.environ, **PROXIES},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-    )
+    return eupe(home, *words, *sets, seconds=PATIENCE_SECONDS, **PROXIES)
 
 
 @pytest.fixture(scope="module")

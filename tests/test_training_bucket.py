@@ -29,17 +29,6 @@ def place(s3, request) -> str:
     return f"s3://{NAME}/{request.node.name}/runs/demo"
 
 
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """Return what makes this process, and those that it starts, one on another machine."""
-
-    def move(name: str) -> None:
-        monkeypatch.setenv(copies.FOLDER_VARIABLE, str(tmp_path / name))
-
-    move("first")
-    return move
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     """A run on a disk that nothing happens to."""

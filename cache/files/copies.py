@@ -81,13 +81,6 @@ def write(path: Path, content: bytes, scratch: Path) -> None:
     atomic.write(path, [content], scratch)
 
 
-def unlink(path: Path) -> None:
-    """Delete a file, if it is there."""
-    if (there := remote(path)) is not None:
-        there.unlink()
-    path.unlink(missing_ok=True)
-
-
 def send_link(path: Path, leads_to: Path, scratch: Path) -> None:
     """Have a link of a copy in the bucket, too; the caller makes the one here.
 

@@ -7,6 +7,7 @@ from cache.files import place
 from eupe.spec import StoreSpec
 
 HEAD = "HEAD"
+SAMPLES = "samples"
 SCRATCH = ".tmp"
 _VIEW, _PATCHES, _ROWS = (
     re.compile(name) for name in (r"view-(\d+)", r"c\.(\d+)\.0\.0", r"rows-(\d{8,})\.arrow")
@@ -24,7 +25,7 @@ def cache_root(root: str | Path) -> Path:
 
 def samples_directory(root: Path, dataset: str) -> Path:
     """Folder of a dataset's sample table."""
-    return root / dataset / "samples"
+    return root / dataset / SAMPLES
 
 
 def store_directory(root: Path, spec: StoreSpec) -> Path:

@@ -1,6 +1,5 @@
 """What can be refused of a recipe before its teachers run, which takes days."""
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -58,7 +57,7 @@ def check_gpus(recipe: Recipe) -> None:
         asked.append(f"workers.use_gpu = true{many}")
     if per_actor > there:
         asked.append(f"extraction.gpus_per_actor = {per_actor:g}")
-    if asked and not os.environ.get("RAY_ADDRESS"):
+    if asked and cluster.address_named() is None:
         has = f"{there} GPU{'s' * (there > 1)}" if there else "no GPU"
         raise BadInput(
             f"{' and '.join(asked)}: this machine has {has} that torch sees; ask for "
@@ -75,7 +74,7 @@ def check_cluster(recipe: Recipe) -> None:
         BadInput: no node has room for one actor, or the cluster does not answer.
     """
     extraction = recipe.extraction
-    if not extraction.gpus_per_actor or not os.environ.get("RAY_ADDRESS"):
+    if not extraction.gpus_per_actor or cluster.address_named() is None:
         return
     with cluster.connect():
         import ray  # after `connect` has settled its environment

@@ -120,7 +120,7 @@ def gather(recipe: Recipe, on_cluster: bool, gpus: str | None) -> Facts:
     Raises:
         BadInput: no such accelerator, or no cluster is named.
     """
-    if on_cluster and not os.environ.get("RAY_ADDRESS"):
+    if on_cluster and cluster.address_named() is None:
         raise BadInput(
             "--cluster: RAY_ADDRESS names no cluster; set it to its GCS address, HEAD:6379"
         )

@@ -30,6 +30,11 @@ SETTINGS = b"\x04"
 """The type of the frame that such a server says first."""
 
 
+def address_named() -> str | None:
+    """Return the address of the cluster that RAY_ADDRESS names; an empty one names none."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
 @contextmanager
 def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
     """Be connected to Ray inside the block, and disconnected after it whatever happens.
@@ -52,7 +57,7 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
     if ray.is_initialized():
         yield None
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = address_named()
     kept = ExitStack()
     try:
         if address:
@@ -147,7 +152,7 @@ def require_gpus(count: int, field: str) -> None:
     import ray
 
     there = int(ray.cluster_resources().get("GPU", 0))
-    if count and (not there or (there < count and not os.environ.get("RAY_ADDRESS"))):
+    if count and (not there or (there < count and address_named() is None)):
         raise BadInput(
             f"{field}: wants {count} GPUs and Ray has {there} here; name a cluster that has them "
             "in RAY_ADDRESS, or set workers.use_gpu=false"
@@ -253,7 +258,7 @@ def _authenticate() -> None:
     Ray keeps the first token it reads, so a process has one for its life.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not os.environ.get("RAY_ADDRESS") and not has_token():
+    if address_named() is None and not has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(TOKEN_BYTES)
     if "ray" not in sys.modules:
         # Set later it would contradict what Ray has read; ray.init turns tokens on by itself then.

@@ -152,7 +152,7 @@ def _check_room(recipe: Recipe) -> None:
         cluster.require_gpus(wanted, f"workers.use_gpu = true, workers.count = {wanted}")
         return
     there = int(ray.cluster_resources().get("CPU", 0))
-    if wanted > there and not os.environ.get("RAY_ADDRESS"):  # a cluster may grow
+    if wanted > there and cluster.address_named() is None:  # a cluster may grow
         raise BadInput(
             f"workers.count = {wanted}: Ray has {there} CPU here; lower it, or name a cluster "
             "in RAY_ADDRESS"
