@@ -12,6 +12,7 @@ import torch
 from support import small_stage, two_workers
 from support.two_workers import Pair, Trained
 
+from eupe.errors import BadInput
 from eupe.weights import state_digest
 from pipelines.machines.errors import bad_input
 from pipelines.recipe import recipes
@@ -155,6 +156,54 @@ def assert_resumed(
     assert_same_losses(run, theirs)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rank_0_alone_reads_weights_and_states(tmp_path, pair, alone, strategy):
+    """In the memory of eight ranks a proxy's 22 GB would lie eight times."""
+    earlier = checkpoint.require(alone[0].directory / "stage2").directory
+    student = alone[0].student.model_copy(update={"weights": f"checkpoint:{earlier}"})
+    undisturbed, run = (
+        small(tmp_path / name, strategy=strategy).model_copy(update={"student": student})
+        for name in ("undisturbed", "resumed")
+    )
+    ((_, first), (_, second)) = pair.run(two_workers.train_counting, undisturbed, earlier)
+    assert (first > 0, second) == (True, 0)
+
+    pair.run(two_workers.train, run, STOP_AT)
+    saved = checkpoint.require(run.directory / "stage2").directory
+    # Nobody goes on from the normalisers.
+    wanted = [
+        path for path in saved.iterdir() if path.suffix != ".json" and "norm" not in path.name
+    ]
+    whole = sum(path.stat().st_size for path in wanted)
+    ((_, first), (_, second)) = pair.run(two_workers.train_counting, run, saved)
+    assert (first, second) == (2 * whole, 0)  # for its crc32c, and for itself
+
+    ours, theirs = (checkpoint.require(r.directory / "stage2") for r in (run, undisturbed))
+    assert ours.weights_digest() == theirs.weights_digest()
+    assert_same_losses(run, undisturbed)
+
+
+def test_what_rank_0_cannot_read_all_refuse(tmp_path, pair):
+    run = small(tmp_path)
+    pair.run(two_workers.train, run, STOP_AT)
+    path = checkpoint.require(run.directory / "stage2").directory / checkpoint.STATE
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(BadInput, match=r"contents do not match the crc32c"):
+        pair.run(two_workers.train, run)
+    path.write_bytes(sound)
+    assert all(worker.result is not None for worker in pair.run(two_workers.train, run))
+
+
+def test_what_rank_0_raises_all_raise(pair):
+    said = pair.run(two_workers.fail_on_rank_0, BadInput("a disk is full"))
+    assert said == ["BadInput('a disk is full')"] * 2
+    here, there = pair.run(two_workers.fail_on_rank_0, KeyError("a bug"))
+    assert here == "KeyError('a bug')"
+    assert there.startswith("RemoteBug(")
+    assert "in work\\n" in there
+
+
 def test_another_order_would_be_noticed(tmp_path, alone):
     run = small(tmp_path).model_copy(update={"seed": 1})
     other = two_workers.train(run)
@@ -208,8 +257,11 @@ def test_shards_gathered_in_bfloat16_keep_float32_weights(tmp_path, pair, alone)
     assert first != exact
 
 
-def test_shards_of_a_cnn_agree(tmp_path, pair):
-    both, one = (cnn(small(tmp_path / each, strategy="fsdp2", steps=4)) for each in "ab")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_workers_of_a_cnn_agree_and_go_on(tmp_path, pair, strategy):
+    asked = {"strategy": strategy, "steps": 6, "checkpoint_every": 2}
+    both, one = (cnn(small(tmp_path / each, **asked)) for each in "ab")
+    pair.run(two_workers.train, both, 4)
     pair.run(two_workers.train, both)
     two_workers.train(one)
     assert_same_losses(both, one)

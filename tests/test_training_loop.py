@@ -321,7 +321,7 @@ def test_train_sets_in_another_order_are_another_run(tmp_path):
     mixes = [Mix(each.shares, each.homogeneous, 64, each.seed) for each in orders]
     drawn = [np.array(mix.names)[mix.slots(0)[0]].tolist() for mix in mixes]
     assert drawn[0] != drawn[1]
-    said = [start.identity(each, each.stage("stage2"), made) for each in orders]
+    said = [start.identity(each, each.stage("stage2"), made, None) for each in orders]
     assert fingerprint.canonical_json(said[0]) != fingerprint.canonical_json(said[1])
 
 
@@ -489,3 +489,7 @@ def test_a_stage_starts_from_the_checkpoint_of_the_one_before(tmp_path):
         assert torch.equal(model.encoder.network.state_dict()[name], value), name
     for name, value in done.checkpoint.heads().items():
         assert torch.equal(model.heads.state_dict()[name], value), name
+    wider = after.model_copy(update={"head_hidden": 17})
+    told = r"not fit the model: far.patches.0.weight is \(16, 32\), wanted \(17, 32\); .* 13 more$"
+    with pytest.raises(BadInput, match=told):
+        start.initial_model(run, wider, small_stage.TEACHERS)

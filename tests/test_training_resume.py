@@ -115,15 +115,15 @@ def test_a_finished_stage_is_looked_at_and_no_network_is_built(built, tmp_path, 
     def build(*arguments):
         raise AssertionError("nothing is left to train")
 
-    monkeypatch.setattr(start, "initial_model", build)
+    monkeypatch.setattr(start, "drawn_model", build)
     done = launch.train(run, stage, make_evaluate=during.hook)
     assert (done.first_step, done.checkpoint.step) == (8, 8)
     hotter = stage.optimizer.model_copy(update={"lr": 1.0})
     other, there = stage.model_copy(update={"optimizer": hotter}), run.stage_directory("stage2")
     with pytest.raises(ValueError, match=r"of another run .*stage\.optimizer\.lr: 1\.0 != 0\.003"):
-        start.schedule_start(
+        start.begins_anew(
             checkpoint.require(there),
-            start.identity(run, other, inputs.from_caches(run, other)),
+            start.identity(run, other, inputs.from_caches(run, other), None),
         )
 
 
@@ -196,7 +196,7 @@ def test_another_rounding_of_the_first_weights_is_no_other_run(built, tmp_path, 
     stage = run.stage("stage2")
     with pytest.raises(KeyboardInterrupt):
         launch.train(run, stage, make_evaluate=stop)
-    first = start.initial_model
+    first = start.drawn_model
 
     def rounded(*arguments):
         model = first(*arguments)
@@ -204,7 +204,7 @@ def test_another_rounding_of_the_first_weights_is_no_other_run(built, tmp_path, 
             parameter.data.mul_(1 + 2**-20)
         return model
 
-    monkeypatch.setattr(start, "initial_model", rounded)
+    monkeypatch.setattr(start, "drawn_model", rounded)
     assert launch.train(run, stage).first_step == 4
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from pipelines.recipe.stage import StageConfig
 from pipelines.records import whole_state
 from pipelines.training.compiled import blocks
 from pipelines.training.workers import Workers
+
+T = TypeVar("T")
 
 
 def of_process_group(stage: StageConfig, device: str | torch.device) -> Workers:
@@ -59,6 +62,12 @@ class _ProcessGroup:
         here = torch.tensor(numbers, dtype=torch.float32, device=device)
         return [int(total) for total in self.sum(here).tolist()]
 
+    def tell(self, value: T) -> T:
+        """Return what rank 0 gave, on every worker; it is pickled, so a small thing."""
+        told = [value]
+        dist.broadcast_object_list(told)
+        return told[0]
+
     def barrier(self) -> None:
         """Return once every worker is here."""
         dist.barrier()
@@ -68,7 +77,10 @@ class Copies(_ProcessGroup):
     """Each worker holds the whole model; gradients are averaged during backward (DDP)."""
 
     def wrap(self, model: DistillationModel) -> nn.Module:
-        """Return the model in DDP; every parameter must get a gradient at every step."""
+        """Return the model in DDP, as rank 0 has it.
+
+        Every parameter must get a gradient at every step.
+        """
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
@@ -105,8 +117,10 @@ class Shards(_ProcessGroup):
         self._unsharded: DistillationModel | None = None
 
     def wrap(self, model: DistillationModel) -> nn.Module:
-        """Shard the model where it stands, block by block, and return it."""
+        """Shard rank 0's model over all, each where it stands, block by block, and return it."""
         model.to(memory_format=torch.contiguous_format)  # FSDP2 shards no other
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), 0)  # as DDP does
         if self.rank == 0:
             self._unsharded = deepcopy(model).cpu()
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))

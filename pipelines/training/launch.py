@@ -74,7 +74,8 @@ def _train(
     judged = make_evaluate is None or (saved is not None and saved.score is not None)
     if saved is not None and saved.step >= stage.steps and judged and resume:
         alone = make_inputs(recipe, stage, pins, Loader(recipe.workers))
-        start.schedule_start(saved, start.identity(recipe, stage, alone))  # refuses another run
+        initial = start.initial_digest(recipe, stage)
+        start.begins_anew(saved, start.identity(recipe, stage, alone, initial))  # or is refused
         outputs.begin(recipe, output)
         return StageResult(saved, saved.step, 0.0, 0.0, 0.0, 0)
     return ray_train.train(job) if recipe.workers.count > 1 else _train_here(job)

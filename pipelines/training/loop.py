@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from pipelines.training import compiled, precision, start
 from pipelines.training.batches import Batch
 from pipelines.training.inputs import Inputs
 from pipelines.training.meters import TERMS, Pace, Window, in_words
-from pipelines.training.workers import OneProcess, Workers
+from pipelines.training.workers import OneProcess, Workers, from_first, on_first
 
 Evaluate = Callable[[DistillationModel, int], Mapping[str, float]]
 """(model, steps done) -> held-out figures; the one named SCORE compares checkpoints."""
@@ -128,8 +129,11 @@ class _Run:
         self.recipe, self.stage, self.inputs = recipe, stage, inputs
         self.ending, self.ends = ending, False
         self.directory, self.workers, self.device = directory, workers, device
-        self.identity = start.identity(recipe, stage, inputs)
-        model = start.initial_model(recipe, stage, inputs.dims)
+        initial = from_first(workers, lambda: start.initial_digest(recipe, stage))
+        self.identity = start.identity(recipe, stage, inputs, initial)
+        model = start.drawn_model(recipe, stage, inputs.dims)
+        if initial is not None:  # `wrap` gives the others what rank 0 has
+            on_first(workers, partial(self._load_initial, model))
         # Channels last: a convolution takes half the time on a CPU, and is the faster one on a GPU.
         self.model = model.to(device).to(memory_format=torch.channels_last).train()
         if stage.activation_checkpointing:
@@ -148,16 +152,22 @@ class _Run:
         self.schedule_start = 0
         self._cross = Crossing()
 
+    def _load_initial(self, model: DistillationModel) -> None:
+        """Load what the stage starts from, unless it goes on from a checkpoint."""
+        if checkpoint.latest(self.directory) is None:
+            start.load_initial(model, self.recipe, self.stage)
+
     def train(self, resume: bool, evaluate: Evaluate | None) -> StageResult:
         stage, started = self.stage, time.perf_counter()
-        saved = checkpoint.latest(self.directory)
+        # On a network drive another machine may not see yet what was saved a moment ago.
+        saved = from_first(self.workers, partial(checkpoint.latest, self.directory))
         if saved is not None:
             self._restore(saved, resume)
         first = saved.step if saved is not None else 0
         # Killed between saving and judging: what an undisturbed run has is made up for.
         unjudged = None
         if evaluate is not None and saved is not None and self._due(first):
-            unjudged = saved if self._on_any(saved.score is None) else None
+            unjudged = saved if saved.score is None else None
         trackers = tracking.Trackers()
         if self.workers.rank == 0 and (unjudged is not None or first < stage.steps):
             trackers = tracking.open_trackers(self.directory, first + 1)
@@ -288,10 +298,6 @@ class _Run:
         every = self.stage.evaluate_every
         return done == self.stage.steps or (every is not None and done % every == 0)
 
-    def _on_any(self, here: bool) -> bool:
-        """Whether something holds on any worker, as all of them must see it alike."""
-        return self.workers.count((here,), self.device)[0] > 0
-
     def _judged(
         self, evaluate: Evaluate, saved: Checkpoint, trackers: tracking.Trackers
     ) -> Checkpoint:
@@ -319,30 +325,39 @@ class _Run:
                 f"{self.directory} has a checkpoint of step {saved.step}; resume it, or give "
                 "another run directory"
             )
-        self.schedule_start = start.schedule_start(saved, self.identity)
-        if self.schedule_start == saved.step and self.workers.rank == 0:
+        anew = start.begins_anew(saved, self.identity)
+        if anew and self.workers.rank == 0:
             print(
                 f"{self.stage.name} was trained to its end, step {saved.step}: it goes on to "
                 f"{self.stage.steps}, its learning rate's schedule begun anew",
                 file=sys.stderr,
             )
         moved = any(self.inputs.pins.get(name, pin) != pin for name, pin in saved.pins.items())
-        if moved and self.schedule_start != saved.step:
+        if moved and not anew:
             raise BadInput(
                 f"{saved.directory} reads manifest versions {saved.pins}, this run "
                 f"{dict(self.inputs.pins)}; open the stores at the checkpoint's versions"
             )
-        start.load(self.model, saved)
-        state = saved.state()
-        whole_state.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
-        self.window = Window(**state["window"]).part(self.workers).to(self.device)
+        for read, module in (
+            (saved.encoder, self.model.encoder.network),
+            (saved.heads, self.model.heads),
+        ):
+            fitting = partial(start.fitting, saved, read, module)
+            whole_state.load_weights(module, on_first(self.workers, fitting) or {})
+        state = on_first(self.workers, saved.state) or {}
+        optimizer = state.pop("optimizer", {})
+        whole_state.load_optimizer_state(self.model, self.optimizer, optimizer)
+        small = self.workers.tell(state)
+        self.window = Window(**small["window"]).part(self.workers).to(self.device)
+        self.schedule_start = saved.step if anew else int(small.get("schedule_start", 0))
 
     def _save(self, done: int, trackers: tracking.Trackers) -> Checkpoint:
         encoder = whole_state.weights(self.model.encoder.network)
         heads = whole_state.weights(self.model.heads)
         optimizer = whole_state.optimizer_state(self.model, self.optimizer)
         window = self.window.state(self.workers)
-        if self.workers.rank == 0:
+
+        def write() -> Checkpoint:
             contents = Contents(
                 step=done,
                 identity=self.identity,
@@ -357,11 +372,12 @@ class _Run:
                 },
                 recipe=self.recipe.model_dump(mode="json"),
             )
-            checkpoint.save(self.directory, contents, self.stage.keep_checkpoints)
+            saved = checkpoint.save(self.directory, contents, self.stage.keep_checkpoints)
             trackers.flush()
             trees.publish(self.directory)
-        self.workers.barrier()
-        return checkpoint.require(self.directory)
+            return saved
+
+        return from_first(self.workers, write)
 
 
 def _steps(batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:

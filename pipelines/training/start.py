@@ -1,6 +1,6 @@
 """How a stage begins: its model, its optimizer, and the identity that a checkpoint is held to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.students import build_student
-from eupe.weights import digest
+from eupe.weights import digest, load_state_dict
 from pipelines.recipe import addresses, marks
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
@@ -34,13 +34,31 @@ def initial_model(
     Raises:
         BadInput: the initial stage is not trained to its end, or weights do not fit.
     """
+    model = drawn_model(recipe, stage, dims)
+    load_initial(model, recipe, stage)
+    return model
+
+
+def drawn_model(
+    recipe: Recipe, stage: StageConfig, dims: Mapping[str, tuple[int, int]]
+) -> DistillationModel:
+    """Build a stage's model as the run's seed draws it, weights or none; as `initial_model`."""
+    encoder = build_student(recipe.trained_by(stage).encoder, seed=recipe.seed)
+    return DistillationModel(encoder, dims, stage.head_hidden, recipe.seed)
+
+
+def load_initial(model: DistillationModel, recipe: Recipe, stage: StageConfig) -> None:
+    """Put into a model what its stage starts from, if that is not what the seed draws.
+
+    Raises:
+        BadInput: as `initial_model`.
+    """
     student = recipe.trained_by(stage)
-    encoder = build_student(student.encoder, student.weights, recipe.seed)
-    model = DistillationModel(encoder, dims, stage.head_hidden, recipe.seed)
     if stage.initial is not None:
         earlier = recipe.stage(stage.initial)
         load(model, checkpoint.finished(recipe.stage_directory(earlier.name), earlier.steps))
-    return model
+    elif student.weights is not None:
+        model.encoder.network.load_state_dict(load_state_dict(student.weights, student.encoder))
 
 
 def untrained_model(
@@ -56,14 +74,32 @@ def load(model: DistillationModel, saved: Checkpoint) -> None:
     Raises:
         BadInput: they are of other shapes or names than the model's.
     """
-    try:
-        whole_state.load_weights(model.encoder.network, saved.encoder())
-        whole_state.load_weights(model.heads, saved.heads())
-    except RuntimeError as error:
-        raise BadInput(f"{saved.directory} does not fit the model: {error}") from error
+    model.encoder.network.load_state_dict(fitting(saved, saved.encoder, model.encoder.network))
+    model.heads.load_state_dict(fitting(saved, saved.heads, model.heads))
 
 
-def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, object]:
+def fitting(
+    saved: Checkpoint, read: Callable[[], dict[str, Tensor]], module: nn.Module
+) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint that a module is to take.
+
+    Args:
+        saved: the checkpoint.
+        read: of it: `encoder` or `heads`.
+        module: whole, or this worker's part of it.
+
+    Raises:
+        BadInput: they are of other shapes or names than the module's.
+    """
+    tensors = read()
+    if (told := whole_state.misfit(module, tensors)) is not None:
+        raise BadInput(f"{saved.directory} does not fit the model: {told}")
+    return tensors
+
+
+def identity(
+    recipe: Recipe, stage: StageConfig, inputs: Inputs, initial_weights: str | None
+) -> dict[str, object]:
     """Return everything that the losses of a stage depend on, as plain data.
 
     Of what is computed from it (timm's initialisation, a normaliser) nothing is hashed: another
@@ -73,16 +109,14 @@ def identity(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> dict[str, ob
         recipe: the run.
         stage: one of its stages.
         inputs: what it trains on.
-
-    Raises:
-        BadInput: the initial stage is not trained to its end, or weights cannot be read.
+        initial_weights: as `initial_digest`, which reads all of them.
     """
     return {
         "draws": addresses.DRAWS,
         "seed": recipe.seed,
         "stage": marks.identity(stage),
         "student": recipe.trained_by(stage).encoder.model_dump(mode="json"),
-        "initial_weights": _initial_weights(recipe, stage),
+        "initial_weights": initial_weights,
         "train": [[*share] for share in recipe.shares.items()],  # in order: the mix draws by it
         "homogeneous": dict(recipe.homogeneous),
         "views": recipe.views.model_dump(mode="json"),
@@ -98,8 +132,8 @@ def _num_views(recipe: Recipe) -> int | dict[str, int]:
     return each if set(each.values()) != {recipe.num_views} else recipe.num_views
 
 
-def schedule_start(saved: Checkpoint, identity: Mapping[str, object]) -> int:
-    """Return the step at which the schedule of a run begins that goes on from a checkpoint.
+def begins_anew(saved: Checkpoint, identity: Mapping[str, object]) -> bool:
+    """Return True if the schedule of a run that goes on from a checkpoint begins anew there.
 
     A stage that was trained to its end and is asked for more steps goes on, and its learning rate
     rises and falls once more over those that are new: the cosine had ended at zero.
@@ -112,12 +146,11 @@ def schedule_start(saved: Checkpoint, identity: Mapping[str, object]) -> int:
         BadInput: the checkpoint is of another run, named field by field; or of this one at another
             length and not at its end.
     """
-    began = int(saved.state().get("schedule_start", 0))
     asked: Any = identity["stage"]
     there: Any = saved.identity.get("stage")
     if not isinstance(there, dict) or asked["steps"] == there.get("steps"):
         saved.check(identity)
-        return began
+        return False
     length = {name: there.get(name) for name in ("steps", "warmup_steps")}
     saved.check({**identity, "stage": {**asked, **length}})
     if not saved.step == there["steps"] < asked["steps"]:
@@ -134,11 +167,15 @@ def schedule_start(saved: Checkpoint, identity: Mapping[str, object]) -> int:
             f"warmup_steps = {asked['warmup_steps']}: the schedule begins anew after step "
             f"{saved.step}, and only {new} steps are left"
         )
-    return saved.step
+    return True
 
 
-def _initial_weights(recipe: Recipe, stage: StageConfig) -> str | None:
-    """Return the digest of the weights a stage starts from; None: they are drawn by the seed."""
+def initial_digest(recipe: Recipe, stage: StageConfig) -> str | None:
+    """Return the digest of the weights a stage starts from; None: they are drawn by the seed.
+
+    Raises:
+        BadInput: the initial stage is not trained to its end, or weights cannot be read.
+    """
     if stage.initial is not None:
         earlier = recipe.stage(stage.initial)
         saved = checkpoint.finished(recipe.stage_directory(earlier.name), earlier.steps)

@@ -4,14 +4,18 @@ The loop is written against `Workers`. One process is `OneProcess`; a process gr
 Train or any other launcher, is one of `pipelines.training.distributed`.
 """
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from eupe.heads import DistillationModel
+from pipelines.machines.errors import RemoteBug, bad_input
+
+T = TypeVar("T")
 
 
 class Workers(Protocol):
@@ -53,6 +57,10 @@ class Workers(Protocol):
         """
         ...
 
+    def tell(self, value: T) -> T:
+        """Return what rank 0 gave, on every worker; it is pickled, so a small thing."""
+        ...
+
     def barrier(self) -> None:
         """Return once every worker is here."""
         ...
@@ -84,5 +92,45 @@ class OneProcess:
         """Return the numbers; the device is not asked, and not waited for."""
         return list(numbers)
 
+    def tell(self, value: T) -> T:
+        """Return the value."""
+        return value
+
     def barrier(self) -> None:
         """Return at once."""
+
+
+def from_first(workers: Workers, work: Callable[[], T]) -> T:
+    """Have rank 0 alone do something, and return what came of it on every worker; see `on_first`.
+
+    It is pickled, so a small thing.
+    """
+    found: Any = on_first(workers, work)
+    told: T = workers.tell(found)
+    return told
+
+
+def on_first(workers: Workers, work: Callable[[], T]) -> T | None:
+    """Have rank 0 alone do something, and return what came of it there; elsewhere None.
+
+    Every worker must call it, and waits.
+
+    Raises:
+        Exception: what `work` raised, on every worker: the others do not wait for one that left.
+            A bug is a RemoteBug on those.
+    """
+    made: T | None = None
+    raised: Exception | None = None
+    told: Exception | None = None
+    if workers.rank == 0:
+        try:
+            made = work()
+        except Exception as error:
+            raised = error
+            told = RemoteBug(traceback.format_exc()) if bad_input(error) is None else error
+    told = workers.tell(told)
+    if raised is not None:
+        raise raised
+    if told is not None:
+        raise told
+    return made

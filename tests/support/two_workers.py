@@ -16,12 +16,15 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import polars as pl
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import safe_open
 from torch._dynamo.backends.debugging import aot_eager
 
 from cache.shard_ranges import ShardRange
@@ -37,7 +40,7 @@ from pipelines.training.batches import Batch, Loader
 from pipelines.training.feeds import Feed, Part
 from pipelines.training.inputs import Inputs
 from pipelines.training.loop import Evaluate, StageResult, train_stage
-from pipelines.training.workers import OneProcess, Workers
+from pipelines.training.workers import OneProcess, Workers, on_first
 from support import small_stage
 
 WORLD = 2
@@ -180,6 +183,44 @@ def train(
             ending=lambda: (workers.rank, order[-1][0]) == ask,
         )
     return Trained(order, result, looked_at)
+
+
+def train_counting(run: Recipe, below: Path, stop_at: int | None = None) -> tuple[Trained, int]:
+    """Train, and count the bytes of weights and states below a folder that this worker reads.
+
+    A file counts whole each time it is opened: by Python, or by safetensors, which maps it.
+    """
+    sizes = list[int]()
+
+    def count(path: object) -> None:
+        name = Path(os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else Path()
+        if name.is_relative_to(below) and name.suffix in (".safetensors", ".pt"):
+            sizes.append(name.stat().st_size)
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            count(arguments[0])
+
+    def counted(path: Any, *arguments: Any, **named: Any) -> Any:
+        count(path)
+        return safe_open(path, *arguments, **named)
+
+    sys.addaudithook(heard)  # for good: `sizes` is this call's
+    with mock.patch.object(safetensors.torch, "safe_open", counted):
+        return train(run, stop_at), sum(sizes)
+
+
+def fail_on_rank_0(error: Exception) -> str:
+    """Have rank 0 raise; return what was raised here."""
+
+    def work() -> None:
+        raise error
+
+    try:
+        on_first(distributed.Copies(), work)
+    except Exception as raised:
+        return repr(raised)
+    return "nothing"
 
 
 def train_compiled(run: Recipe) -> int:
