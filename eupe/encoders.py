@@ -1,5 +1,6 @@
 """Encoders: a network of timm, open_clip or others, read as pixels -> (summary, patches)."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,6 +27,19 @@ class Features(NamedTuple):
 
     summary: Float[Tensor, "b d"]
     patches: Float[Tensor, "b h w d2"]
+
+
+class _Run(NamedTuple):
+    """What one forward of a network gave.
+
+    Attributes:
+        final: its last tokens or map; of open_clip's own transformer the image embedding; of
+            another library's network whatever it returns.
+        layers: index of an intermediate -> it, [B, D, H, W].
+    """
+
+    final: Any
+    layers: dict[int, Tensor]
 
 
 class Encoder(nn.Module):
@@ -155,32 +169,80 @@ class Encoder(nn.Module):
         Raises:
             BadInput: the network does not take that resolution.
         """
-        self.check_resolution(pixels.shape[-1])
-        dtype = next(self.network.parameters(), self.pixel_scale).dtype
-        # Normalised in float32 whatever the network computes in: 8 bits of bfloat16 lose pixels.
-        x = (pixels.float() * self.pixel_scale.float() + self.pixel_offset.float()).to(dtype)
-        if (other := self._other) is not None:
-            return Features(*other.tokens(x))
-        if hasattr(self._trunk, "forward_features"):
-            return self._timm_features(x)
-        return self._open_clip_features(x)
+        x = self._normalised(pixels)
+        wanted = [] if self._index is None else [self._index]
+        return self._read(self._run(x, wanted, self.spec.layer is not None), x)
+
+    def several(
+        self, pixels: Real[Tensor, "b 3 r r"], readers: Sequence["Encoder"]
+    ) -> list[Features]:
+        """Encode square pictures by one forward of the network, as each of some encoders reads it.
+
+        Args:
+            pixels: as of `forward`.
+            readers: encoders of this network, mean and std; their summaries and layers differ.
+
+        Returns:
+            what `forward` of each gives.
+
+        Raises:
+            BadInput: the network does not take that resolution.
+        """
+        x = self._normalised(pixels)
+        deep = any(each.spec.layer is not None for each in readers)
+        wanted = {each._index for each in readers if each._index is not None}
+        ran = self._run(x, sorted(wanted), deep)
+        return [each._read(ran, x) for each in readers]
 
     @property
     def _trunk(self) -> Any:
         return self.network.get_submodule(self._trunk_name)
 
-    def _timm_features(self, x: Tensor) -> Features:
-        trunk, resolution = self._trunk, x.shape[-1]
-        if self._index is None:
-            final, layer = trunk.forward_features(x), None
-        else:
-            final, (layer,) = trunk.forward_intermediates(x, indices=[self._index])
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Return what the network takes; the pixels' resolution is looked at."""
+        self.check_resolution(pixels.shape[-1])
+        dtype = next(self.network.parameters(), self.pixel_scale).dtype
+        # Normalised in float32 whatever the network computes in: 8 bits of bfloat16 lose pixels.
+        return (pixels.float() * self.pixel_scale.float() + self.pixel_offset.float()).to(dtype)
+
+    def _run(self, x: Tensor, wanted: list[int], deep: bool) -> _Run:
+        """Run the network once.
+
+        Args:
+            x: what it takes.
+            wanted: indices of timm's or open_clip's intermediates that will be read, rising.
+            deep: True if a layer of another library's network will be.
+        """
+        if (other := self._other) is not None:
+            return _Run(other.run(x, deep), {})
+        trunk = self._trunk
+        if not hasattr(trunk, "forward_features"):  # open_clip's own transformer
+            final = len(trunk.transformer.resblocks) - 1
+            wanted = wanted if final in wanted else [*wanted, final]
+            output = trunk.forward_intermediates(x, indices=wanted)
+            maps = output["image_intermediates"]
+            return _Run(output["image_features"], dict(zip(wanted, maps, strict=True)))
+        if not wanted:
+            return _Run(trunk.forward_features(x), {})
+        final, maps = trunk.forward_intermediates(x, indices=wanted)
+        return _Run(final, dict(zip(wanted, maps, strict=True)))
+
+    def _read(self, ran: _Run, x: Tensor) -> Features:
+        """Take the spec's tokens from what the network made of pixels."""
+        if (other := self._other) is not None:
+            return Features(*other.read(ran.final, x))
+        if hasattr(self._trunk, "forward_features"):
+            return self._timm_features(ran, x.shape[-1])
+        return self._open_clip_features(ran)
+
+    def _timm_features(self, ran: _Run, resolution: int) -> Features:
+        trunk, final = self._trunk, ran.final
         if final.ndim == 3:  # tokens; a CNN gives a map
             side = resolution // (self.patch_size or 1)
             last = final[:, trunk.num_prefix_tokens :].unflatten(1, (side, side))
         else:
             last = final.permute(0, 2, 3, 1)
-        patches = last if layer is None else layer.permute(0, 2, 3, 1)
+        patches = last if self._index is None else ran.layers[self._index].permute(0, 2, 3, 1)
         kind = self.spec.summary
         if kind == "mean_patches":
             summary = last.flatten(1, 2).mean(1)
@@ -192,17 +254,13 @@ class Encoder(nn.Module):
             summary = trunk.forward_head(final, pre_logits=kind == "average_pool")
         return Features(summary, patches)
 
-    def _open_clip_features(self, x: Tensor) -> Features:
-        final = len(self._trunk.transformer.resblocks) - 1
-        output = self._trunk.forward_intermediates(
-            x, indices=[final if self._index is None else self._index, final]
-        )
-        layers = [layer.permute(0, 2, 3, 1) for layer in output["image_intermediates"]]
-        last = self._trunk.ln_post(layers[-1])
-        patches = last if self._index is None else layers[0]
+    def _open_clip_features(self, ran: _Run) -> Features:
+        layers = {index: layer.permute(0, 2, 3, 1) for index, layer in ran.layers.items()}
+        last = self._trunk.ln_post(layers[max(layers)])
+        patches = last if self._index is None else layers[self._index]
         if self.spec.summary == "mean_patches":
             return Features(last.flatten(1, 2).mean(1), patches)
-        return Features(output["image_features"], patches)
+        return Features(ran.final, patches)
 
     def _shape(self, resolution: int) -> Features:
         return _tokens(self.spec.model_dump_json(), resolution)

@@ -41,8 +41,12 @@ class Other(ABC):
     step: int
 
     @abstractmethod
-    def tokens(self, x: Tensor) -> Tokens:
-        """Return the tokens of normalised pixels [B, 3, R, R].
+    def run(self, x: Tensor, deep: bool) -> Any:
+        """Run the network on normalised pixels [B, 3, R, R]; deep: a layer will be asked for."""
+
+    @abstractmethod
+    def read(self, output: Any, x: Tensor) -> Tokens:
+        """Take the spec's tokens from what `run` gave of those pixels.
 
         Raises:
             BadInput: they are not what the spec names, or of other shapes.
@@ -106,10 +110,12 @@ class _Own(Other):
                 "patches that are meant, by one of its model_arguments if there are several"
             )
 
-    def tokens(self, x: Tensor) -> Tokens:
-        found = self._network(x)
+    def run(self, x: Tensor, deep: bool) -> Any:
+        return self._network(x)
+
+    def read(self, output: Any, x: Tensor) -> Tokens:
         try:
-            summary, patches = found
+            summary, patches = output
             kept = (
                 summary.ndim == 2 and patches.ndim == 4 and len(summary) == len(patches) == len(x)
             )
@@ -148,11 +154,13 @@ class _Transformer(Other):
         if spec.summary not in kinds:
             raise BadInput(f"{spec.architecture} has no {spec.summary}; it has {sorted(kinds)}")
 
-    def tokens(self, x: Tensor) -> Tokens:
-        settings: dict[str, Any] = {"output_hidden_states": self._spec.layer is not None}
+    def run(self, x: Tensor, deep: bool) -> Any:
+        settings: dict[str, Any] = {"output_hidden_states": deep}
         if self._takes_any:
             settings["interpolate_pos_encoding"] = x.shape[-1] != self.resolution
-        output = self._network(pixel_values=x, **settings)
+        return self._network(pixel_values=x, **settings)
+
+    def read(self, output: Any, x: Tensor) -> Tokens:
         last = self._grid(output.last_hidden_state, x)
         patches = last
         if self._spec.layer is not None:

@@ -139,6 +139,11 @@ class EncoderSpec(Spec):
             raise BadInput(f"architecture {name!r} of library python: wants {by_path.WANTED}")
         return said
 
+    @property
+    def network(self) -> "EncoderSpec":
+        """The same network and pixels, with the summary and layer that are read left out."""
+        return self.model_copy(update={"summary": "class_token", "layer": None})
+
 
 class TeacherSpec(Spec):
     """A frozen encoder with its weights and compute dtype: who made the features."""

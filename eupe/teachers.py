@@ -1,5 +1,7 @@
 """Teachers: a frozen encoder with its weights and compute dtype, as its features' spec says."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Real
@@ -59,18 +61,52 @@ class Teacher(nn.Module):
         Returns:
             Features, float32 on the teacher's device: summary [n, D], patches [n, H, W, D].
         """
-        device = self.encoder.pixel_scale.device  # an encoder of plain pixels has no weights
-        parts = []
-        for start in range(0, len(pixels), compute_batch):
-            chunk = pixels[start : start + compute_batch]
-            batch = np.zeros((compute_batch, *pixels.shape[1:]), np.uint8)
-            batch[: len(chunk)] = chunk
-            x = torch.from_numpy(batch).to(device, non_blocking=True)
-            x = x.permute(0, 3, 1, 2).contiguous()
-            summary, patches = self(x)
-            parts.append((summary[: len(chunk)], patches[: len(chunk)]))
-        summaries, maps = zip(*parts, strict=True)
-        return Features(torch.cat(summaries), torch.cat(maps))
+        return features_together([self], pixels, compute_batch)[0]
+
+    def share(self, other: "Teacher") -> bool:
+        """Take another teacher's network for one's own, if it holds all of one's own tensors.
+
+        Args:
+            other: of the same architecture, arguments, mean, std and dtype, on the same device.
+
+        Returns:
+            True if both read one network now.
+        """
+        theirs = other.encoder.network.state_dict()
+        own = self.encoder.network.state_dict()
+        if not all(name in theirs and torch.equal(own[name], theirs[name]) for name in own):
+            return False
+        self.encoder.network = other.encoder.network
+        return True
+
+
+def features_together(
+    teachers: Sequence[Teacher], pixels: np.ndarray, compute_batch: int
+) -> list[Features]:
+    """Return what `Teacher.features` of each of some teachers gives, by one forward of a network.
+
+    Args:
+        teachers: of one network (`Teacher.share`), mean, std and dtype.
+        pixels: uint8 [n, R, R, 3], n at least 1, on the host.
+        compute_batch: pictures a forward pass.
+    """
+    first = teachers[0].encoder
+    device = first.pixel_scale.device  # an encoder of plain pixels has no weights
+    parts: list[list[Features]] = [[] for _ in teachers]
+    for start in range(0, len(pixels), compute_batch):
+        chunk = pixels[start : start + compute_batch]
+        batch = np.zeros((compute_batch, *pixels.shape[1:]), np.uint8)
+        batch[: len(chunk)] = chunk
+        x = torch.from_numpy(batch).to(device, non_blocking=True)
+        x = x.permute(0, 3, 1, 2).contiguous()
+        if len(teachers) == 1:
+            found = [teachers[0](x)]
+        else:
+            with torch.no_grad():
+                found = first.several(x, [teacher.encoder for teacher in teachers])
+        for own, (summary, patches) in zip(parts, found, strict=True):
+            own.append(Features(summary[: len(chunk)].float(), patches[: len(chunk)].float()))
+    return [Features(*(torch.cat(each) for each in zip(*own, strict=True))) for own in parts]
 
 
 def load_teacher(

@@ -98,6 +98,23 @@ def test_a_build_without_room_is_refused_with_both_figures(built, monkeypatch):
     assert cache_jobs(more)[0].num_views == 40
 
 
+def test_a_forward_that_several_outputs_share_is_planned_once(built):
+    (first,) = built.teachers.values()
+    middle = first.encoder.model_copy(update={"layer": 16})
+    other = first.model_copy(update={"name": "middle", "encoder": middle})
+
+    def flops(run):
+        stores = plan.of_recipe(run, rates.Rates()).stores.values()
+        return sum(store.flops for store in stores), len(stores)
+
+    both = built.model_copy(update={"teachers": {**built.teachers, "middle": other}})
+    alone, shared = flops(built), flops(both)
+    assert shared == (alone[0], 2 * alone[1])
+    apart = other.model_copy(update={"weights": "random:1"})
+    twice = built.model_copy(update={"teachers": {**built.teachers, "middle": apart}})
+    assert flops(twice)[0] > alone[0]
+
+
 @pytest.mark.slow
 def test_every_figure_says_where_it_comes_from_and_every_constant_its_source(tmp_path):
     asked = recipes.get("imagenet1k_vits16")

@@ -12,7 +12,8 @@
     listing      what indexing has found, until all of it is, and then in order
     measure      moments of a teacher's tokens on a fixed sample, before its first shard
     quality      what a lossy codec costs that teacher, before its store is made
-    extractor    the actor: holds the teachers, turns shards of images into shard files
+    extractor    the actor: turns shards of images into shard files
+    loaded       its teachers; several outputs of one network are one forward
 
 Nothing here but plans knows of students, stages or losses.
 

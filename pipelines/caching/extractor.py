@@ -28,14 +28,13 @@ from eupe.encoders import Features
 from eupe.errors import BadInput
 from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView
-from eupe.teachers import Teacher, load_teacher
+from pipelines.caching.loaded import Loaded
 from pipelines.features.codec_torch import encode
 from pipelines.features.live_rows import check_teacher
 from pipelines.images import warned
 from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader, LostImage
 from pipelines.recipe.config import TeacherConfig
-from pipelines.records import checkpoint
 
 ALL_LOST = 4
 """Images of a batch of which not one is found: a disk that is not mounted, not images lost."""
@@ -155,8 +154,7 @@ class Extractor:
     ) -> None:
         if compute_threads is not None:
             torch.set_num_threads(compute_threads)
-        self._configs = {teacher.name: teacher for teacher in teachers}
-        self._teachers: dict[str, Teacher] = {}
+        self._loaded = Loaded(teachers, device)
         self._device = device
         self._row_groups = RowGroups()
         self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
@@ -231,21 +229,12 @@ class Extractor:
         passes = self._passes(base, stores[0].spec.views, samples, outputs, compute_batch)
         with self._computing:
             for store in stores:
-                check_teacher(self._teacher(store.spec.teacher.name).spec, store)
+                check_teacher(self._loaded.teacher(store.spec.teacher.name).spec, store)
             for batch in passes:
                 for part in parts[batch.view]:
                     part.add(batch)
         made_by = provenance(compute_batch, torch.get_num_threads(), self._device)
         return [part.write(samples, made_by) for of_view in parts.values() for part in of_view]
-
-    def _teacher(self, name: str) -> Teacher:
-        if name not in self._teachers:
-            config = self._configs[name]
-            checkpoint.bring(config.weights)
-            self._teachers[name] = load_teacher(
-                name, config.encoder, config.weights, config.dtype, self._device
-            )
-        return self._teachers[name]
 
     def _passes(
         self,
@@ -277,15 +266,12 @@ class Extractor:
                 _check_mounted(images)
                 for view, outputs in wanted.items():
                     drawn = [image[view] for image in images]
-                    pixels = {
-                        resolution: _stacked(drawn, resolution) for resolution in resolutions[view]
-                    }
-                    tokens = {}
-                    for name, resolution in outputs:
-                        teacher = self._teacher(name)
-                        tokens[name, resolution] = teacher.features(
-                            pixels[resolution], compute_batch
-                        )
+                    tokens: dict[Output, Features] = {}
+                    for resolution in resolutions[view]:
+                        pixels = _stacked(drawn, resolution)
+                        names = [name for name, own in outputs if own == resolution]
+                        features = self._loaded.features(names, pixels, compute_batch)
+                        tokens |= {(name, resolution): each for name, each in features.items()}
                     yield _Pass(start, view, drawn, tokens)
 
         return walk(decode(0))

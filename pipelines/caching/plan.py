@@ -23,8 +23,9 @@ from eupe.spec import EncoderSpec
 from pipelines.caching import sizes
 from pipelines.caching.rates import Rates
 from pipelines.recipe.config import PIXELS, Recipe
+from pipelines.recipe.drawn import Mask
 from pipelines.recipe.stage import StageConfig
-from pipelines.recipe.stores import CacheJob, planned_groups, rows_per_shard
+from pipelines.recipe.stores import CacheJob, network, planned_groups, rows_per_shard
 
 KNOWN_IMAGES = {
     "emoji-test": 475,
@@ -63,6 +64,8 @@ class StorePlan:
         fixed_bytes: of what there is of the store beside its shards.
         row_bytes: of one row's patches in their file.
         files: objects, each written by one request.
+        forwards: images whose forward is counted here: all of them, but those that a store before
+            it has, of the same network at the same resolution.
         config: the job's dataset and views through this teacher alone, at this resolution.
     """
 
@@ -78,13 +81,14 @@ class StorePlan:
     fixed_bytes: int
     row_bytes: int
     files: int
+    forwards: int
     config: CacheJob
 
     @property
     def flops(self) -> float:
-        """Of the teacher's forward over all of it."""
+        """Of the teacher's forwards that are counted here."""
         (teacher,) = self.config.teachers
-        return self.images * forward_flops(teacher.encoder, self.resolution)
+        return self.forwards * forward_flops(teacher.encoder, self.resolution)
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,10 @@ class _Dataset:
     def num_rows(self) -> int:
         return int(self.shards.lengths.sum())
 
+    def images(self, mask: Mask) -> int:
+        """Count the images of views of shards, bool [views, shards]."""
+        return int(mask.sum(axis=0) @ self.shards.lengths)
+
 
 def _dataset(recipe: Recipe, job: CacheJob, per_shard: int, given: Mapping[str, int]) -> _Dataset:
     """Return a set as it is indexed; else of the size that is given or known.
@@ -280,6 +288,7 @@ def _dataset(recipe: Recipe, job: CacheJob, per_shard: int, given: Mapping[str, 
 def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
     """Plan the stores of one job, which come out of one pass over its pictures."""
     stores, seen = {}, np.zeros((job.num_views, len(dataset.shards)), bool)
+    run: dict[tuple[str, str, str, int], Mask] = {}
     for teacher in job.teachers:
         for resolution in teacher.resolutions:
             wanted = job.wanted(teacher.name, resolution, dataset.shards)
@@ -294,7 +303,12 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
                 rates.escapes,
                 dataset.sample_ids,
             )
-            rows = int(wanted.sum(axis=0) @ dataset.shards.lengths)
+            before = run.get((*network(teacher), resolution), np.zeros_like(wanted))
+            run[*network(teacher), resolution] = before | wanted
+            rows, forwards = (
+                int(each.sum(axis=0) @ dataset.shards.lengths)
+                for each in (wanted, wanted & ~before)
+            )
             # Of a proxy the weights are not known yet; its recipe's stage 1 decides them.
             who = teacher.model_dump_json(exclude={"resolutions", "licence"})
             key = "/".join((job.root, job.dataset.name, job.views.model_dump_json(), who))
@@ -312,13 +326,14 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
                 fixed_bytes=size.fixed_bytes,
                 row_bytes=size.row_bytes,
                 files=size.num_files,
+                forwards=forwards,
                 config=job.model_copy(
                     update={
                         "teachers": (teacher.model_copy(update={"resolutions": (resolution,)}),)
                     }
                 ),
             )
-    rows = int(seen.sum(axis=0) @ dataset.shards.lengths)
+    rows = dataset.images(seen)
     return Plan(stores=stores, passes={frozenset(stores): Pass(job, rows)})
 
 

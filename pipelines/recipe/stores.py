@@ -345,6 +345,11 @@ def open_stores(job: CacheJob, half: bool = False, opened: Opened | None = None)
     return stores
 
 
+def network(config: TeacherConfig) -> tuple[str, str, str]:
+    """Return what of a teacher is run, whatever is read of it: equal ones want one forward."""
+    return config.encoder.network.model_dump_json(), config.weights, config.dtype
+
+
 def _teacher_spec(config: TeacherConfig) -> TeacherSpec:
     return TeacherSpec(
         name=config.name,
