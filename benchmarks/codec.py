@@ -35,7 +35,7 @@ from benchmarks.codec_bounds import grid_variances, scalar_r2, tokens_r2, water_
 from benchmarks.pairs import Timed, interleave
 from benchmarks.training import TrainingStep, features, pictures, smooth_features, targets_of
 from cache.codec.encoded import Codec
-from cache.codec.known import KNOWN, default_codec, make_codec
+from cache.codec.known import OF_PATCHES, default_codec, make_codec
 from eupe.encoders import Encoder, Features
 from eupe.moments import Moments
 from eupe.normalise import zscore
@@ -46,7 +46,7 @@ from pipelines.caching.quality import quality
 from pipelines.features.codec_torch import Decoder, encode
 from pipelines.recipe import family, recipes
 
-CODECS = tuple(name for name in KNOWN if name != "uint8")
+CODECS = tuple(name for name in OF_PATCHES if name != "uint8")
 BATCH = 16
 REPEATS = 15
 PAIRS, SECONDS = 9, 60.0

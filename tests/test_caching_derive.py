@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import small_caches, toy_stores
 from support.smooth_pictures import pictures
-from support.toy_stores import DATASET, Toy, features, files_under, ids
+from support.toy_stores import DATASET, ROWS_PER_SHARD, Toy, features, files_under, ids
 
 from cache.codec.known import default_codec, name_of
 from cache.codec.quantised import unpack
@@ -141,9 +141,26 @@ def test_what_cannot_be_is_refused(tmp_path):
         derive(source.directory, tmp_path, "rot4", num_views=3)
     with pytest.raises(BadInput, match="codec = 'rot5': wants one of"):
         derive(source.directory, tmp_path, "rot5")
+    with pytest.raises(BadInput, match="codec = 'none': cannot be derived from 'float16': 'none'"):
+        derive(source.directory, tmp_path, "none")
+    alone = built(tmp_path / "alone", "none")
+    with pytest.raises(BadInput, match="codec = 'float16': cannot be derived from 'none'"):
+        derive(alone.directory, tmp_path / "alone", "float16")
     derive(source.directory, tmp_path / "small", num_samples=3)
     with pytest.raises(BadInput, match="has 3 of toy already"):
         derive(source.directory, tmp_path / "small", num_samples=4)
+
+
+@pytest.mark.parametrize("root", [".", "other"])
+def test_of_a_source_that_lacks_shards_the_others_are_derived(tmp_path, root):
+    toy = Toy(tmp_path, "float32")
+    toy.add_samples(ids(3 * ROWS_PER_SHARD))
+    source = toy.build(num_views=1)
+    wanted = np.ones((1, len(source.samples.shards())), bool)
+    toy.add_samples(ids(5 * ROWS_PER_SHARD))  # not built
+    made = derive(open_store(tmp_path, source.spec).directory, tmp_path / root, "float16").store
+    assert made.lacks(wanted, source.samples.shards()) == 0
+    assert len(made.todo(1)) == len(made.samples.shards()) - wanted.size > 0
 
 
 def test_a_damaged_source_is_not_derived_from(tmp_path):

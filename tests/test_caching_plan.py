@@ -179,7 +179,7 @@ def test_a_figure_is_drawn(tmp_path):
 @pytest.mark.slow
 def test_a_recipe_says_its_bytes_and_hours_in_one_sentence(tmp_path):
     said = planning.in_short(recipes.get("imagenet1k_vits16"))
-    assert said.startswith("Caches: 11.1 TB. On h100:8, assumed: ~")
+    assert said.startswith("Caches: 9.28 TB. On h100:8, assumed: ~")
     unknown = planning.in_short(small_run.recipe(tmp_path))
     assert unknown.startswith("Bytes and hours are not known: train: not indexed")
 

@@ -424,6 +424,6 @@ def test_constants_are_fitted_to_images_spread_over_the_bank():
     few, many = [str(n) for n in range(1420)], [str(n) for n in range(9000)]
     assert evaluate.spread(few) == few
     chosen = [int(each) for each in evaluate.spread(many)]
-    assert len(chosen) == evaluate.CONSTANT_IMAGES
+    assert len(chosen) == evaluate.BANK_PATCHES
     assert chosen[0] == 0
     assert max(np.diff(chosen)) == 5

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 import pytest
 from pydantic import BaseModel, Field
 
-from cache.codec.known import KNOWN
+from cache.codec.known import OF_PATCHES
 from pipelines.recipe import recipes
 from pipelines.recipe.config import ExtractionConfig, Recipe, TeacherConfig
 from pipelines.recipe.marks import (
@@ -114,7 +114,7 @@ def test_identity_is_what_is_left_without_execution():
         (ExtractionConfig, "rows_per_shard", "a whole number | null, at least 1"),
         (StageConfig, "precision", "float32 | bfloat16"),
         (StageConfig, "compile", "true | false | null"),
-        (TeacherConfig, "codec", " | ".join(KNOWN)),
+        (TeacherConfig, "codec", " | ".join(OF_PATCHES)),
         (StageConfig, "student_resolutions", "a list: a whole number, length at least 1"),
     ],
 )

@@ -12,13 +12,20 @@ from collections.abc import Mapping
 import numpy as np
 
 from cache.codec import grid as grids
-from cache.codec import plain, quantised
+from cache.codec import nothing, plain, quantised
 from cache.codec.encoded import Arrays, Codec, Fitting, Floats, Kind, Moments
 from eupe.errors import BadInput
 from eupe.spec import CodecSpec
 
-KNOWN: dict[str, Kind] = {**plain.KINDS, **quantised.KINDS, **grids.KINDS}
+KNOWN: dict[str, Kind] = {
+    **plain.KINDS,
+    **quantised.KINDS,
+    **grids.KINDS,
+    **nothing.KINDS,
+}
 """Every codec by name."""
+OF_PATCHES = [name for name in KNOWN if name not in nothing.KINDS]
+"""Those of which a student can learn: they keep patches."""
 OF = " of "
 """Between a codec and that of the store that its features were taken from: rot4 of float16."""
 ROUNDED = "rounded"

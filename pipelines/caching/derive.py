@@ -11,7 +11,7 @@ of the sample, which a store no longer knows: of these a derived one is always a
 or samples change no row, and no identity: they want a root of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from cache.codec import nothing
 from cache.codec.encoded import Encoded
 from cache.codec.known import default_codec, kind, make_codec, name_of
 from cache.errors import FingerprintMismatch, NotBuilt
@@ -27,7 +28,7 @@ from cache.format import layout
 from cache.reader import Reader
 from cache.samples import Samples
 from cache.selection import Selection
-from cache.shard_ranges import ShardRange
+from cache.shard_ranges import Rows, ShardRange
 from cache.store import Store, create_store, open_store, store_info
 from cache.verify import Progress, unseen
 from cache.writer import write_shard
@@ -75,6 +76,8 @@ def derive(
 ) -> Derived:
     """Make a store of another one, or go on with it: shards that are there are not written again.
 
+    What the source lacks, as of a store of what is drawn or of a bank, is left out.
+
     Args:
         directory: of the source.
         root: cache root of what is derived; the source's own where only the codec differs.
@@ -86,7 +89,7 @@ def derive(
     Raises:
         BadInput: nothing would differ, or in a way that this root cannot hold; a lossy codec that
             keeps less of the features than it documents.
-        StoreError: the source cannot be read or lacks shards, or something cannot be written.
+        StoreError: the source cannot be read, or something cannot be written.
     """
     info = store_info(directory)
     base = layout.cache_root(root)
@@ -106,7 +109,7 @@ def derive(
         _take_samples(source, base, num_samples)
     reader = Reader(source, range(views))
     store = _opened(base, source, spec.codec, reader, info.version)
-    todo = list(store.todo(views))
+    todo = [(view, shard) for view, shard in store.todo(views) if _has(reader, store, view, shard)]
     with shown(len(todo)) as progress:
         for done, (view, shard) in enumerate(todo, 1):
             _write(store, reader, view, shard)
@@ -120,6 +123,11 @@ def codec_of(source: CodecSpec, name: str | None) -> CodecSpec:
     there = name_of(source)
     if name is None or name == there:
         return source
+    if not kind(name).bits or not kind(source.name).bits:
+        raise BadInput(
+            f"codec = {name!r}: cannot be derived from {there!r}: {nothing.NONE!r} has no patches, "
+            "and its stores are built"
+        )
     exact = not kind(name).of_rows and there == EXACT
     return default_codec(name if exact else f"{name} of {there}")
 
@@ -174,11 +182,23 @@ def _sample(reader: Reader) -> np.ndarray:
     return rows
 
 
+def _has(reader: Reader, store: Store, view: int, shard: ShardRange) -> bool:
+    """True if the source has all rows of a shard of what is derived."""
+    return not reader.records.num_absent(_rows(reader, store, shard), view)
+
+
+def _rows(reader: Reader, store: Store, shard: ShardRange) -> Sequence[int] | Rows:
+    """Return the source's rows of a shard of what is derived, [n]."""
+    if store.root == reader.store.root:
+        return np.arange(shard.start, shard.stop)
+    ids = store.samples.shard(shard.shard)["sample_id"].to_list()
+    return reader.store.samples.rows_of(ids)
+
+
 def _write(store: Store, reader: Reader, view: int, shard: ShardRange) -> None:
     """Write and commit one shard of what is derived."""
     ids = store.samples.shard(shard.shard)["sample_id"].to_list()
-    own = np.arange(shard.start, shard.stop)
-    rows = own if store.root == reader.store.root else reader.store.samples.rows_of(ids)
+    rows = _rows(reader, store, shard)
     chosen = reader.select(rows, view)
     parts = [
         _encoded(store, reader, reader.select(rows[start : start + ROWS], view))

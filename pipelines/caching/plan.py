@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cache.codec.nothing import NONE
 from cache.errors import NotBuilt
 from cache.samples import Samples
 from cache.shard_ranges import ShardRanges
@@ -289,9 +290,11 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
     """Plan the stores of one job, which come out of one pass over its pictures."""
     stores, seen = {}, np.zeros((job.num_views, len(dataset.shards)), bool)
     run: dict[tuple[str, str, str, int], Mask] = {}
-    for teacher in job.teachers:
+    for teacher in job.kept:
         for resolution in teacher.resolutions:
-            wanted = job.wanted(teacher.name, resolution, dataset.shards)
+            wanted = job.wanted(teacher.name, resolution, dataset.shards, teacher.codec)
+            if teacher.codec == NONE and not wanted.any():
+                continue
             seen |= wanted
             size = sizes.of_store(
                 job,
@@ -348,6 +351,7 @@ def _of_stage(
         (store.teacher, store.resolution): store.row_bytes
         + 4 * shapes(_encoder(recipe, store.teacher), store.resolution).summary_dim
         for store in plan.stores.values()
+        if store.codec != NONE
     }
 
     def mean(scales: Sequence[int], of: Mapping[tuple[str, int], float], who: str) -> float:

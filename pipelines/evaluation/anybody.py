@@ -22,6 +22,7 @@ from pipelines.evaluation.encoders import Classes, Vectors, judge
 from pipelines.evaluation.evaluate import described
 from pipelines.evaluation.labels import numbered
 from pipelines.evaluation.networks import PIXELS
+from pipelines.features.marks import marks
 from pipelines.images.aside import Aside
 from pipelines.images.labels import labels_of
 from pipelines.recipe.config import DatasetConfig, Recipe
@@ -154,17 +155,18 @@ def _stored(
     recipe: Recipe, opened: Opened, job: CacheJob, name: str, side: int, samples: pl.DataFrame
 ) -> _Made:
     """Return an expert's summaries of samples as its store has them, those that it has."""
-    (spec,) = (
-        spec for spec in store_specs(job) if spec.teacher.name == name and spec.resolution == side
-    )
-    store = opened.store(job.root, spec)
-    opened.check_whole(store, job.wanted_of(store))
-    rows = np.asarray(store.samples.rows_of(samples["sample_id"].to_list()))
-    reader = opened.reader(store, (0,), None, recipe.workers)
-    part = reader.select(rows, np.zeros_like(rows))
-    kept = np.asarray(part.valid)
-    vectors = torch.from_numpy(np.asarray(part.summaries, np.float32))
-    return _Made(samples.filter(pl.Series(kept)), vectors[torch.from_numpy(kept)])
+    stores = [
+        opened.store(job.root, spec)
+        for spec in store_specs(job)
+        if spec.teacher.name == name and spec.resolution == side
+    ]
+    for store in stores:
+        opened.check_whole(store, job.wanted_of(store))
+    rows = np.asarray(stores[0].samples.rows_of(samples["sample_id"].to_list()))
+    readers = [opened.reader(store, (0,), None, recipe.workers) for store in stores]
+    said = marks(readers, rows, np.zeros_like(rows))
+    vectors = torch.from_numpy(said.summaries)
+    return _Made(samples.filter(pl.Series(said.valid)), vectors[torch.from_numpy(said.valid)])
 
 
 def _common(samples: Sequence[pl.DataFrame]) -> list[str]:

@@ -1,7 +1,6 @@
 """The evaluation during training: a hook that the loop calls with the model it has."""
 
 import sys
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -70,17 +69,18 @@ def hook(recipe: Recipe, stage: StageConfig, given: Inputs) -> Evaluate:
                 file=sys.stderr,
             )
 
-    def swept(name: str) -> Batches:
-        return images.batches(name, rows[name], at)
+    def swept(name: str, tokens: bool) -> Batches:
+        return images.batches(name, rows[name], at, tokens)
 
     @cache
     def bank_pictures() -> list[Batch]:
-        return [replace(batch, parts=[]) for batch in swept(bank_name)]
+        return list(swept(bank_name, tokens=False))
 
     def figures(model: DistillationModel, done: int) -> dict[str, float]:
         # Read anew each time: the teachers' tokens of them fill gigabytes.
         device = next(model.parameters()).device
-        queries = look(swept(held_out), {FINAL: model}, {FINAL: model.encoder}, device=device)
+        shown = swept(held_out, tokens=True)
+        queries = look(shown, {FINAL: model}, {FINAL: model.encoder}, device=device)
         each = [queries.cosines[FINAL, name].mean(0) for name in images.normalisers]
         both = torch.stack(each).mean(0)
         found = {

@@ -29,10 +29,8 @@ from pipelines.evaluation.networks import PIXELS, Shown, final_name, initial_nam
 from pipelines.machines.progress import track
 from pipelines.recipe.config import Recipe
 from pipelines.recipe.stage import StageConfig
+from pipelines.recipe.stores import BANK_PATCHES
 
-CONSTANT_IMAGES = 2000
-"""Images of a bank's set that the best constants are fitted to: a mean of so many unit vectors is
-known to a hundredth, and of ImageNet-1k the patches of all are terabytes."""
 EVALUATION_FILE, CORRECT_FILE = "evaluation.json", "correct.parquet"
 
 
@@ -161,7 +159,8 @@ def agree(student: FrozenStudent, shown: Shown) -> Agreement:
     at, held_out = evaluation_resolutions(recipe, student.stage), recipe.held_out.name
     constants = Constants(student.final.encoder.grid(recipe.evaluation.resolution))
     for name, ids in shown.bank_ids.items():
-        rows = np.asarray(images.feeds[name].source.samples.rows_of(spread(ids)))
+        kept = images.with_tokens(name, ids, at.teachers)
+        rows = np.asarray(images.feeds[name].source.samples.rows_of(spread(kept)))
         for targets in images.tokens(name, rows, at.teachers, device):
             constants.add(
                 {who: Features(each.summary, each.patches) for who, each in targets.items()}
@@ -192,8 +191,8 @@ def agree(student: FrozenStudent, shown: Shown) -> Agreement:
 
 
 def spread(sample_ids: Sequence[str]) -> list[str]:
-    """Return CONSTANT_IMAGES of some samples, spread evenly; all where there are no more."""
-    count = min(len(sample_ids), CONSTANT_IMAGES)
+    """Return BANK_PATCHES of some samples, spread evenly; all where there are no more."""
+    count = min(len(sample_ids), BANK_PATCHES)
     return [sample_ids[each * len(sample_ids) // count] for each in range(count)]
 
 

@@ -1,6 +1,7 @@
 """A trained student, frozen, and the images it is judged by: each is opened and built once."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -60,11 +61,24 @@ class CentreViews:
             rows = rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
         return rows
 
-    def batches(self, dataset: str, rows: np.ndarray, at: Resolutions) -> Batches:
-        """Return batches of a dataset that show each of the rows, int64 [n], at fixed sizes."""
+    def batches(
+        self, dataset: str, rows: np.ndarray, at: Resolutions, tokens: bool = True
+    ) -> Batches:
+        """Return batches of a dataset that show each of the rows, int64 [n], at fixed sizes.
+
+        Args:
+            dataset: one of `feeds`.
+            rows: of it.
+            at: resolutions of student and teachers.
+            tokens: False for pictures alone, of rows that are valid for those teachers: of a bank
+                few rows have more.
+        """
         draw = Sweep(dataset, rows, self.recipe.evaluation.batch)
+        feed = self.feeds[dataset]
+        if not tokens:
+            feed = replace(feed, source=self._source(dataset).without_tokens())
         return Batches(
-            {dataset: self.feeds[dataset].for_rows(len(rows))},
+            {dataset: feed.for_rows(len(rows))},
             draw,
             lambda step: at,
             lambda scale, count: count,
@@ -95,9 +109,21 @@ class CentreViews:
 
     def summaries(self, dataset: str, rows: np.ndarray, teacher: str, resolution: int) -> Tensor:
         """Return a teacher's summaries of the rows as its store has them, float32 [n, D]."""
+        source = self._source(dataset)
+        return torch.from_numpy(source.summaries(rows, np.zeros_like(rows), teacher, resolution))
+
+    def with_tokens(
+        self, dataset: str, sample_ids: Sequence[str], teachers: Mapping[str, int]
+    ) -> list[str]:
+        """Return those of some samples whose patches are kept of each teacher, at a resolution."""
+        source = self._source(dataset)
+        rows = np.asarray(source.samples.rows_of(sample_ids))
+        return source.samples.sample_ids(source.with_tokens(rows, teachers))
+
+    def _source(self, dataset: str) -> CachedSource:
         source = self.feeds[dataset].source
         assert isinstance(source, CachedSource)  # as inputs.centre_feeds opens them
-        return torch.from_numpy(source.summaries(rows, np.zeros_like(rows), teacher, resolution))
+        return source
 
 
 class FrozenStudent:

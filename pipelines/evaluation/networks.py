@@ -111,7 +111,7 @@ def show(students: Sequence[FrozenStudent]) -> Shown:
         for side in sides:
             for name in rows:
                 seen[name, side] = look(
-                    images.batches(name, rows[name], Resolutions(side, teachers)),
+                    images.batches(name, rows[name], Resolutions(side, teachers), tokens=False),
                     encoders=networks,
                     raw=side == headline,
                     device=device,

@@ -1,6 +1,7 @@
 """Teacher tokens for a batch, normalised and on the device, from stores or from live teachers.
 
     cached, live  CachedSource and LiveSource: tokens from stores, or from teachers that run now
+    marks         what is known of rows without their patches
     live_rows     rows that a store lacks, computed and encoded as a build would
     sources       FeatureSource (law 8): what both are
     codec_torch   the codecs of `cache.codec` on the device, fused with the loss normaliser (law 9)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from eupe.normalise import Normaliser
 from pipelines.features.buffers import Buffers
 from pipelines.features.codec_torch import Decoder
 from pipelines.features.live_rows import LiveRows, Rows
+from pipelines.features.marks import Marks, marks
 from pipelines.features.sources import (
     FeatureSource,
     Fetched,
@@ -83,6 +85,8 @@ class CachedSource(FeatureSource):
         shards: of the dataset, of which the stores have what will be fetched; None: those that
             every store has whole.
         live: computes the rows that a store does not have; None: they are an error.
+        rest: (teacher, resolution) -> reader of what that store lacks, summaries alone.
+        tokens: False for a source that tells of rows which are valid, and brings no tokens.
 
     Raises:
         ValueError: no readers, or a teacher without normalisers.
@@ -94,6 +98,8 @@ class CachedSource(FeatureSource):
         normalisers: Mapping[str, Normalisers],
         shards: ShardRanges | None = None,
         live: LiveRows | None = None,
+        rest: Mapping[tuple[str, int], Reader] = MappingProxyType({}),
+        tokens: bool = True,
     ) -> None:
         if not readers:
             raise ValueError("a cached source wants at least one store")
@@ -108,15 +114,25 @@ class CachedSource(FeatureSource):
             for (teacher, resolution), reader in readers.items()
         }
         self._readers, self._shards, self._live = list(readers.values()), shards, live
+        self._rest, self._tokens = dict(rest), tokens
         self._buffers = Buffers()
         self.samples: Samples = next(iter(readers.values())).store.samples
 
     def for_rows(self, num_rows: int) -> "CachedSource":
         """Return a source of the same for who will fetch so many rows: by range, if few."""
-        readers = {name: reader.for_rows(num_rows) for name, reader in self._named.items()}
-        if all(readers[name] is reader for name, reader in self._named.items()):
+        readers, rest = (
+            {name: reader.for_rows(num_rows) for name, reader in of.items()}
+            for of in (self._named, self._rest)
+        )
+        if readers == self._named and rest == self._rest:
             return self
-        return CachedSource(readers, self._normalisers, self.shards())
+        shards = self.shards()
+        return CachedSource(readers, self._normalisers, shards, None, rest, self._tokens)
+
+    def without_tokens(self) -> "CachedSource":
+        """Return a source that tells which rows are valid, and reads no patches."""
+        settings = self._normalisers, self._shards, self._live, self._rest
+        return CachedSource(self._named, *settings, tokens=False)
 
     def dims(self) -> dict[str, tuple[int, int]]:
         """Return teacher -> (summary width, patch width)."""
@@ -127,7 +143,21 @@ class CachedSource(FeatureSource):
         """Return the shards that rows are fetched from."""
         if self._shards is not None:
             return self._shards
-        return reduce(ShardRanges.shared, (reader.shards() for reader in self._readers))
+        return reduce(ShardRanges.shared, map(self._shards_of, self._named))
+
+    def _shards_of(self, name: tuple[str, int]) -> ShardRanges:
+        reader, rest = self._named[name], self._rest.get(name)
+        if rest is None:
+            return reader.shards()
+        there = reader.records.shared(reader.views) | rest.records.shared(rest.views)
+        shards = self.samples.shards()
+        return shards.where(there[shards.numbers])
+
+    def with_tokens(self, rows: np.ndarray, resolutions: Resolutions) -> np.ndarray:
+        """Return those of the rows, int64 [n], whose patches some teachers all have, in view 0."""
+        absent = [self._store(*each).reader.records.absent(rows) for each in resolutions.items()]
+        held: np.ndarray = rows[~np.logical_or.reduce(absent)]
+        return held
 
     def versions(self) -> dict[str, int]:
         """Return store directory (below the cache root) -> manifest version that is read.
@@ -151,7 +181,7 @@ class CachedSource(FeatureSource):
     @property
     def mirrored(self) -> bool:
         """True if a store lies in a bucket: it then pays to say what will be fetched."""
-        return any(reader.mirrored for reader in self._readers)
+        return self._tokens and any(reader.mirrored for reader in self._readers)
 
     def will_need(
         self, rows: np.ndarray, view_numbers: np.ndarray, resolutions: Resolutions
@@ -165,7 +195,7 @@ class CachedSource(FeatureSource):
         """
         for teacher, resolution in resolutions.items():
             reader = self._store(teacher, resolution).reader
-            if reader.mirrored:
+            if reader.mirrored and self._tokens:
                 reader.will_need(rows, view_numbers)
 
     def fetch(
@@ -186,6 +216,11 @@ class CachedSource(FeatureSource):
         for teacher, resolution in resolutions.items():
             store = self._store(teacher, resolution)
             reader = store.reader
+            if not self._tokens:
+                said = self._marks(teacher, resolution, rows, view_numbers)
+                valid &= said.valid
+                digests = said.digests if digests is None else _agreeing(digests, said[2], reader)
+                continue
             absent = None if self._live is None else reader.records.absent(rows, view_numbers)
             if absent is not None and absent.any():
                 found, of_store = self._partly_live(reader, rows, view_numbers, absent, canvases)
@@ -246,8 +281,15 @@ class CachedSource(FeatureSource):
         Raises:
             StoreError: a store, row or view that is not there.
         """
-        found = self._store(teacher, resolution).reader.select(rows, view_numbers).summaries
-        return np.asarray(found, np.float32)
+        return self._marks(teacher, resolution, rows, view_numbers).summaries
+
+    def _marks(
+        self, teacher: str, resolution: int, rows: np.ndarray, view_numbers: np.ndarray
+    ) -> Marks:
+        readers = [self._store(teacher, resolution).reader]
+        if (rest := self._rest.get((teacher, resolution))) is not None:
+            readers.append(rest)
+        return marks(readers, rows, view_numbers, lenient=self._live is not None)
 
     def _store(self, teacher: str, resolution: int) -> OpenStore:
         store = self._stores.get((teacher, resolution))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cache.codec.encoded import NOT_FINITE, Codec, Encoded, Escapes
 from cache.codec.grid import GridCodec
+from cache.codec.nothing import NothingCodec, encoded
 from cache.codec.plain import PlainCodec, unfit
 from cache.codec.quantised import QuantisedCodec
 from eupe.normalise import Normaliser
@@ -248,6 +249,10 @@ def _encode_plain(codec: PlainCodec, patches: Tensor) -> Encoded:
     return Encoded(data, valid, reasons, Escapes.none(patches.shape[-1]))
 
 
+def _encode_nothing(codec: NothingCodec, patches: Tensor) -> Encoded:
+    return encoded(torch.isfinite(patches).all(-1).all(-1).cpu().numpy(), patches.shape[-1])
+
+
 def _encode_by_oracle(codec: Codec, patches: Tensor) -> Encoded:
     return codec.encode(patches.cpu().numpy())
 
@@ -268,6 +273,7 @@ TWINS: dict[type, Twin] = {
     PlainCodec: Twin(PlainRows, _encode_plain),
     QuantisedCodec: Twin(QuantisedRows, _encode_quantised),
     GridCodec: Twin(GridRows, encode_grid),
+    NothingCodec: Twin(OracleRows, _encode_nothing),
 }
 """Class of codec -> its twin."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from cache.codec.known import KNOWN, default_codec
+from cache.codec.known import OF_PATCHES, default_codec, kind
 from cache.files import copies
 from eupe.errors import BadInput
 from eupe.spec import (
@@ -30,6 +30,8 @@ from pipelines.recipe.stage import MOST_VIEWS, StageConfig, StageName
 
 def _known_codec(name: str) -> str:
     default_codec(name)
+    if not kind(name).bits:
+        raise BadInput(f"codec = {name!r}: keeps no patches; wants one of {', '.join(OF_PATCHES)}")
     return name
 
 
@@ -39,13 +41,13 @@ def _as_label(value: object) -> object:
 
 
 def _list_codecs(schema: dict[str, object]) -> None:
-    schema["examples"] = list(KNOWN)
+    schema["examples"] = OF_PATCHES
 
 
 CodecName = Annotated[
-    str, AfterValidator(_known_codec), OneOf(KNOWN), Field(json_schema_extra=_list_codecs)
+    str, AfterValidator(_known_codec), OneOf(OF_PATCHES), Field(json_schema_extra=_list_codecs)
 ]
-"""A codec that `cache.codec.known` has, or one that is derived, as "rot4 of float16"."""
+"""A codec of patches that `cache.codec.known` has, or one that is derived, as "rot4 of float16"."""
 PROXY = "proxy"
 """Name under which a stage lists the proxy as its teacher."""
 PIXELS = "pixels"
@@ -60,7 +62,6 @@ WEIGHTS = (
     "features"
 )
 """What the field `weights` takes."""
-
 
 _FIELDS_OF_KIND = {
     "webdataset": ("key", "image_member", "classes"),

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from cache.codec.known import default_codec, row_bytes
-from cache.errors import NotBuilt
+from cache.codec.nothing import NONE
+from cache.errors import FingerprintMismatch, NotBuilt
 from cache.files import copies
 from cache.reader import Reader
+from cache.samples import Samples
 from cache.shard_ranges import ShardRanges
 from cache.store import Store, open_store
+from eupe.addressed import hashed
 from eupe.encoders import shapes
 from eupe.errors import BadInput
 from eupe.pixels import RGB
@@ -31,6 +34,10 @@ from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint
 
 SHARD_BYTES = 256 * 2**20
+BANK_PATCHES = 2000
+"""Images of a bank's set whose patches are kept, at least: the best constant is fitted to them, and
+a mean of so many unit vectors is known to a hundredth. Of the others probes want summaries alone;
+of ImageNet-1k the patches of all are terabytes."""
 
 
 class CacheJob(Spec):
@@ -38,6 +45,8 @@ class CacheJob(Spec):
 
     Attributes:
         drawing: whose draws decide which views of which shards are wanted; None: all are.
+        patch_images: so many images, or a few more, have their patches kept, and the others their
+            summaries alone; None: all have. Of one view.
     """
 
     dataset: DatasetConfig
@@ -47,19 +56,37 @@ class CacheJob(Spec):
     root: str
     extraction: ExtractionConfig
     drawing: Drawing | None = None
+    patch_images: int | None = None
 
     def __str__(self) -> str:
         teachers = " + ".join(teacher.name for teacher in self.teachers)
         return f"{self.dataset.name}, {self.num_views} {self.views.kind} view(s), {teachers}"
 
-    def wanted(self, teacher: str, resolution: int, shards: ShardRanges) -> Mask:
+    @property
+    def kept(self) -> tuple[TeacherConfig, ...]:
+        """The teachers with their codecs; where some images' summaries alone are kept, again so."""
+        if self.patch_images is None:
+            return self.teachers
+        experts = (teacher for teacher in self.teachers if teacher.name != PIXELS)
+        return (
+            *self.teachers,
+            *(teacher.model_copy(update={"codec": NONE}) for teacher in experts),
+        )
+
+    def wanted(
+        self, teacher: str, resolution: int, shards: ShardRanges, codec: str | None = None
+    ) -> Mask:
         """Say which views of which shards a store of the job shall hold, bool [views, shards].
 
         Args:
             teacher: of the store.
             resolution: of the store, pixels.
             shards: all of the dataset's.
+            codec: of the store; None: the teacher's.
         """
+        if self.patch_images is not None and teacher != PIXELS:
+            whole = _some(shards, self.patch_images, self.dataset.name)[None]
+            return ~whole if codec == NONE else whole
         if self.drawing is None:
             return np.ones((self.num_views, len(shards)), bool)
         if teacher == PIXELS:
@@ -81,15 +108,30 @@ class CacheJob(Spec):
     def wanted_of(self, store: Store) -> Mask:
         """Say which views of which shards a store shall hold, of the samples it knows."""
         spec = store.spec
-        return self.wanted(spec.teacher.name, spec.resolution, store.samples.shards())
+        shards = store.samples.shards()
+        return self.wanted(spec.teacher.name, spec.resolution, shards, spec.codec.name)
+
+
+def _some(shards: ShardRanges, count: int, dataset: str) -> Mask:
+    """Choose whole shards that hold so many images at least, or all: bool [shards].
+
+    Rows are in the order of a hash, so that any shards are a random sample; which ones are taken
+    is a matter of another, so that a data set which grows has to have few others.
+    """
+    order = np.argsort(hashed(shards.numbers, f"eupe.bank/patches/{dataset}"), kind="stable")
+    lengths = shards.lengths[order]
+    chosen = np.zeros(len(shards), bool)
+    chosen[order[np.cumsum(lengths) - lengths < count]] = True
+    return chosen
 
 
 def cache_jobs(recipe: Recipe) -> list[CacheJob]:
     """List what a recipe needs of its expert teachers.
 
     Of the train sets the training views that its stages will draw, those of the kNN probe's bank in
-    one centre view too, and the held-out set in one centre view. Where the recipe wants its views'
-    pixels cached, they come out of the same pass as the teachers' features.
+    one centre view too (of most images without patches), and the held-out set in one centre view.
+    Where the recipe wants its views' pixels cached, they come out of the same pass as the teachers'
+    features.
     """
     return _built(recipe, (*recipe.teachers.values(), *_pixels(recipe, recipe.pixel_scales)))
 
@@ -207,20 +249,27 @@ def _jobs(
     stages: tuple[StageConfig, ...] | None,
 ) -> list[CacheJob]:
     """List the jobs of some teachers; of training views those that `stages` draw, None: all."""
-    drawing = stages and Drawing(
-        stages=stages,
-        shares=recipe.shares,
-        homogeneous=recipe.homogeneous,
-        seed=recipe.seed,
-        lanes=recipe.lanes,
+    drawing = (
+        None
+        if not stages
+        else Drawing(
+            stages=stages,
+            shares=recipe.shares,
+            homogeneous=recipe.homogeneous,
+            seed=recipe.seed,
+            lanes=recipe.lanes,
+        )
     )
     judged = *recipe.bank, recipe.held_out
-    wanted = [
-        (dataset, recipe.views, recipe.views_of(dataset.name), drawing)
+    apart = recipe.views != recipe.held_out_views  # else the bank's views are trained on too
+    few = BANK_PATCHES if apart and stages is not None else None
+    wanted: list[tuple[DatasetConfig, ViewPolicy, int, Drawing | None, int | None]] = [
+        (dataset, recipe.views, recipe.views_of(dataset.name), drawing, None)
         for dataset in recipe.train.values()
-        if recipe.views != recipe.held_out_views or dataset not in judged
+        if apart or dataset not in judged
     ]
-    wanted += [(dataset, recipe.held_out_views, 1, None) for dataset in judged]
+    wanted += [(dataset, recipe.held_out_views, 1, None, few) for dataset in recipe.bank]
+    wanted.append((recipe.held_out, recipe.held_out_views, 1, None, None))
     return [
         CacheJob(
             dataset=dataset,
@@ -230,13 +279,17 @@ def _jobs(
             root=recipe.cache_root,
             extraction=recipe.extraction,
             drawing=own,
+            patch_images=patch_images,
         )
-        for dataset, policy, num_views, own in wanted
+        for dataset, policy, num_views, own, patch_images in wanted
     ]
 
 
 def store_specs(job: CacheJob) -> list[StoreSpec]:
     """Work out the specs of a job's stores, one a teacher and resolution.
+
+    Those of summaries alone come last, and only where they would hold what no store with patches
+    has: no set of few images has any, nor one whose patches were all kept before.
 
     Raises:
         BadInput: weights that cannot be read, or a resolution a teacher does not take.
@@ -247,7 +300,27 @@ def store_specs(job: CacheJob) -> list[StoreSpec]:
         specs += [
             _store_spec(job, config, teacher, resolution) for resolution in config.resolutions
         ]
-    return specs
+    return specs if job.patch_images is None else [*specs, *_of_summaries(job, specs)]
+
+
+def _of_summaries(job: CacheJob, specs: Sequence[StoreSpec]) -> list[StoreSpec]:
+    """Return the specs of the stores of summaries alone beside those of a job's patches."""
+    try:
+        shards = Samples.open(job.root, job.dataset.name).shards()
+    except NotBuilt:  # not indexed
+        return []
+    found = []
+    for spec in specs:
+        rest = job.wanted(spec.teacher.name, spec.resolution, shards, NONE)
+        if spec.teacher.name == PIXELS or not rest.any():
+            continue
+        try:
+            left = open_store(job.root, spec).lacks(rest, shards)
+        except (NotBuilt, FingerprintMismatch):
+            left = int(rest.sum())
+        if left:
+            found.append(spec.model_copy(update={"codec": default_codec(NONE)}))
+    return found
 
 
 class Opened:

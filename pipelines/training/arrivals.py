@@ -49,8 +49,11 @@ class Arrivals:
             BadInput: weights that cannot be read.
         """
         jobs = [*jobs_of(self._recipe, self._stage), *pixel_jobs(self._recipe, self._stage)]
-        wanted = [(job.root, spec) for job in jobs for spec in store_specs(job)]
-        self.wait("its stores", "stores", lambda: sum(not _is_there(*each) for each in wanted))
+
+        def num_missing() -> int:  # which ones there are is told by the samples, once indexed
+            return sum(not _is_there(job.root, spec) for job in jobs for spec in store_specs(job))
+
+        self.wait("its stores", "stores", num_missing)
 
     def wait(self, what: str, unit: str, num_missing: Callable[[], int]) -> float:
         """Return once nothing is missing; say how many seconds that took.

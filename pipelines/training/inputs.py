@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from cache.codec.nothing import NONE
 from cache.reader import Reader
 from cache.shard_ranges import ShardRanges
 from cache.store import Store
@@ -346,14 +347,20 @@ def _feed(
 
     def drawn(of: CacheJob, store: Store) -> Mask | None:
         spec = store.spec
-        return None if shards is None else of.wanted(spec.teacher.name, spec.resolution, shards)
+        if shards is None:
+            return None
+        return of.wanted(spec.teacher.name, spec.resolution, shards, spec.codec.name)
 
-    readers = {
-        (store.spec.teacher.name, store.spec.resolution): reader(store, drawn(job, store))
-        for store in stores
-        if store.spec.resolution in stage.teacher_resolutions[store.spec.teacher.name]
-    }
-    source = CachedSource(readers, normalisers, shards, live)
+    readers, rest = (
+        {
+            (store.spec.teacher.name, store.spec.resolution): reader(store, drawn(job, store))
+            for store in stores
+            if store.spec.resolution in stage.teacher_resolutions[store.spec.teacher.name]
+            and (store.spec.codec.name == NONE) is alone
+        }
+        for alone in (False, True)
+    )
+    source = CachedSource(readers, normalisers, shards, live, rest)
     pixels = dict[int, Reader]()
     for other in pixel_jobs(recipe, stage):
         if (other.dataset, other.views) != (job.dataset, job.views):
