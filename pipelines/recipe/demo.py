@@ -51,9 +51,9 @@ def whole() -> Recipe:
         proxy_dtype="float32",
         student=StudentConfig(name="resnet_mini", encoder=_resnet(24)),
         stages=by_name(
-            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=700),
-            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=450),
-            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=800, lr=2e-3),
+            _stage("stage1", {t.name: t.resolutions for t in teachers}, PYRAMID, steps=800),
+            _stage("stage2", {PROXY: PYRAMID[:1]}, PYRAMID[:1], steps=200),
+            _stage("stage3", {PROXY: PYRAMID}, PYRAMID, steps=700),
         ),
         extraction=ExtractionConfig(
             rows_per_shard=256,
@@ -104,7 +104,6 @@ def _stage(
     teacher_resolutions: dict[str, tuple[int, ...]],
     student_resolutions: tuple[int, ...],
     steps: int,
-    lr: float = 4e-3,
 ) -> StageConfig:
     return StageConfig(
         name=name,
@@ -117,7 +116,7 @@ def _stage(
         # Batch normalisation wants the whole batch at once, at the largest scale too.
         micro_batch=32 * max(student_resolutions) ** 2 // min(student_resolutions) ** 2,
         head_hidden=256,
-        optimizer=OptimizerConfig(lr=lr, weight_decay=0.05, betas=(0.9, 0.95), clip_norm=3.0),
+        optimizer=OptimizerConfig(lr=4e-3, weight_decay=0.05, betas=(0.9, 0.95), clip_norm=3.0),
         warmup_steps=steps // 10,
         precision="float32",  # a CPU without bfloat16 units is many times slower at it
         evaluate_every=steps,  # at the end: it takes as long as thirty steps
