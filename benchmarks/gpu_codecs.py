@@ -1,6 +1,11 @@
-"""Codecs on the device, for `benchmarks.gpu`: speed, and how far they are from the numpy oracle."""
+"""Codecs on the device, for `benchmarks.gpu`: speed, and how far they are from the numpy oracle.
+
+Each is measured plain, by torch's operators, and fused (`pipelines.features.fused`), where the
+device has that.
+"""
 
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
@@ -12,6 +17,7 @@ from cache.codec.encoded import Encoded
 from cache.codec.known import default_codec, make_codec
 from eupe.moments import Moments
 from eupe.normalise import zscore
+from pipelines.features import codec_torch, fused, grid_torch
 from pipelines.features.buffers import Buffers
 from pipelines.features.codec_torch import Decoder, encode
 
@@ -32,8 +38,10 @@ CODECS = (
 ORACLE_ROWS = 2
 COLUMNS = {
     "codec": "",
+    "way": "",
     "decode_gb_per_s": ".1f",
     "decode_bound_share": ".1%",
+    "kernel_gb_per_s": ".1f",
     "decode_kernels": ".0f",
     "encode_gb_per_s": ".1f",
     "token_error": ".1e",
@@ -51,8 +59,23 @@ def measure(bench: Bench) -> None:
         bench.do(name, partial(_measured, bench, name, features, moments))
 
 
+def ways(device: torch.device) -> dict[str, bool]:
+    """Return name -> whether decoding is fused, of what a device has."""
+    return {"plain": False} | ({"fused": True} if fused.usable(device) else {})
+
+
 def _measured(bench: Bench, name: str, features: torch.Tensor, moments: Moments) -> list[Row]:
     """Measure one codec on features float32 [n, H, W, D]."""
+    rows = []
+    for way, wanted in ways(bench.device).items():
+        for quantisers in (codec_torch._quantiser, grid_torch._quantiser):
+            quantisers.cache_clear()  # they keep the way they were made in
+        with mock.patch.object(fused, "usable", return_value=wanted):
+            rows.append({"way": way, **_one(bench, name, features, moments)})
+    return rows
+
+
+def _one(bench: Bench, name: str, features: torch.Tensor, moments: Moments) -> Row:
     sample = features[:64].flatten(1, 2).cpu().numpy()
     stored = moments.count, moments.mean, moments.scatter
     grid = features.shape[1], features.shape[2]
@@ -69,25 +92,24 @@ def _measured(bench: Bench, name: str, features: torch.Tensor, moments: Moments)
     encoding = bench.busy(partial(encode, codec, patches))
     bound = data.nbytes / bench.peak["host to device, pinned"]
     bound += (data.nbytes + num_bytes) / bench.peak["device to device"]
-    return [
-        {
-            "codec": name,
-            "shape": [*patches.shape],
-            "stored_bytes": data.nbytes,
-            "escapes": len(encoded.escapes.row),
-            "decode_gb_per_s": num_bytes / decoding / 1e9,
-            "decode_bound_share": bound / decoding,
-            "decode_kernels": busy.kernels,
-            "decode_kernel_seconds": busy.seconds,
-            "decode_copy_seconds": busy.copy_seconds,
-            "decode_idle_share": busy.idle_share(decoding),
-            "encode_gb_per_s": num_bytes / bench.seconds(partial(encode, codec, patches)) / 1e9,
-            "encode_kernels": encoding.kernels,
-            "encode_kernel_seconds": encoding.seconds,
-            "peak_gib": peak[0],
-            **_beside_the_oracle(codec, sample[:ORACLE_ROWS], encoded, bench.device),
-        }
-    ]
+    return {
+        "codec": name,
+        "shape": [*patches.shape],
+        "stored_bytes": data.nbytes,
+        "escapes": len(encoded.escapes.row),
+        "decode_gb_per_s": num_bytes / decoding / 1e9,
+        "decode_bound_share": bound / decoding,
+        "decode_kernels": busy.kernels,
+        "decode_kernel_seconds": busy.seconds,
+        "decode_copy_seconds": busy.copy_seconds,
+        "decode_idle_share": busy.idle_share(decoding),
+        "kernel_gb_per_s": num_bytes / busy.seconds / 1e9,
+        "encode_gb_per_s": num_bytes / bench.seconds(partial(encode, codec, patches)) / 1e9,
+        "encode_kernels": encoding.kernels,
+        "encode_kernel_seconds": encoding.seconds,
+        "peak_gib": peak[0],
+        **_beside_the_oracle(codec, sample[:ORACLE_ROWS], encoded, bench.device),
+    }
 
 
 def _beside_the_oracle(

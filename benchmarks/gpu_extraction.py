@@ -2,17 +2,22 @@
 
 Of each: its forward pass alone, beside the time that its products would take at the speed of one
 large product (the bound); and the whole of what an extractor does with pictures that are drawn
-already: copy in, forward, encode, copy out.
+already: copy in, forward, encode, copy out. That is measured one after the other, then beside
+each other (`pipelines.features.streams`), and beside each other with what is small played as a
+CUDA graph (`eupe.replayed`).
 """
 
+from collections import deque
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.tables import Row
+from cache.codec.encoded import Codec
 from cache.codec.known import default_codec, make_codec
 from eupe.costs import cost
 from eupe.encoders import Encoder
@@ -21,8 +26,8 @@ from eupe.spec import AugmentedView, Dtype, EncoderSpec, TeacherSpec
 from eupe.students import FAMILY
 from eupe.teachers import Teacher
 from pipelines.caching import indexing, precompute
-from pipelines.caching.extractor import Extractor
-from pipelines.features.codec_torch import encode
+from pipelines.caching.extractor import UNDER_WAY, Extractor
+from pipelines.features.streams import Stored, Streams
 from pipelines.machines.in_process import InProcess
 from pipelines.machines.pool import IN_FLIGHT
 from pipelines.recipe import family, recipes
@@ -30,10 +35,19 @@ from pipelines.recipe.config import ExtractionConfig, TeacherConfig
 from pipelines.recipe.stores import CacheJob
 
 CODECS = ("float16", "rot4")
+BATCHES = 4
+"""Done in a row, the last of them to its end, as of a shard."""
+WAYS = {
+    "in turn": (False, False),
+    "beside": (True, False),
+    "beside, played": (True, True),
+}
+"""Name -> (streams of their own, batches of little work as CUDA graphs)."""
 COLUMNS = {
     "teacher": "",
     "resolution": "",
     "codec": "",
+    "way": "",
     "forward_per_s": ".0f",
     "bound_share": ".1%",
     "whole_per_s": ".0f",
@@ -124,23 +138,36 @@ def _measured(bench: Bench, subject: Subject) -> list[Row]:
             default_codec(codec_name), (moments.count, moments.mean, moments.scatter)
         )
 
-        def whole(codec: Any = codec) -> None:
-            features = teacher.features(host, batch)
-            encode(codec, features.patches.flatten(1, 2))
-            features.summary.cpu()
-
-        seconds, busy = bench.seconds(whole), bench.busy(whole)
-        rows.append(
-            {
-                **row,
-                "codec": codec_name,
-                "whole_per_s": batch / seconds,
-                "idle_share": busy.idle_share(seconds),
-                "copy_seconds": busy.copy_seconds,
-                "kernel_seconds": busy.seconds,
-            }
-        )
+        for way, (beside, replays) in WAYS.items():
+            streams, teacher.replays = Streams(bench.device, beside), replays
+            whole = partial(_several, teacher, host, codec, streams)
+            seconds, busy = bench.seconds(whole), bench.busy(whole, calls=1)
+            rows.append(
+                {
+                    **row,
+                    "codec": codec_name,
+                    "way": way,
+                    "whole_per_s": BATCHES * batch / seconds,
+                    "idle_share": busy.idle_share(seconds),
+                    "copy_seconds": busy.copy_seconds / BATCHES,
+                    "kernel_seconds": busy.seconds / BATCHES,
+                }
+            )
+            if replays and not teacher.replayed:
+                rows.pop()  # as without
     return rows
+
+
+def _several(teacher: Teacher, host: np.ndarray, codec: Codec, streams: Streams) -> None:
+    """Do what an extractor does with some batches, pictures uint8 [n, R, R, 3] each."""
+    under_way: deque[Future[Stored]] = deque()
+    for _ in range(BATCHES):
+        features = teacher.features(host, len(host), streams.arrive)
+        under_way.append(streams.encode(codec, features))
+        if len(under_way) > UNDER_WAY:
+            under_way.popleft().result()
+    for encoding in under_way:
+        encoding.result()
 
 
 def build(bench: Bench) -> None:

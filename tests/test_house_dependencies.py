@@ -31,6 +31,8 @@ NOT_IMPORTED = {
     "tensorboard": "torch.utils.tensorboard imports it",
     "honcho": "the local stack runs its command",
 }
+# Imported though not declared, and why.
+BROUGHT = {"triton": "torch's wheels for CUDA bring the one they were built with, others have none"}
 # Imported where they are asked for, and not before: a sentence names the extra that is missing.
 OPTIONAL = ("release", "transformers")
 SCREEN_LINES = 24
@@ -58,7 +60,8 @@ def undeclared(imports: Set[str], declared: set[str]) -> list[str]:
     return sorted(
         name
         for name in imports
-        if not declared & {canonicalize_name(owner) for owner in owners().get(name, [])}
+        if name not in BROUGHT
+        and not declared & {canonicalize_name(owner) for owner in owners().get(name, [])}
     )
 
 

@@ -6,10 +6,11 @@ again: calls are functions of their arguments, and files are written whole (docs
 
 import json
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +30,8 @@ from eupe.errors import BadInput
 from eupe.moments import Moments
 from eupe.spec import AugmentedView, CentreView
 from pipelines.caching.loaded import Loaded
-from pipelines.features.codec_torch import encode
 from pipelines.features.live_rows import check_teacher
+from pipelines.features.streams import Stored, Streams
 from pipelines.images import warned
 from pipelines.images.parquet import RowGroups
 from pipelines.images.reader import ImageReader, LostImage
@@ -38,6 +39,8 @@ from pipelines.recipe.config import TeacherConfig
 
 ALL_LOST = 4
 """Images of a batch of which not one is found: a disk that is not mounted, not images lost."""
+UNDER_WAY = 2
+"""Batches of a store that may wait to be encoded while the next is computed; they take memory."""
 Output = tuple[str, int]
 """A teacher's name and the resolution of its input, pixels."""
 
@@ -86,6 +89,10 @@ class _Pass(NamedTuple):
     tokens: dict[Output, Features]
 
 
+_About = tuple[str | None, str | None, str | None]
+"""Digest, parameters and reason of a view, see `DrawnView`."""
+
+
 class _Part:
     """What one store gets of one view of one shard, gathered batch by batch, then written."""
 
@@ -99,20 +106,25 @@ class _Part:
         self._parameters: list[str | None] = []
         self._reasons: list[str | None] = []
 
-    def add(self, batch: _Pass) -> None:
-        """Encode a batch's tokens; its pixels are not kept."""
+    def begin(self, batch: _Pass, streams: Streams) -> "_Encoding":
+        """Begin to encode a batch's tokens; its pixels are not kept."""
         features = batch.tokens[_output(self._store)]
-        encoded = encode(self._store.codec, features.patches.flatten(1, 2))
-        summary = features.summary.cpu().numpy()
-        self._patches[batch.start : batch.start + len(batch.drawn)] = encoded.data
+        stored = streams.encode(self._store.codec, features)
+        about = [(image.digest, image.parameters, image.reason) for image in batch.drawn]
+        return _Encoding(self, batch.start, about, stored)
+
+    def add(self, start: int, about: Sequence[_About], stored: Stored) -> None:
+        """Take a batch that is encoded; batches come in order."""
+        encoded, summary = stored
+        self._patches[start : start + len(about)] = encoded.data
         self._summaries.append(summary)
         self._escapes.append(encoded.escapes)
-        self._starts.append(batch.start)
-        self._digests += [image.digest for image in batch.drawn]
-        self._parameters += [image.parameters for image in batch.drawn]
+        self._starts.append(start)
+        self._digests += [digest for digest, _, _ in about]
+        self._parameters += [parameters for _, parameters, _ in about]
         self._reasons += [
-            image.reason or _summary_reason(own) or other
-            for image, own, other in zip(batch.drawn, summary, encoded.reasons, strict=True)
+            reason or _summary_reason(own) or other
+            for (_, _, reason), own, other in zip(about, summary, encoded.reasons, strict=True)
         ]
 
     def write(self, samples: pl.DataFrame, made_by: Mapping[str, object]) -> ShardRecord:
@@ -132,6 +144,19 @@ class _Part:
         return write_shard(
             self._store, self._view, self._shard, self._patches, rows, made_by, escapes
         )
+
+
+class _Encoding(NamedTuple):
+    """A batch of a part that is being encoded."""
+
+    part: _Part
+    start: int
+    about: list[_About]
+    stored: "Future[Stored]"
+
+    def end(self) -> None:
+        """Wait for it, and give it to its part."""
+        self.part.add(self.start, self.about, self.stored.result())
 
 
 class Extractor:
@@ -227,14 +252,23 @@ class Extractor:
             for view, of_view in wanted.items()
         }
         passes = self._passes(base, stores[0].spec.views, samples, outputs, compute_batch)
+        under_way: deque[_Encoding] = deque()
         with self._computing:
             for store in stores:
                 check_teacher(self._loaded.teacher(store.spec.teacher.name).spec, store)
             for batch in passes:
                 for part in parts[batch.view]:
-                    part.add(batch)
+                    under_way.append(part.begin(batch, self._streams))
+                    if len(under_way) > UNDER_WAY:
+                        under_way.popleft().end()
+        for encoding in under_way:  # while the next call computes
+            encoding.end()
         made_by = provenance(compute_batch, torch.get_num_threads(), self._device)
         return [part.write(samples, made_by) for of_view in parts.values() for part in of_view]
+
+    @cached_property
+    def _streams(self) -> Streams:
+        return Streams(self._device)
 
     def _passes(
         self,
@@ -270,7 +304,9 @@ class Extractor:
                     for resolution in resolutions[view]:
                         pixels = _stacked(drawn, resolution)
                         names = [name for name, own in outputs if own == resolution]
-                        features = self._loaded.features(names, pixels, compute_batch)
+                        features = self._loaded.features(
+                            names, pixels, compute_batch, self._streams.arrive
+                        )
                         tokens |= {(name, resolution): each for name, each in features.items()}
                     yield _Pass(start, view, drawn, tokens)
 

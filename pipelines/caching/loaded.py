@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from eupe.encoders import Features
-from eupe.teachers import Teacher, features_together, load_teacher
+from eupe.teachers import Arrive, Teacher, features_together, load_teacher
 from pipelines.machines import once
 from pipelines.recipe.config import TeacherConfig
 from pipelines.recipe.stores import network
@@ -50,7 +50,11 @@ class Loaded:
         return self._teachers[name]
 
     def features(
-        self, names: Sequence[str], pixels: np.ndarray, compute_batch: int
+        self,
+        names: Sequence[str],
+        pixels: np.ndarray,
+        compute_batch: int,
+        arrive: Arrive | None = None,
     ) -> dict[str, Features]:
         """Return name -> what that teacher makes of pictures, each network run once.
 
@@ -58,6 +62,7 @@ class Loaded:
             names: of the teachers.
             pixels: uint8 [n, R, R, 3], on the host.
             compute_batch: pictures a forward pass, padded.
+            arrive: brings a batch to the device, as of `Teacher.features`.
 
         Raises:
             BadInput: as of `teacher`.
@@ -69,12 +74,16 @@ class Loaded:
             teacher.spec.name: features
             for group in groups.values()
             for teacher, features in zip(
-                group, self._of_network(group, pixels, compute_batch), strict=True
+                group, self._of_network(group, pixels, compute_batch, arrive), strict=True
             )
         }
 
     def _of_network(
-        self, teachers: Sequence[Teacher], pixels: np.ndarray, compute_batch: int
+        self,
+        teachers: Sequence[Teacher],
+        pixels: np.ndarray,
+        compute_batch: int,
+        arrive: Arrive | None,
     ) -> list[Features]:
         """Return what each of some teachers of one network makes of pictures.
 
@@ -82,10 +91,10 @@ class Loaded:
         """
         key = tuple(teacher.spec.name for teacher in teachers), pixels.shape[1]
         alone = len(teachers) == 1 or not self._agree.get(key, True)
-        together = [] if alone else features_together(teachers, pixels, compute_batch)
+        together = [] if alone else features_together(teachers, pixels, compute_batch, arrive)
         if not alone and key in self._agree:
             return together
-        apart = [teacher.features(pixels, compute_batch) for teacher in teachers]
+        apart = [teacher.features(pixels, compute_batch, arrive) for teacher in teachers]
         if not alone:
             self._agree[key] = all(map(_equal, together, apart))
             if not self._agree[key]:

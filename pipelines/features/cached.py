@@ -15,7 +15,7 @@ from cache.reader import Reader
 from cache.samples import Samples
 from cache.shard_ranges import ShardRanges
 from eupe.normalise import Normaliser
-from pipelines.features.buffers import Buffers
+from pipelines.features.buffers import Buffers, Crossing
 from pipelines.features.codec_torch import Decoder
 from pipelines.features.live_rows import LiveRows, Rows
 from pipelines.features.marks import Marks, marks
@@ -37,6 +37,7 @@ class OpenStore(NamedTuple):
     reader: Reader
     decoder: Decoder
     summary_normaliser: Normaliser
+    cross: Crossing
 
 
 class StoredTokens(NamedTuple):
@@ -64,7 +65,7 @@ class FetchedTokens(Fetched):
         for teacher, (summary, patches, escapes, store) in self.tokens.items():
             grid = store.reader.store.spec.grid
             tokens = store.decoder(patches, escapes, device).unflatten(1, grid)
-            summaries = torch.from_numpy(summary).to(device, non_blocking=True)
+            summaries = store.cross(torch.from_numpy(summary), device)
             out[teacher] = masked(
                 normalised(summaries, store.summary_normaliser), tokens, self.valid
             )
@@ -110,6 +111,7 @@ class CachedSource(FeatureSource):
                 reader,
                 Decoder(reader.store.codec, normalisers[teacher].patches),
                 normalisers[teacher].summary,
+                Crossing(),
             )
             for (teacher, resolution), reader in readers.items()
         }
@@ -228,9 +230,9 @@ class CachedSource(FeatureSource):
                 selected = reader.select(rows, view_numbers)
                 of_store = selected.digests
                 buffer = self._buffers.take((len(rows), *reader.row_shape), reader.dtype)
-                found = Rows(
-                    selected.summaries, selected.patches(buffer), selected.escapes, selected.valid
-                )
+                summaries = self._buffers.take(selected.summaries.shape, np.float32)
+                summaries[:] = selected.summaries
+                found = Rows(summaries, selected.patches(buffer), selected.escapes, selected.valid)
             valid &= found.valid
             digests = of_store if digests is None else _agreeing(digests, of_store, reader)
             tokens[teacher] = StoredTokens(found.summaries, found.patches, found.escapes, store)

@@ -22,8 +22,10 @@ from cache.codec.nothing import NothingCodec, encoded
 from cache.codec.plain import PlainCodec, unfit
 from cache.codec.quantised import QuantisedCodec
 from eupe.normalise import Normaliser
+from pipelines.features import fused
 from pipelines.features.buffers import Crossing, to_host
 from pipelines.features.codec_steps import RowDecoder, Turn, chunks, divisor, pack, tensor, unpack
+from pipelines.features.fused import Lookup
 from pipelines.features.grid_torch import GridRows, encode_grid
 
 
@@ -69,24 +71,28 @@ class QuantisedRows:
     """The twin of `QuantisedCodec`; an `eupe.normalise.Normaliser` is fused with it."""
 
     def __init__(self, codec: QuantisedCodec, normaliser: nn.Module | None) -> None:
-        fused = normaliser if isinstance(normaliser, Normaliser) else None
-        self.apart = None if fused is not None else normaliser
-        self._codec, self._dequantiser = codec, Dequantiser.of(codec, fused)
-        self._on: dict[torch.device, Dequantiser] = {}
+        own = normaliser if isinstance(normaliser, Normaliser) else None
+        self.apart = None if own is not None else normaliser
+        self._codec, self._dequantiser = codec, Dequantiser.of(codec, own)
+        self._on: dict[torch.device, tuple[Dequantiser, Lookup | None]] = {}
         self._cross = Crossing()
 
     def __call__(self, stored: np.ndarray, device: torch.device) -> Tensor:
         """Unpack, look up and rotate back on the device (see `RowDecoder`)."""
         codec, narrow = self._codec, self._cross(torch.from_numpy(stored), device)
         if device not in self._on:
-            self._on[device] = self._dequantiser.to(device)
-        dequantise, dim = self._on[device], len(codec.mean)
+            look_up = Lookup.of_tokens(codec, device) if fused.usable(device) else None
+            self._on[device] = self._dequantiser.to(device), look_up
+        (dequantise, look_up), dim = self._on[device], len(codec.mean)
         num_rows, num_tokens = len(narrow), narrow.shape[-1] // (codec.token_bytes + 2)
         flat, split = narrow.view(num_rows, narrow.shape[-1]), num_tokens * codec.token_bytes
-        packed = flat[:, :split].reshape(-1, codec.token_bytes)
         # Copied: of a single row the slice is contiguous as it is, and may begin at an odd byte.
         halves = flat[:, split:].clone(memory_format=torch.contiguous_format)
-        scales = halves.view(torch.float16).float().view(-1, 1)
+        scales = halves.view(torch.float16).float()
+        if look_up is not None:
+            units = look_up(flat, (num_tokens, dim), scales)
+            return dequantise.turn(units.view(-1, dim)).view_as(units)
+        packed, scales = flat[:, :split].reshape(-1, codec.token_bytes), scales.view(-1, 1)
         if device.type != "cpu":
             tokens = dequantise(unpack(packed, codec.how.planes, dim), scales)
             return tokens.view(num_rows, num_tokens, dim)

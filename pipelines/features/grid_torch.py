@@ -22,11 +22,10 @@ from cache.codec.encoded import NOT_FINITE, Encoded, Escapes
 from cache.codec.grid import FAR, PLANES, WIDER, GridCodec, Packed
 from cache.codec.rotation import cosine_transform
 from eupe.normalise import Normaliser
+from pipelines.features import fused
 from pipelines.features.buffers import Crossing, to_host
 from pipelines.features.codec_steps import Turn, chunks, pack, tensor, unpack
-
-GROUPS = 8
-"""Of frequencies that are multiplied with the basis together, at most."""
+from pipelines.features.fused import GROUPS, GridDecoding
 
 
 class Section(NamedTuple):
@@ -172,16 +171,17 @@ class GridRows:
         self._fused = normaliser if isinstance(normaliser, Normaliser) else None
         self.apart = None if self._fused is not None else normaliser
         self._codec = codec
-        self._on: dict[torch.device, Decoding] = {}
+        self._on: dict[torch.device, Decoding | GridDecoding] = {}
         self._cross = Crossing()
 
     def __call__(self, stored: np.ndarray, device: torch.device) -> Tensor:
         """Unpack, look up, turn and transform back on the device (see `RowDecoder`)."""
         data = self._cross(torch.from_numpy(stored), device).view(len(stored), stored.shape[-1])
         if device not in self._on:
-            self._on[device] = Decoding.of(self._codec, self._fused, device)
+            kind = GridDecoding if fused.usable(device) else Decoding
+            self._on[device] = kind.of(self._codec, self._fused, device)
         decode = self._on[device]
-        if device.type != "cpu":
+        if device.type != "cpu" or isinstance(decode, GridDecoding):
             return decode(data)
         tokens = torch.empty(len(data), *self._codec.bits.shape)
         for part in chunks(len(data), self._codec.bits.size):
@@ -230,6 +230,9 @@ class _Quantiser:
 
     def __init__(self, codec: GridCodec, device: torch.device) -> None:
         self._codec, self._decode = codec, Decoding.of(codec, None, device)
+        self._back: Decoding | GridDecoding = self._decode
+        if fused.usable(device):
+            self._back = GridDecoding.of(codec, None, device)
         self._rate, transform = codec.rate, codec.transform
         self.mean, self._std = (tensor(each).to(device) for each in (transform.mean, transform.std))
         self._basis = tensor(transform.basis).to(device)
@@ -264,7 +267,7 @@ class _Quantiser:
 
     def _tried(self, z: Tensor, patches: Tensor, taken_out: Tensor) -> tuple[Tensor, Tensor]:
         data = self._quantised(self._coefficients(z))
-        error = self._decode(data) - patches
+        error = self._back(data) - patches
         squared, size = (each.double().square().sum(2) for each in (error, patches))
         bad = taken_out | ~(squared <= self._rate.worst_error**2 * size)  # NaN is bad
         left = torch.where(bad, 0, squared)

@@ -51,6 +51,7 @@ class Batch:
         valid: bool [B], on the host.
         parts: who serves which rows.
         wait_seconds: how long the loop waited for this batch.
+        coming: the micro-batch after this one, as it is made; None: none follows, or nobody knows.
     """
 
     step: int
@@ -64,6 +65,7 @@ class Batch:
     valid: np.ndarray
     parts: list[Part]
     wait_seconds: float = 0.0
+    coming: "Future[Batch] | None" = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -174,13 +176,13 @@ class Batches:
                 if self._wait is not None and micro == 0:
                     missing = self._missing_of(step)
                     while ahead and missing():  # meanwhile the steps before it are trained
-                        yield self._waited(*ahead.popleft())
+                        yield self._waited(ahead)
                     seconds = self._wait(f"step {step}", "shards", missing)
                 ahead.append((makers.submit(self._make, *address, drawers), seconds))
                 if len(ahead) > prefetch:
-                    yield self._waited(*ahead.popleft())
+                    yield self._waited(ahead)
             while ahead:
-                yield self._waited(*ahead.popleft())
+                yield self._waited(ahead)
 
     def _missing_of(self, step: int) -> Callable[[], int]:
         """Return what counts the shards that are not there yet, of all workers' rows of a step.
@@ -233,12 +235,13 @@ class Batches:
         yield from ahead
 
     @staticmethod
-    def _waited(future: "Future[Batch]", seconds: float) -> Batch:
-        """Return a batch that is made, told how long was waited for it, `seconds` before that."""
+    def _waited(ahead: "deque[tuple[Future[Batch], float]]") -> Batch:
+        """Take the first batch once it is made, told how long was waited for it, and what comes."""
+        future, seconds = ahead.popleft()
         started = time.perf_counter()
         batch = future.result()
         waited = seconds + time.perf_counter() - started
-        return replace(batch, wait_seconds=waited)
+        return replace(batch, wait_seconds=waited, coming=ahead[0][0] if ahead else None)
 
     def _make(
         self,

@@ -5,8 +5,6 @@ it, checkpoints see no other names, and a first step takes seconds where the stu
 takes more than a minute. Losses are equal up to rounding; what a compiler refuses is raised.
 """
 
-import os
-import shutil
 import sys
 
 import torch
@@ -16,6 +14,7 @@ from eupe import losses
 from eupe.encoders import Features
 from eupe.errors import BadInput
 from eupe.heads import DistillationModel
+from pipelines.features.fused import COMPILERS, has_compiler
 from pipelines.recipe.stage import StageConfig
 
 BACKEND = "inductor"
@@ -27,10 +26,6 @@ GRAPHS = 64
 """Of one function at most, for shapes and widths: four teachers at three grids are a dozen."""
 
 
-COMPILERS = ("cc", "gcc", "clang")
-"""One of which torch's own compilers call, unless CC names another."""
-
-
 def pays(stage: StageConfig, device: torch.device) -> bool:
     """Return True if a stage is compiled: as it says, or on CUDA if it is not short.
 
@@ -40,7 +35,7 @@ def pays(stage: StageConfig, device: torch.device) -> bool:
     wanted = stage.compile
     if wanted is None:
         wanted = device.type == "cuda" and stage.steps >= WORTH_STEPS
-    if not wanted or any(map(shutil.which, (os.environ.get("CC") or "cc", *COMPILERS))):
+    if not wanted or has_compiler():
         return wanted
     lacks = f"{stage.name}: torch.compile wants a C compiler, and there is none of {COMPILERS}"
     if stage.compile:

@@ -28,7 +28,6 @@ from eupe.errors import BadInput
 from eupe.heads import DistillationModel
 from eupe.losses import RowLosses, row_losses, teacher_loss, total_loss
 from eupe.schedules import warmup_cosine
-from pipelines.features.buffers import Crossing
 from pipelines.machines.progress import track
 from pipelines.recipe import whole_batches
 from pipelines.recipe.config import Recipe
@@ -36,6 +35,7 @@ from pipelines.recipe.stage import StageConfig
 from pipelines.records import checkpoint, tracking, whole_state
 from pipelines.records.checkpoint import Checkpoint, Contents
 from pipelines.training import compiled, precision, start
+from pipelines.training.ahead import Ahead
 from pipelines.training.batches import Batch
 from pipelines.training.inputs import Inputs
 from pipelines.training.meters import TERMS, Pace, Window, in_words
@@ -150,7 +150,7 @@ class _Run:
         self.optimizer = start.optimizer(self.model, stage)
         self.window = Window.empty(inputs.dims, device)
         self.schedule_start = 0
-        self._cross = Crossing()
+        self.ahead = Ahead(device)
 
     def _load_initial(self, model: DistillationModel) -> None:
         """Load what the stage starts from, unless it goes on from a checkpoint."""
@@ -218,6 +218,7 @@ class _Run:
             self.draws.draw(f"{self.address}/{step}", batch.places, self.device)
             with self.workers.accumulate(self.wrapped, batch.last):
                 sums += self._backward(batch, rows)
+            self.ahead.send(batch.coming)
             valid += int(batch.valid.sum())
             pace.add(len(batch), batch.wait_seconds)
         num_valid, num_ending = self.workers.count((valid, self.ending()), self.device)
@@ -257,12 +258,11 @@ class _Run:
     def _backward(self, batch: Batch, rows: int) -> Tensor:
         """Add one micro-batch's gradients; return its terms, a part of the batch's mean [T, 4]."""
         stage, loss = self.stage, self.stage.loss
-        pixels = self._cross(batch.pixels, self.device)
-        tokens = batch.targets(self.device)
-        targets = {name: Features(each.summary, each.patches) for name, each in tokens.items()}
-        valid = self._cross(torch.from_numpy(batch.valid), self.device)
+        arrived = self.ahead.take(batch)
         with precision.products(self.device), precision.autocast(stage, self.device):
-            _, predicted = self.wrapped(pixels)
+            _, predicted = self.wrapped(arrived.pixels())
+        tokens, valid = arrived.targets()
+        targets = {name: Features(each.summary, each.patches) for name, each in tokens.items()}
         losses = [
             teacher_loss(
                 predicted[name],
