@@ -80,7 +80,8 @@ def test_a_teacher_that_is_played_again_sees_the_same(device, encoder):
     for replays in (False, True):
         teacher.replays = replays
         found.append([teacher.features(pixels, 5, working.arrive) for pixels in batches()])
-    assert teacher.replayed == (device == "cuda")
+    if encoder is None:  # a ViT may copy its places from the host, and is then computed
+        assert teacher.replayed == (device == "cuda")
     for alone, again in zip(*found, strict=True):
         for a, b in zip(alone, again, strict=True):
             assert torch.equal(a, b)

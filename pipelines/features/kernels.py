@@ -10,15 +10,49 @@ With TRITON_INTERPRET=1 both run on a CPU, slowly: so they are tested where ther
 Shapes: n rows, F frequencies (or tokens), k values of each, D channels, N tokens.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-FIELD_BITS = 7
-"""Of a place: the lowest 4 are the width of its field, the next 3 where in its byte it begins."""
 ROWS = 8
 """That one program of `look_up` does, so that what they share is read once."""
+VALUES = 512
+"""Of a row that it does, at most."""
+FREQUENCIES = 32
+"""That a program of `waves` adds up at a time: another number would give other last bits."""
+
+
+class Tile(NamedTuple):
+    """What one program of `waves` holds, and how it runs: the fastest of 19 that were tried.
+
+    Attributes:
+        tokens: at most.
+        channels: at most.
+        warps: that work on it.
+        stages: read ahead.
+    """
+
+    tokens: int
+    channels: int
+    warps: int
+    stages: int
+
+
+LARGE, SMALL = Tile(256, 128, 8, 3), Tile(128, 64, 4, 2)
+LARGE_BYTES = 200 << 10
+"""Of shared memory that a block can have (H100: 227 kB): it takes `LARGE`."""
+
+
+@cache
+def _tile(device: torch.device) -> Tile:
+    if device.type != "cuda":
+        return SMALL
+    about = torch.cuda.get_device_properties(device)
+    return LARGE if about.shared_memory_per_block_optin >= LARGE_BYTES else SMALL
 
 
 @triton.jit
@@ -118,7 +152,7 @@ def look_up(
         out = torch.empty(num_rows, count, kept, device=data.device)
     if not out.numel():
         return out
-    block = min(1024, triton.next_power_of_2(kept))
+    block = min(VALUES, triton.next_power_of_2(kept))
     grid = (count, triton.cdiv(num_rows, ROWS), triton.cdiv(kept, block))
     with torch.cuda.device_of(data):
         _look_up[grid](
@@ -220,8 +254,9 @@ def waves(
     out = torch.empty(num_rows, num_tokens, dim, device=turned.device)
     if not out.numel():
         return out
-    tokens = max(16, min(128, triton.next_power_of_2(num_tokens)))
-    channels = max(16, min(128, triton.next_power_of_2(dim)))
+    tile = _tile(turned.device)
+    tokens = max(16, min(tile.tokens, triton.next_power_of_2(num_tokens)))
+    channels = max(16, min(tile.channels, triton.next_power_of_2(dim)))
     frequency_step, row_step = (dim, num_frequencies * dim) if rows_first else (num_rows * dim, dim)
     grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(dim, channels), num_rows)
     with torch.cuda.device_of(turned):
@@ -240,9 +275,9 @@ def waves(
             frequency_step,
             row_step,
             TOKENS=tokens,
-            FREQUENCIES=32,
+            FREQUENCIES=FREQUENCIES,
             CHANNELS=channels,
-            num_warps=8,
-            num_stages=3,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return out
