@@ -18,7 +18,7 @@ from cache.codec.quantised import QUANTISATIONS, pack
 from pipelines.features import fused
 from pipelines.features.codec_torch import Decoder
 
-DISTANCE = 1e-5  # documented; of a token's root mean square
+DISTANCE = 1e-5  # half of what is documented; of a token's root mean square
 WIDE = 3e-5  # these tokens are small beside their row's mean, as few teachers' are
 PATIENCE_SECONDS = 600
 

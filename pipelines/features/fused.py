@@ -1,7 +1,7 @@
 """Decoding on CUDA in as few passes as there can be: one to look up, one product, one of waves.
 
 The plain twins (`codec_torch`, `grid_torch`) say what is computed; this says it by the kernels of
-`pipelines.features.kernels`. What differs is rounding: below 1e-5 of a token's root mean square.
+`pipelines.features.kernels`. What differs is rounding: below 2e-5 of a token's root mean square.
 
 A product with the basis in float32 is a tenth as fast on an H100 as one of float16. So both sides
 are split in two float16, and float16's range asks for factors: values are divided by a power of
