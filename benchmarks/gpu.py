@@ -10,7 +10,7 @@ of value:
     tests       those marked gpu
     step        a training step of stage 2 at 256 and 512 px, ViT-S, B, T and ConvNeXt-T: alone, and
                 with cached targets (c_over_b), idle share, peak memory (benchmarks/gpu_step.py)
-    codecs      decoding, plain and fused, and encoding: GB/s of float32 tokens, distance to the oracle
+    codecs      decoding, plain and fused, and encoding: GB/s of float32 tokens, error to the oracle
     extraction  teachers of random weights beside their matmul-bound time; with and without streams
     loss        of one teacher: passes over memory, peak memory; also compiled
     compiled    as step, its blocks, heads and loss by torch.compile

@@ -52,7 +52,8 @@ def _tile(device: torch.device) -> Tile:
     if device.type != "cuda":
         return SMALL
     about = torch.cuda.get_device_properties(device)
-    return LARGE if about.shared_memory_per_block_optin >= LARGE_BYTES else SMALL
+    shared: int = about.shared_memory_per_block_optin  # type: ignore[attr-defined]  # it is there
+    return LARGE if shared >= LARGE_BYTES else SMALL
 
 
 @triton.jit
