@@ -24,7 +24,6 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import safe_open
 from torch._dynamo.backends.debugging import aot_eager
 
 from cache.shard_ranges import ShardRange
@@ -203,7 +202,8 @@ def train_counting(run: Recipe, below: Path, stop_at: int | None = None) -> tupl
 
     def counted(path: Any, *arguments: Any, **named: Any) -> Any:
         count(path)
-        return safe_open(path, *arguments, **named)
+        # By its module: Ray takes this file by value, and cannot take that class so.
+        return safetensors.safe_open(path, *arguments, **named)
 
     sys.addaudithook(heard)  # for good: `sizes` is this call's
     with mock.patch.object(safetensors.torch, "safe_open", counted):
