@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.devices import devices
+from support.smooth_pictures import token_error
 
 from cache.codec.known import default_codec, make_codec
 from cache.codec.plain import PlainCodec
@@ -49,12 +50,6 @@ def moments_of(patches: np.ndarray) -> Moments:
 def oracle_of(name: str, patches: np.ndarray):
     found = moments_of(features(patches.shape[-1], 9, (20, 40)))
     return make_codec(default_codec(name), (found.count, found.mean, found.scatter))
-
-
-def token_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference, in root mean squares of its token."""
-    size = np.sqrt(np.square(theirs, dtype=np.float64).mean(-1, keepdims=True))
-    return float((np.abs(ours - theirs) / size).max())
 
 
 @devices

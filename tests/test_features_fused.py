@@ -11,9 +11,9 @@ import pytest
 import torch
 from support import interpreted_child
 from support.devices import devices
-from support.smooth_pictures import pictures
+from support.smooth_pictures import grid_codec, pictures, token_error
 
-from cache.codec.grid import PLANES, GridCodec
+from cache.codec.grid import PLANES
 from cache.codec.quantised import QUANTISATIONS, pack
 from pipelines.features import fused
 from pipelines.features.codec_torch import Decoder
@@ -91,11 +91,11 @@ def test_fields_lie_where_codes_were_packed(width, count):
 @pytest.mark.parametrize("measured", [10_000, 10], ids=["basis", "rotation"])
 def test_a_wide_row_is_decoded_within_the_documented_distance(name, measured, device):
     grid, dim = (12, 10), 72
-    oracle: GridCodec = interpreted_child.grid_oracle(name, grid, dim, measured)
+    oracle = grid_codec(name, grid, dim, measured)
     encoded = oracle.encode(pictures(grid, dim, 3, seed=3))
     ours = Decoder(oracle)(encoded.data, encoded.escapes, device).cpu().numpy()
     theirs = oracle.decode(encoded.data, encoded.escapes)
-    assert interpreted_child.error(ours, theirs) < WIDE
+    assert token_error(ours, theirs) < WIDE
 
 
 def test_without_a_gpu_or_a_compiler_nothing_is_fused(monkeypatch, tmp_path):

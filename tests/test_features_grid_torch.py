@@ -6,10 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.devices import devices
-from support.smooth_pictures import moments_of, pictures
+from support.smooth_pictures import grid_codec, pictures, token_error
 
-from cache.codec.encoded import Fitting
-from cache.codec.grid import RATES, GridCodec
+from cache.codec.grid import RATES
 from cache.codec.quantised import unpack
 from eupe.moments import Moments
 from eupe.normalise import phi_s, zscore
@@ -32,27 +31,12 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(codec_steps, "CPU_CHUNK", 4096)
 
 
-def oracle_of(
-    name: str, grid: tuple[int, int], dim: int, measured: int = 10_000, seed: int = 0
-) -> GridCodec:
-    sample = pictures(grid, dim, 40, seed)
-    _, mean, scatter = moments_of(sample)
-    scatter *= measured / (40 * grid[0] * grid[1])
-    return GridCodec.fitted(name, Fitting((measured, mean, scatter), grid, sample))
-
-
-def token_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference, in root mean squares of its token."""
-    size = np.sqrt(np.square(theirs, dtype=np.float64).mean(-1, keepdims=True))
-    return float((np.abs(ours - theirs) / size).max())
-
-
 @devices
 @rates
 @turns
 @pytest.mark.parametrize(("grid", "dim"), [((8, 8), 40), ((5, 7), 24), ((1, 3), 96), ((1, 1), 8)])
 def test_the_twin_is_the_oracle(name, measured, grid, dim, device):
-    oracle = oracle_of(name, grid, dim, measured)
+    oracle = grid_codec(name, grid, dim, measured)
     rows = pictures(grid, dim, 5, seed=3)
     rows[1, 0] *= 1e5  # a token that is taken out
     theirs = oracle.encode(rows)
@@ -75,7 +59,7 @@ def test_the_twin_is_the_oracle(name, measured, grid, dim, device):
 @pytest.mark.parametrize("normalise", [zscore, phi_s])
 def test_the_fused_normaliser_is_the_normaliser_afterwards(name, measured, normalise):
     grid, dim = (6, 4), 32
-    oracle, rows = oracle_of(name, grid, dim, measured), pictures(grid, dim, 4, seed=3)
+    oracle, rows = grid_codec(name, grid, dim, measured), pictures(grid, dim, 4, seed=3)
     normaliser = normalise(Moments.of(rows.reshape(-1, dim)))
     encoded = oracle.encode(rows)
     ours = Decoder(oracle, normaliser)(encoded.data, encoded.escapes)
@@ -100,7 +84,7 @@ def test_the_bounds_hold_for_what_the_device_encoded(
     name, kind, exponent, grid, dim, measured, seed
 ):
     rng = np.random.default_rng(seed)
-    oracle = oracle_of(name, grid, dim, measured, seed)
+    oracle = grid_codec(name, grid, dim, measured, seed)
     rows = rng.standard_normal((2, grid[0] * grid[1], dim))
     if kind == "like":
         rows = pictures(grid, dim, 2, seed + 1)
@@ -125,7 +109,7 @@ def test_the_bounds_hold_for_what_the_device_encoded(
 
 def test_rows_that_are_not_finite_are_invalid_and_harm_no_other():
     grid, dim = (4, 4), 24
-    oracle, rows = oracle_of("grid2", grid, dim), pictures(grid, dim, 3, seed=3)
+    oracle, rows = grid_codec("grid2", grid, dim), pictures(grid, dim, 3, seed=3)
     clean = encode(oracle, torch.from_numpy(rows))
     rows[1, 4, 7] = np.inf
     spoilt = encode(oracle, torch.from_numpy(rows))
@@ -136,7 +120,7 @@ def test_rows_that_are_not_finite_are_invalid_and_harm_no_other():
 
 
 def test_codes_are_unpacked_as_they_were_packed_whatever_their_width():
-    oracle = oracle_of("grid4", (4, 4), 24)
+    oracle = grid_codec("grid4", (4, 4), 24)
     data = oracle.encode(pictures((4, 4), 24, 3, seed=3)).data.reshape(3, -1)
     assert len(oracle.packed) >= 6
     for each in oracle.packed:

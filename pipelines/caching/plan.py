@@ -308,10 +308,7 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
             )
             before = run.get((*network(teacher), resolution), np.zeros_like(wanted))
             run[*network(teacher), resolution] = before | wanted
-            rows, forwards = (
-                int(each.sum(axis=0) @ dataset.shards.lengths)
-                for each in (wanted, wanted & ~before)
-            )
+            rows, forwards = dataset.images(wanted), dataset.images(wanted & ~before)
             # Of a proxy the weights are not known yet; its recipe's stage 1 decides them.
             who = teacher.model_dump_json(exclude={"resolutions", "licence"})
             key = "/".join((job.root, job.dataset.name, job.views.model_dump_json(), who))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cache.codec.grid import GridCodec
 from cache.codec.rotation import Rotation, hadamard
 from eupe.normalise import Normaliser
 
@@ -121,6 +122,13 @@ class Turn:
             mix = basis.T.astype(np.float64) @ mix
         return cls(None, tensor(mix), None, tensor((turned @ shift) * scale))
 
+    @classmethod
+    def of_grid(cls, codec: GridCodec, normaliser: Normaliser | None) -> "Turn":
+        """Make that of a grid codec: by its rotation, or by its basis."""
+        transform = codec.transform
+        basis = transform.basis if transform.rotation is None else None
+        return cls.of(transform.mean, transform.std, transform.rotation, normaliser, basis)
+
     def to(self, device: torch.device) -> "Turn":
         """Copy to a device."""
         butterfly = self.butterfly and Butterfly(*(part.to(device) for part in self.butterfly))
@@ -182,6 +190,18 @@ def pack(codes: Tensor, bits: Sequence[int]) -> Tensor:
         planes.append(plane)
         below += width
     return torch.cat(planes, 1)
+
+
+def directions(codec: GridCodec) -> np.ndarray:
+    """Return up to which direction each frequency of a grid codec is kept, int64 [N].
+
+    A rotation wants all of them, or none.
+    """
+    dim = codec.bits.shape[1]
+    width = ((codec.bits > 0) * np.arange(1, dim + 1)).max(axis=1)
+    if codec.transform.rotation is not None:
+        width = np.where(width > 0, dim, 0)
+    return np.asarray(width)
 
 
 def chunks(num_tokens: int, dim: int) -> list[slice]:

@@ -26,7 +26,7 @@ from cache.codec.grid import PLANES, GridCodec
 from cache.codec.quantised import QuantisedCodec
 from cache.codec.rotation import cosine_transform
 from eupe.normalise import Normaliser
-from pipelines.features.codec_steps import Butterfly, Turn, tensor
+from pipelines.features.codec_steps import Butterfly, Turn, directions, tensor
 
 COMPILERS = ("cc", "gcc", "clang")
 """One of which torch's own compilers call, unless CC names another."""
@@ -156,8 +156,7 @@ class GridDecoding:
     ) -> "GridDecoding":
         """Make the constants of a codec and of what the loss wants done."""
         transform, (num_tokens, dim) = codec.transform, codec.bits.shape
-        basis = transform.basis if transform.rotation is None else None
-        turn = Turn.of(transform.mean, transform.std, transform.rotation, normaliser, basis)
+        turn = Turn.of_grid(codec, normaliser)
         places = np.zeros((3, num_tokens * dim), np.int64)
         largest = np.zeros(num_tokens * dim)
         for each in codec.packed:
@@ -172,10 +171,7 @@ class GridDecoding:
             columns = power_of_two(np.abs(weights).max(axis=0) / LARGEST_WEIGHT)
             weights = weights / columns
         # Those with most directions last, and of each the widest last: sums grow as they end.
-        kept = (codec.bits > 0) * np.arange(1, dim + 1)
-        width = kept.max(axis=1)
-        if transform.rotation is not None:
-            width = np.where(width > 0, dim, 0)  # a rotation wants all of them
+        width = directions(codec)
         order = np.argsort(width, kind="stable")
         order = order[width[order] > 0]
         groups, bound = [], 0.0

@@ -24,7 +24,7 @@ from cache.codec.rotation import cosine_transform
 from eupe.normalise import Normaliser
 from pipelines.features import fused
 from pipelines.features.buffers import Crossing, to_host
-from pipelines.features.codec_steps import Turn, chunks, pack, tensor, unpack
+from pipelines.features.codec_steps import Turn, chunks, directions, pack, tensor, unpack
 from pipelines.features.fused import GROUPS, GridDecoding
 
 
@@ -94,12 +94,8 @@ class Decoding:
     ) -> "Decoding":
         """Make the constants of a codec and of what the loss wants done."""
         transform, (num_tokens, dim) = codec.transform, codec.bits.shape
-        basis = transform.basis if transform.rotation is None else None
-        turn = Turn.of(transform.mean, transform.std, transform.rotation, normaliser, basis)
-        kept = (codec.bits > 0) * np.arange(1, dim + 1)
-        width = kept.max(axis=1)
-        if transform.rotation is not None:
-            width = np.where(width > 0, dim, 0)  # a rotation wants all of them
+        turn = Turn.of_grid(codec, normaliser)
+        width = directions(codec)
         order = np.argsort(-width, kind="stable")
         start_of = np.zeros(num_tokens, np.int64)
         groups, start = [], 0

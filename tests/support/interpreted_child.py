@@ -10,35 +10,19 @@ import os
 import numpy as np
 import torch
 
-from cache.codec.encoded import Fitting
-from cache.codec.grid import GridCodec
 from cache.codec.known import default_codec, make_codec
 from cache.codec.quantised import QUANTISATIONS
 from eupe.moments import Moments
 from eupe.normalise import Normaliser, phi_s, zscore
 from pipelines.features import fused
 from pipelines.features.codec_torch import Decoder
-from support.smooth_pictures import moments_of, pictures
+from support.smooth_pictures import grid_codec, pictures, token_error
 
 GRIDS = (((2, 5), 20), ((1, 3), 56), ((1, 1), 8))
 OF_NO_BASIS = 10
 NUM_ROWS = 9
 """More than one program looks up."""
 NAMES = ("grid1", "grid4")
-
-
-def grid_oracle(name: str, grid: tuple[int, int], dim: int, measured: int) -> GridCodec:
-    """Return a grid codec fitted to so many tokens: few give a rotation instead of a basis."""
-    sample = pictures(grid, dim, 40, 0)
-    _, mean, scatter = moments_of(sample)
-    scatter *= measured / (40 * grid[0] * grid[1])
-    return GridCodec.fitted(name, Fitting((measured, mean, scatter), grid, sample))
-
-
-def error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Return the largest difference, in root mean squares of its token; NaN counts."""
-    size = np.sqrt(np.square(theirs, dtype=np.float64).mean(-1, keepdims=True))
-    return float((np.abs(ours - theirs) / size).max())
 
 
 def wanted(decoded: np.ndarray, normaliser: Normaliser | None) -> np.ndarray:
@@ -58,7 +42,7 @@ def main() -> None:
     for name in NAMES:
         for measured in (10_000, OF_NO_BASIS):
             for grid, dim in GRIDS if name == "grid1" else GRIDS[:1]:
-                oracle = grid_oracle(name, grid, dim, measured)
+                oracle = grid_codec(name, grid, dim, measured)
                 rows = pictures(grid, dim, NUM_ROWS, seed=3)
                 rows[1] *= 1e-4
                 rows[2] *= 1e4
@@ -69,7 +53,7 @@ def main() -> None:
                     theirs = wanted(oracle.decode(encoded.data, encoded.escapes), normaliser)
                     ours = Decoder(oracle, normaliser)(encoded.data, encoded.escapes).numpy()
                     which = "none" if normaliser is None else str(normaliser.rotation is not None)
-                    found[f"{name} {grid} {dim} {measured} {which}"] = error(ours, theirs)
+                    found[f"{name} {grid} {dim} {measured} {which}"] = token_error(ours, theirs)
     rng = np.random.default_rng(0)
     for name in QUANTISATIONS:
         for dim in (7, 40):
@@ -79,7 +63,7 @@ def main() -> None:
             encoded = oracle.encode(rows)
             theirs = oracle.decode(encoded.data, encoded.escapes)
             ours = Decoder(oracle)(encoded.data, encoded.escapes).numpy()
-            found[f"{name} {dim}"] = error(ours, theirs)
+            found[f"{name} {dim}"] = token_error(ours, theirs)
     print(json.dumps(found))
 
 

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from cache.codec.encoded import Fitting
+from cache.codec.grid import GridCodec
+
 
 def pictures(grid: tuple[int, int], dim: int, count: int, seed: int = 0) -> np.ndarray:
     """Rows [count, N, D]: smooth over the grid, few strong directions, channels of all widths."""
@@ -28,3 +31,19 @@ def moments_of(rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     tokens = rows.reshape(-1, rows.shape[-1]).astype(np.float64)
     centred = tokens - tokens.mean(axis=0)
     return len(tokens), tokens.mean(axis=0), centred.T @ centred
+
+
+def grid_codec(
+    name: str, grid: tuple[int, int], dim: int, measured: int = 10_000, seed: int = 0
+) -> GridCodec:
+    """Return a codec fitted to pictures and so many tokens: few give a rotation, not a basis."""
+    sample = pictures(grid, dim, 40, seed)
+    _, mean, scatter = moments_of(sample)
+    scatter *= measured / (40 * grid[0] * grid[1])
+    return GridCodec.fitted(name, Fitting((measured, mean, scatter), grid, sample))
+
+
+def token_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the largest difference, in root mean squares of its token; of a NaN, NaN."""
+    size = np.sqrt(np.square(theirs, dtype=np.float64).mean(-1, keepdims=True))
+    return float((np.abs(ours - theirs) / size).max())
