@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 140
+WIDTH = 1000
+"""Of a pipe or a file, in signs: wider than any table wants to be."""
 
 Row = dict[str, object]
 
@@ -26,7 +27,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def console() -> Console:
-    """Return stdout as a console, wide where it is a pipe or a file."""
+    """Return stdout as a console, as wide as any table wants where it is a pipe or a file."""
     return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
@@ -35,16 +36,19 @@ def show(
 ) -> None:
     """Print rows and, if a path is given, write them there.
 
+    Where they are wider than the console numbers are folded, and text is not.
+
     Args:
         rows: each a name -> value.
-        columns: name -> format of its values; a row that lacks it leaves its cell empty.
+        columns: name -> format of its values, "" of text; a row that lacks it leaves its cell
+            empty.
         title: of the table.
         out: where it is printed.
         path: of a JSON file with all that is in the rows.
     """
     shown = Table(title=title)
-    for column in columns:
-        shown.add_column(column, justify="right", overflow="fold")
+    for column, form in columns.items():
+        shown.add_column(column, justify="right", overflow="fold", no_wrap=not form)
     for row in rows:
         shown.add_row(*(format(row[c], form) if c in row else "" for c, form in columns.items()))
     out.print(shown)
