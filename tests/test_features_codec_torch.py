@@ -15,7 +15,7 @@ from cache.codec.plain import PlainCodec
 from cache.codec.quantised import QUANTISATIONS, unpack
 from eupe.moments import Moments
 from eupe.normalise import Normaliser, phi_s, zscore
-from pipelines.features import codec_steps
+from pipelines.features import codec_torch
 from pipelines.features.buffers import Buffers, Crossing
 from pipelines.features.codec_torch import Decoder, encode
 
@@ -33,7 +33,7 @@ quantised = pytest.mark.parametrize("name", list(QUANTISATIONS))
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks even in a small test."""
-    monkeypatch.setattr(codec_steps, "CPU_CHUNK", 4096)
+    monkeypatch.setattr(codec_torch, "CPU_CHUNK", 4096)
 
 
 def features(dim: int, seed: int = 0, shape: tuple[int, ...] = (3, 10)) -> np.ndarray:

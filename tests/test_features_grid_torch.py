@@ -12,7 +12,7 @@ from cache.codec.grid import RATES
 from cache.codec.quantised import unpack
 from eupe.moments import Moments
 from eupe.normalise import phi_s, zscore
-from pipelines.features import codec_steps
+from pipelines.features import codec_steps, grid_torch
 from pipelines.features.codec_torch import Decoder, encode
 
 FLOAT16_STEP = 2.0**-10
@@ -28,7 +28,7 @@ turns = pytest.mark.parametrize("measured", [10_000, 10], ids=["basis", "rotatio
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks even in a small test."""
-    monkeypatch.setattr(codec_steps, "CPU_CHUNK", 4096)
+    monkeypatch.setattr(grid_torch, "CPU_CHUNK", 4096)
 
 
 @devices

@@ -20,9 +20,6 @@ from cache.codec.grid import GridCodec
 from cache.codec.rotation import Rotation, hadamard
 from eupe.normalise import Normaliser
 
-CPU_CHUNK = 1 << 18
-"""Coefficients worked on at a time on a CPU, so that intermediate results stay in its caches."""
-
 
 class RowDecoder(Protocol):
     """The twin of a codec's `decode`: rows of one store to tokens on a device.
@@ -204,9 +201,9 @@ def directions(codec: GridCodec) -> np.ndarray:
     return np.asarray(width)
 
 
-def chunks(num_tokens: int, dim: int) -> list[slice]:
-    """Cut tokens, or rows, of so many coefficients each into chunks for a CPU."""
-    size = max(1, CPU_CHUNK // dim)
+def chunks(num_tokens: int, dim: int, at_once: int) -> list[slice]:
+    """Cut tokens, or rows, of `dim` coefficients each into chunks of some `at_once` for a CPU."""
+    size = max(1, at_once // dim)
     return [slice(start, start + size) for start in range(0, num_tokens, size)] or [slice(0)]
 
 

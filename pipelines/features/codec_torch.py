@@ -28,6 +28,10 @@ from pipelines.features.codec_steps import RowDecoder, Turn, chunks, divisor, pa
 from pipelines.features.fused import Lookup
 from pipelines.features.grid_torch import GridRows, encode_grid
 
+CPU_CHUNK = 1 << 18
+"""Coefficients of tokens worked on at a time on a CPU, so that intermediate results stay in its
+caches."""
+
 
 @dataclass(frozen=True)
 class Dequantiser:
@@ -97,7 +101,7 @@ class QuantisedRows:
             tokens = dequantise(unpack(packed, codec.how.planes, dim), scales)
             return tokens.view(num_rows, num_tokens, dim)
         tokens = torch.empty(len(packed), dim)
-        for part in chunks(len(packed), dim):
+        for part in chunks(len(packed), dim, CPU_CHUNK):
             tokens[part] = dequantise(unpack(packed[part], codec.how.planes, dim), scales[part])
         return tokens.view(num_rows, num_tokens, dim)
 
@@ -179,7 +183,7 @@ def _encode_quantised(codec: QuantisedCodec, patches: Tensor) -> Encoded:
     shape = (num_rows, *codec.storage_shape(num_tokens, dim))
     tokens = patches.reshape(-1, dim)
     quantise = _quantiser(codec, patches.device)
-    whole = [slice(None)] if patches.device.type != "cpu" else chunks(len(tokens), dim)
+    whole = [slice(None)] if patches.device.type != "cpu" else chunks(len(tokens), dim, CPU_CHUNK)
     parts = [quantise(tokens[part]) for part in whole]
     packed, scales, good = (torch.cat(column) for column in zip(*parts, strict=True))
     finite = torch.isfinite(patches).all(-1).all(-1)

@@ -27,22 +27,50 @@ from pipelines.features.buffers import Crossing, to_host
 from pipelines.features.codec_steps import Turn, chunks, directions, pack, tensor, unpack
 from pipelines.features.fused import GROUPS, GridDecoding
 
+CPU_CHUNK = 1 << 20
+"""Coefficients of whole rows worked on at a time on a CPU: products want many tokens of each
+frequency, caches few of them."""
+
 
 class Section(NamedTuple):
     """The codes of one width; see `cache.codec.grid.Packed`.
 
-    places: int64 [k], where their values go among those of a row.
+    Of codes that do not cross bytes a byte is looked up whole: its codes' values stand together.
+
+    levels: float32 [2^width], of codes.
+    table: float32 [256, codes], of the codes of a byte; None where a code has several planes.
     """
 
     packed: Packed
-    places: Tensor
     levels: Tensor
+    table: Tensor | None
+
+    @classmethod
+    def of(cls, packed: Packed, device: torch.device) -> "Section":
+        """Make the tables of one width."""
+        levels, table = tensor(packed.levels).to(device), None
+        if PLANES[packed.width] == (packed.width,):
+            every = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+            table = levels[unpack(every, PLANES[packed.width], 8 // packed.width).long()]
+        return cls(packed, levels, table)
 
     def values(self, data: Tensor) -> Tensor:
-        """Look up the values of rows uint8 [n, B]: float32 [n, k]."""
+        """Look up the values of rows uint8 [n, B], in the order of `stand`: float32 [n, m]."""
         each = self.packed
         codes = data[:, each.start : each.start + each.num_bytes]
-        return torch.take(self.levels, unpack(codes, PLANES[each.width], len(self.places)).long())
+        if self.table is not None:
+            values = self.table.index_select(0, codes.flatten().int())
+            return values.view(len(data), codes.shape[1] * self.table.shape[1])
+        return torch.take(self.levels, unpack(codes, PLANES[each.width], len(each.places)).long())
+
+    def stand(self) -> tuple[np.ndarray, int]:
+        """Say where the values of codes stand, int64 [k], among how many, m."""
+        each, number = self.packed, np.arange(len(self.packed.places))
+        if self.table is None:
+            return number, len(number)
+        per_byte = self.table.shape[1]
+        field, byte = np.divmod(number, each.num_bytes)
+        return byte * per_byte + field, each.num_bytes * per_byte
 
 
 class Group(NamedTuple):
@@ -72,8 +100,8 @@ class Decoding:
 
     Attributes:
         sections: of a row's bytes, by width.
+        order: int64 [P], where the sections' values and a zero behind them have what groups take.
         groups: of frequencies.
-        num_values: of a row, P.
         num_bands: of frequencies, each with its scale.
         turn: back from directions to channels.
         constant: float32 [D], what is added to the mean frequency.
@@ -81,8 +109,8 @@ class Decoding:
     """
 
     sections: list[Section]
+    order: Tensor
     groups: list[Group]
-    num_values: int
     num_bands: int
     turn: Turn
     constant: Tensor
@@ -111,34 +139,33 @@ class Decoding:
                 )
             )
             start += most * len(part)
-        sections = [
-            Section(
-                each,
-                torch.from_numpy(start_of[each.places // dim] + each.places % dim).to(device),
-                tensor(each.levels).to(device),
-            )
-            for each in codec.packed
-        ]
+        sections = [Section.of(each, device) for each in codec.packed]
+        stand, behind = np.full(start, -1), 0
+        for section in sections:
+            places, (own, among) = section.packed.places, section.stand()
+            stand[start_of[places // dim] + places % dim] = behind + own
+            behind += among
+        stand[stand < 0] = behind
         rows, columns = transform.grid
         waves = tensor(cosine_transform(rows).T), tensor(cosine_transform(columns).T)
         return cls(
             sections,
+            torch.from_numpy(stand).to(device),
             groups,
-            start,
             codec.num_bands,
             turn.to(device),
             turn.offset.to(device) * num_tokens**0.5,
             (waves[0].to(device), waves[1].to(device)),
         )
 
-    def __call__(self, data: Tensor) -> Tensor:
-        """Decode rows uint8 [n, B] to tokens float32 [n, N, D]."""
+    def __call__(self, data: Tensor, out: Tensor | None = None) -> Tensor:
+        """Decode rows uint8 [n, B] to tokens float32 [n, N, D], into `out` if that is given."""
         down, across = self.waves
         num_rows, num_tokens, dim = len(data), len(down) * len(across), len(self.constant)
         scales = _scales(data, self.num_bands)
-        values = torch.zeros(num_rows, self.num_values, device=data.device)
-        for section in self.sections:
-            values.scatter_(1, section.places.expand(num_rows, -1), section.values(data))
+        zero = torch.zeros(num_rows, 1, device=data.device)
+        found = torch.cat([*(section.values(data) for section in self.sections), zero], 1)
+        values = found.gather(1, self.order.expand(num_rows, -1))
         turned = torch.empty(num_rows, num_tokens, dim, device=data.device)
         for group in self.groups:
             kept = group.spread.shape[1]
@@ -155,9 +182,9 @@ class Decoding:
                 turned.index_copy_(1, group.places, back.view(num_rows, len(group.bands), dim))
         turned[:, 0] += self.constant
         tokens = torch.matmul(across, turned.view(num_rows * len(down), len(across), dim))
-        return torch.matmul(down, tokens.view(num_rows, len(down), len(across) * dim)).view_as(
-            turned
-        )
+        shape = num_rows, len(down), len(across) * dim
+        into = None if out is None else out.view(shape)
+        return torch.matmul(down, tokens.view(shape), out=into).view_as(turned)
 
 
 class GridRows:
@@ -180,8 +207,8 @@ class GridRows:
         if device.type != "cpu" or isinstance(decode, GridDecoding):
             return decode(data)
         tokens = torch.empty(len(data), *self._codec.bits.shape)
-        for part in chunks(len(data), self._codec.bits.size):
-            tokens[part] = decode(data[part])
+        for part in chunks(len(data), self._codec.bits.size, CPU_CHUNK):
+            decode(data[part], tokens[part])
         return tokens
 
 
@@ -199,7 +226,9 @@ def encode_grid(codec: GridCodec, patches: Tensor) -> Encoded:
     quantise = _quantiser(codec, patches.device)
     finite = torch.isfinite(patches).all(-1).all(-1)
     whole = torch.where(finite[:, None, None], patches, quantise.mean)
-    parts = [slice(None)] if patches.device.type != "cpu" else chunks(num_rows, num_tokens * dim)
+    parts = [slice(None)]
+    if patches.device.type == "cpu":
+        parts = chunks(num_rows, num_tokens * dim, CPU_CHUNK)
     done = [quantise(whole[part]) for part in parts]
     data, bad = (torch.cat(column) for column in zip(*done, strict=True))
     row, token = torch.nonzero(bad & finite[:, None], as_tuple=True)
