@@ -1,12 +1,13 @@
 """What codecs keep of real features and what they cost: quality, bits and speed, beside bounds.
 
-    python -m benchmarks.codec [--images 200] [--resolution 256] [--teacher RECIPE:NAME ...]
+    python -m benchmarks.codec [--images 200] [--resolution 256] [--teacher NAME ...]
                                [--quick] [--json FILE]
 
 Features are those of held-out emoji: EfficientNet-Lite2's stride-16 map (its ImageNet weights are a
 Python package), and a ViT's patch tokens, one that is trained here for a minute or two on Lite2's
-features; or those of a recipe's teachers, where their weights are to be had. Codecs are fitted to
-other images, those of the train split, as a store's are to its sample.
+features; or those of a recipe's teacher (RECIPE:NAME) or of whatever `eupe encode --model` takes: a
+run, an exported student, a network of timm or open_clip, where its weights are to be had. Codecs
+are fitted to other images, those of the train split, as a store's are to its sample.
 
 bpfp are bits per feature point, scales and escapes included. cosine, worst and r2 are of tokens as
 the teacher gives them; z_cosine and snr_db of standardised ones, as the loss sees them. The bounds
@@ -37,6 +38,7 @@ from benchmarks.training import TrainingStep, features, pictures, smooth_feature
 from cache.codec.encoded import Codec
 from cache.codec.known import OF_PATCHES, default_codec, make_codec
 from eupe.encoders import Encoder, Features
+from eupe.errors import BadInput
 from eupe.moments import Moments
 from eupe.normalise import zscore
 from eupe.spec import EncoderSpec
@@ -45,6 +47,7 @@ from pipelines.caching.measure import SAMPLE_ROWS
 from pipelines.caching.quality import quality
 from pipelines.features.codec_torch import Decoder, encode
 from pipelines.recipe import family, recipes
+from pipelines.release import models
 
 CODECS = tuple(name for name in OF_PATCHES if name != "uint8")
 BATCH = 16
@@ -101,9 +104,15 @@ def vit(console: Console, steps: int) -> Callable[[torch.Tensor], Features]:
 
 
 def teacher_of(named: str) -> Callable[[torch.Tensor], Features]:
-    """Load a teacher that is named as RECIPE:NAME."""
+    """Load a teacher that is named as RECIPE:NAME, or any model by its name."""
     recipe, _, name = named.partition(":")
-    config = recipes.get(recipe).teachers[name]
+    if recipe not in recipes.RECIPES:
+        model = models.named(named)
+        return load_teacher("model", model.encoder, model.weights)
+    teachers = recipes.get(recipe).teachers
+    if name not in teachers:
+        raise BadInput(f"--teacher {named}: {recipe} has {', '.join(teachers)}")
+    config = teachers[name]
     return load_teacher(name, config.encoder, config.weights, config.dtype)
 
 
@@ -240,8 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--teacher",
         nargs="+",
-        metavar="RECIPE:NAME",
-        help="of a recipe, as imagenet1k_vits16:dinov3_h; else Lite2 and a ViT trained here",
+        metavar="NAME",
+        help="of a recipe, as imagenet1k_vits16:dinov3_l, or a model, as runs/demo; else Lite2 and "
+        "a ViT trained here",
     )
     parser.add_argument(
         "--quick", action="store_true", help="of training and decoding next to none"
@@ -252,8 +262,12 @@ def main(argv: list[str] | None = None) -> int:
     count, resolution = arguments.images, arguments.resolution
     table = []
     if arguments.teacher:
-        for named in arguments.teacher:
-            table += rows_of(named, teacher_of(named), count, resolution)
+        try:
+            asked = [(named, teacher_of(named)) for named in arguments.teacher]
+        except BadInput as error:
+            parser.error(str(error))
+        for named, network in asked:
+            table += rows_of(named, network, count, resolution)
     else:
         table += rows_of("efficientnet_lite2", lite2(resolution), count, resolution)
         table += rows_of("vit_brief", vit(console, steps), count, resolution)

@@ -1,8 +1,13 @@
 """Bounds of what codecs keep, against cases worked out by hand and against codecs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from support import saved_run, small_recipe
 
+from benchmarks import codec
 from benchmarks.codec_bounds import (
     cosines,
     grid_variances,
@@ -69,3 +74,25 @@ def test_rounding_with_ideal_entropy_coding_loses_a_quarter_of_a_bit():
     variances = np.array([4.0, 1.0, 0.01, 0.0])
     for bits in (0.25, 1.0, 3.0):
         assert scalar_r2(variances, bits) < water_filled_r2(variances, bits)
+
+
+def test_codecs_are_measured_on_a_recipes_teacher_and_on_any_model(tmp_path: Path, emoji: Path):
+    recipe = saved_run.recipe(tmp_path, emoji, small_recipe.vit())
+    saved_run.saved(recipe)
+    pixels = torch.zeros(1, 3, 64, 64)
+    for named in ("demo:efficientnet_lite0", str(recipe.directory)):
+        assert codec.teacher_of(named)(pixels).patches.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ("demo:dinov3", "--teacher demo:dinov3: demo has efficientnet_lite0, efficientnet_lite2"),
+        ("runs/nothing", "no model 'runs/nothing': wants a run directory"),
+    ],
+)
+def test_who_is_nobody_is_refused_in_a_sentence(named, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        codec.main(["--teacher", named])
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
