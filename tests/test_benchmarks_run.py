@@ -53,6 +53,10 @@ SMALL = {
         ["--rows", "20000", "--shards", "200"],
         {"rows", "shards", "records", "open_seconds", "list_seconds", "anonymous_mb"},
     ),
+    "pixels": (
+        ["--views", "2", "--resolution", "64"],
+        {"coding", "of_raw", "psnr_db", "worst_db", "decode_ms"},
+    ),
     "scale": (
         ["--rows", "1000", "20000"],
         {"rows", "shards", "open_seconds", "first_batch_seconds", "rss_mb"},
