@@ -130,8 +130,9 @@ def test_sigterm_is_a_checkpoint_and_the_same_command_goes_on(tmp_path, undistur
     saved_at = f"stage2 is saved at step {saved.step} of {STEPS}"
     assert workers > 1 or saved_at in last, said
     assert last.endswith(f"ending_child.py {run.directory} {workers}")
-    # A thread of Ray Train's own may find its cluster gone before itself.
-    ours = [line for line in said.splitlines() if "(PlacementGroupCleaner " not in line]
+    # Ray Train's own may find the cluster gone before themselves, or a busy machine slow.
+    theirs = ("(PlacementGroupCleaner ", "(TrainController ")
+    ours = [line for line in said.splitlines() if not any(name in line for name in theirs)]
     assert "Traceback" not in "\n".join(ours)
     subprocess.run(command, check=True, env=environment, timeout=PATIENCE_SECONDS)
     assert losses(run) == undisturbed(workers)
