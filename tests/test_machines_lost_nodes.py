@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import draining
 
-from pipelines.machines import deaths, pool
+from pipelines.machines import deaths, every_node, pool
 from pipelines.machines.pool import Pool
 
 pytestmark = pytest.mark.ray
@@ -86,6 +87,41 @@ def test_work_goes_on_beside_an_actor_without_room_and_with_nodes_that_come_and_
     assert sorted(seen) == list(range(len(tasks)))
     assert {first.node_id, third.node_id} < set(seen.values())
     assert len(set(seen.values())) == 3
+
+
+def test_an_actor_on_a_node_that_is_being_drained_gets_no_more_calls(cluster, monkeypatch):
+    """It has an hour: what it has begun is ended there, and not one death is allowed."""
+    monkeypatch.setattr(deaths, "MAX_DEATHS", 0)
+    monkeypatch.setattr(pool, "LOOK_SECONDS", SOON)
+    first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
+    tasks, seen, third = Slow(400), list[tuple[int, str]](), None
+    with Pool(worker(), {}, actors=2, cpus=1) as workers:
+        for results in workers.run("where", tasks):
+            seen += results
+            if third is None and len({node for _, node in seen}) == 2:
+                draining.drain(cluster.address, second.node_id)
+                third = cluster.add_node(num_cpus=1)
+            if third is not None and third.node_id in {node for _, node in seen}:
+                tasks.seconds = 0.0
+    assert sorted(number for number, _ in seen) == list(range(len(tasks)))
+    assert {node for _, node in seen} == {first.node_id, second.node_id, third.node_id}
+    nodes = [node for _, node in seen]
+    assert second.node_id not in nodes[nodes.index(third.node_id) :]
+    with Pool(worker(), {}, actors=3, cpus=1) as workers:
+        later = {node for some in workers.run("where", 9 * [(0.0,)]) for _, node in some}
+    assert later <= {first.node_id, third.node_id}
+
+
+def test_a_node_that_is_being_drained_is_not_asked(cluster):
+    """It lives, since an actor is still there, and what is begun there now is refused."""
+    first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
+    with Pool(worker(), {}, actors=2, cpus=1) as workers:
+        assert list(workers.run("where", 4 * [(SOON,)]))
+        draining.drain(cluster.address, second.node_id)
+        answers = every_node.ask(lambda name: name, 4 * SOON, "CPU")
+        assert second.node_id in deaths.nodes_draining() & deaths.nodes_alive()
+    assert answers.mute == {}
+    assert [name for name in answers.said if first.node_id[:6] in name] == list(answers.said)
 
 
 def test_an_actor_that_has_no_room_gets_no_calls(cluster):

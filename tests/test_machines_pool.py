@@ -44,6 +44,11 @@ def pool(ray_cluster: None) -> Iterator[Pool]:
         yield started
 
 
+def test_no_work_needs_no_ray():
+    with Pool(object, {}, actors=1, cpus=1) as workers:
+        assert list(workers.run("anything", [])) == []
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("method", "kind", "sentence"),

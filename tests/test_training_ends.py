@@ -6,13 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ending_child, small_stage, two_workers
+from support import draining, ending_child, small_stage, two_workers
 from support.ending_child import STEPS
 
 from eupe.errors import BadInput
@@ -25,7 +25,7 @@ from pipelines.records import checkpoint, tracking
 from pipelines.training import launch, ray_train
 from pipelines.training.batches import Loader
 from pipelines.training.inputs import Inputs
-from pipelines.training.loop import train_stage
+from pipelines.training.loop import StageResult, train_stage
 
 PATIENCE_SECONDS = 900  # a child that starts Ray on a busy machine
 SAVED_SECONDS = 30.0  # what Slurm and Kubernetes give
@@ -271,6 +271,39 @@ def test_a_folder_that_is_not_shared_is_refused_before_the_work(
     assert not list(tmp_path.rglob(".probe-*"))
 
 
+def nodes_of(where: Path) -> list[str]:
+    """Return the nodes on which workers have begun, in the order in which they did."""
+    paths = sorted(where.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    return [*dict.fromkeys(path.name.split()[1] for path in paths)]
+
+
+def trained_while(
+    run: Recipe, where: Path, lose: Callable[[list[Any]], object], nodes: list[Any]
+) -> StageResult:
+    """Train a run, and lose nodes that it uses in the middle.
+
+    Args:
+        run: of `ending_child`.
+        where: as `said_where`.
+        lose: is given those of the nodes that workers are on, once they train.
+        nodes: any but the head.
+    """
+    ended = threading.Event()
+
+    def lost() -> None:
+        wait_for_steps(run, CHECKPOINT_EVERY + 2, lambda: not ended.is_set())
+        used = nodes_of(where)
+        lose([node for node in nodes if node.node_id in used])
+
+    loser = threading.Thread(target=lost)
+    loser.start()
+    try:
+        return launch.train(run, run.stage("stage2"), make_inputs=said_where(where))
+    finally:
+        ended.set()
+        loser.join()
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_training_that_loses_a_node_goes_on_by_itself(
@@ -282,24 +315,44 @@ def test_a_training_that_loses_a_node_goes_on_by_itself(
     run = ending_child.recipe(tmp_path / "run", 2, CHECKPOINT_EVERY)
     where = tmp_path / "where"
     where.mkdir()
-    ended = threading.Event()
-
-    def kill() -> None:
-        wait_for_steps(run, CHECKPOINT_EVERY + 2, lambda: not ended.is_set())
-        used = {path.name.split()[1] for path in where.iterdir()}
-        lost = next(node for node in nodes if node.node_id in used)
-        cluster.remove_node(lost, allow_graceful=False)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        done = launch.train(run, run.stage("stage2"), make_inputs=said_where(where))
-    finally:
-        ended.set()
-        killer.join()
-    assert len({path.name.split()[1] for path in where.iterdir()}) == 3
+    done = trained_while(
+        run, where, lambda used: cluster.remove_node(used[0], allow_graceful=False), nodes
+    )
+    assert len(nodes_of(where)) == 3
     assert CHECKPOINT_EVERY <= done.first_step < STEPS
     assert done.checkpoint.step == STEPS
     sentence = f"others begin from the checkpoint of step {done.first_step} once there is room for"
     assert sentence in capsys.readouterr().err
+    assert losses(run) == undisturbed(2)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_training_leaves_a_node_that_is_being_drained(
+    tmp_path, undisturbed, three_nodes, monkeypatch, capsys
+):
+    """Its only checkpoints are the last step's and that which the drain is answered with."""
+    monkeypatch.setattr(deaths, "MAX_DEATHS", 0)
+    cluster, nodes = three_nodes
+    run = ending_child.recipe(tmp_path / "run", 2)
+    where = tmp_path / "where"
+    where.mkdir()
+    drained = list[str]()
+
+    def drain(used: list[Any]) -> None:
+        last = max(path.name for path in where.iterdir()).split()[1]  # of the highest rank
+        there = [node.node_id for node in used]
+        drained.append(last if last in there else there[0])
+        draining.drain(cluster.address, drained[0])
+
+    done = trained_while(run, where, drain, nodes)
+    assert CHECKPOINT_EVERY < done.first_step < STEPS
+    assert done.checkpoint.step == STEPS
+    began = f"others begin from the checkpoint of step {done.first_step} once there is room for 2"
+    told = capsys.readouterr().err
+    assert f"stage2: a node is being drained; {began}" in told
+    assert told.count("is being drained") == 1
+    assert "did not say which folders it sees" not in told
+    assert len(nodes_of(where)) == 3
+    assert drained[0] in nodes_of(where)[:2]
     assert losses(run) == undisturbed(2)

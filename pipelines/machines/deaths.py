@@ -1,4 +1,9 @@
-"""Deaths of workers: what a lost node explains counts for nothing, the others count by the hour."""
+"""Deaths of workers, and of nodes: those that have happened, and those that are announced.
+
+What a lost node explains counts for nothing, the others count by the hour. A node that is about to
+be taken back (a spot machine, or one that an autoscaler wants no longer) is being drained: it lives
+and gets nothing new.
+"""
 
 import time
 from collections.abc import Callable, Collection
@@ -38,6 +43,32 @@ def nodes_alive() -> frozenset[str]:
     import ray
 
     return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def nodes_draining() -> frozenset[str]:
+    """Return the ids of the live nodes that the connected Ray has been told it will lose."""
+    import ray
+
+    # Nothing public says so; Ray Train's own watcher asks here, too.
+    return frozenset(ray._private.state.state.get_draining_nodes())
+
+
+class Drained:
+    """Whether a node is being drained; looked up once a second.
+
+    Args:
+        node: its id.
+    """
+
+    def __init__(self, node: str) -> None:
+        self._node, self._drained, self._looked = node, False, float("-inf")
+
+    def __call__(self) -> bool:
+        """Return True once it is."""
+        now = time.monotonic()
+        if not self._drained and now - self._looked >= LOOK_SECONDS:
+            self._looked, self._drained = now, self._node in nodes_draining()
+        return self._drained
 
 
 def is_lost_one(nodes: Collection[str], seconds: float) -> bool:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from pipelines.machines.deaths import nodes_draining
+
 T = TypeVar("T")
 
 
@@ -14,7 +16,7 @@ class Answers(NamedTuple, Generic[T]):
 
 
 def ask(function: Callable[[str], T], seconds: float, resource: str | None = None) -> Answers[T]:
-    """Call a function on every live node, all at once.
+    """Call a function on every live node, all at once; those that are being drained start nothing.
 
     Args:
         function: of the node's name; a process of that node runs it.
@@ -28,9 +30,11 @@ def ask(function: Callable[[str], T], seconds: float, resource: str | None = Non
         return function(name)
 
     remote: Any = ray.remote(num_cpus=0, max_retries=0)(called)
-    asked = {}
+    asked, leaving = {}, nodes_draining()
     for node in ray.nodes():
-        if node["Alive"] and (resource is None or node["Resources"].get(resource)):
+        if not node["Alive"] or node["NodeID"] in leaving:
+            continue
+        if resource is None or node["Resources"].get(resource):
             name = f"node {node['NodeManagerAddress']} ({node['NodeID'][:6]})"
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[name] = remote.options(scheduling_strategy=where).remote(name)

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -58,7 +58,8 @@ class Pool:
     An actor that dies is followed by another, which repeats its calls; calls must therefore be
     repeatable. What dies with its node is counted for nothing, other deaths are counted by the
     hour. An actor gets calls once it lives: one that waits for room keeps none from the others,
-    and works on when a node joins. Ray itself is connected with the first work, too.
+    and works on when a node joins. One whose node is being drained gets no more calls, ends those
+    it has, and is followed by one elsewhere. Ray itself is connected with the first work, too.
 
     Args:
         make: class of the actors.
@@ -104,13 +105,17 @@ class Pool:
             RemoteBug: a call raised anything else.
             RuntimeError: actors died more often than others follow them.
         """
+        if not tasks:
+            return
         self._start(min(self._actors, len(tasks)))
         calls = _Calls(self, method, tasks)
         num_left, looked, taking_in = len(tasks), time.monotonic(), 0.0
         while num_left:
             results, refusal = calls.ended(min(GATHERED * taking_in, GATHERED_SECONDS))
             if time.monotonic() - looked >= LOOK_SECONDS:
-                calls.welcome(self._joined(min(self._actors, num_left)))
+                leaving = deaths.nodes_draining()
+                calls.welcome(self._joined(min(self._actors, num_left), leaving))
+                calls.leave(leaving)
                 looked = time.monotonic()
             # Taken in before the actors get other calls: what is lost with this process are the
             # calls in flight, and not one more that it was about to commit.
@@ -141,11 +146,12 @@ class Pool:
         for _ in range(min(count, most) - len(self._places)):
             self._places.append(_Place(self._new()))
 
-    def _joined(self, wanted: int) -> list[_Place]:
+    def _joined(self, wanted: int, leaving: Collection[str]) -> list[_Place]:
         """Return places for the actors that nodes have room for now and had none before."""
         import ray
 
-        most = min(wanted, num_that_fit(ray.nodes(), self._cpus, self._gpus))
+        staying = [node for node in ray.nodes() if node["NodeID"] not in leaving]
+        most = min(wanted, num_that_fit(staying, self._cpus, self._gpus))
         more = [_Place(self._new()) for _ in range(most - len(self._places))]
         self._places += more
         return more
@@ -170,6 +176,13 @@ class Pool:
     def _ask_where(place: _Place) -> Any:
         """Ask a place's actor for its node, which it answers once it lives."""
         return place.actor.__ray_call__.remote(_where)
+
+    def _move(self, place: _Place) -> None:
+        """Have another actor follow one that has nothing to do on a node that is being drained."""
+        import ray
+
+        ray.kill(place.actor)
+        place.actor, place.node = self._new(), None
 
     def _follow(self, place: _Place, error: Lost) -> None:
         """Have another actor follow one that died.
@@ -287,12 +300,29 @@ class _Calls:
         self._starting: dict[Any, _Place] = {}
         self._running: dict[Any, tuple[int, _Place, Any]] = {}
         self._free: list[tuple[_Place, Any]] = []
+        self._leaving = deaths.nodes_draining()
         self.welcome(pool._places)
 
     def welcome(self, places: Iterable[_Place]) -> None:
         """Have actors get calls once they live."""
         for place in places:
             self._starting[self._pool._ask_where(place)] = place
+
+    def leave(self, nodes: frozenset[str]) -> None:
+        """Make no more calls on some nodes; actors that have none there move elsewhere."""
+        self._leaving = nodes
+        for place in self._pool._places:
+            self._leaves(place)
+
+    def _leaves(self, place: _Place) -> bool:
+        """Return True if an actor gets no more calls where it is; it moves once it has none."""
+        starts = any(each is place for each in self._starting.values())
+        if starts or place.node not in self._leaving:
+            return False
+        if not any(each is place for _, each, _ in self._running.values()):
+            self._pool._move(place)
+            self.welcome([place])
+        return True
 
     def ended(self, seconds: float) -> tuple[list[tuple[int, Any]], Exception | None]:
         """Return what has ended, task number and result; and the first refusal among it.
@@ -312,7 +342,7 @@ class _Calls:
     def go_on(self) -> None:
         """Make other calls where some have ended."""
         for place, actor in self._free:
-            if place.actor is actor:
+            if place.actor is actor and not self._leaves(place):
                 self._feed(place)
         self._free.clear()
 
@@ -330,8 +360,9 @@ class _Calls:
         except Lost as error:
             self._lost(place, place.actor, error)
             return []
-        for _ in range(IN_FLIGHT):
-            self._feed(place)
+        if not self._leaves(place):
+            for _ in range(IN_FLIGHT):
+                self._feed(place)
         return []
 
     def _ends(self, call: Any) -> list[tuple[int, Any]]:

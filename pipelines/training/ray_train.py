@@ -3,7 +3,8 @@
 Workers that died are followed by others, which go on from the newest checkpoint. Ray's own
 `FailureConfig` counts a lost node and a bug alike, and for ever; here bad input and a bug end it at
 once, a death counts by the hour, and one that a lost node explains for nothing, as in a pool of
-actors (pipelines.machines.pool).
+actors (pipelines.machines.pool). Workers of which one's node is being drained save what they have
+at the end of their step, and others follow them elsewhere.
 """
 
 import os
@@ -27,7 +28,7 @@ from pipelines.machines import (
     job_folder,
     shared_folders,
 )
-from pipelines.machines.deaths import Deaths
+from pipelines.machines.deaths import Deaths, Drained
 from pipelines.machines.errors import RemoteBug, bad_input, keeping_traceback
 from pipelines.machines.interrupt import Terminated
 from pipelines.machines.progress import followed
@@ -69,19 +70,24 @@ def _to_the_end(job: Job, ending: Callable[[], bool]) -> StageResult:
     # Imported only now: Ray reads its settings then, and `connect` settles them.
     from ray.train import TrainingFailedError
 
-    dead = Deaths()
+    dead, seconds = Deaths(), 0.0
     while True:
         _check_folders(job.recipe)
         nodes = deaths.nodes_alive()
         try:
-            return _fit(job)
+            done = _fit(job)
+            seconds += done.seconds
+            if done.checkpoint.step >= job.stage.steps or ending():
+                return replace(done, seconds=seconds)
+            why = "a node is being drained"
         except TrainingFailedError as error:
             if ending():
                 raise Terminated(f"{job.stage.name}: {_newest(job)} is kept") from error
             _refuse(error, nodes, dead)
+            why = "a worker died"
         print(
-            f"{job.stage.name}: a worker died; others begin from {_newest(job)} once there is room "
-            f"for {job.recipe.workers.count}",
+            f"{job.stage.name}: {why}; others begin from {_newest(job)} once there is room for "
+            f"{job.recipe.workers.count}",
             file=sys.stderr,
         )
         job = replace(job, resume=True, lock_seconds=LOCK_SECONDS)
@@ -122,14 +128,17 @@ def _fit(job: Job) -> StageResult:
 @keeping_traceback()
 def _worker(config: dict[str, Job]) -> StageResult:
     """Run in each of Ray Train's workers, in a process group that Ray Train has made."""
+    import ray
     from ray.train.torch import get_device
 
     job, device = config["job"], get_device()
     workers = distributed.of_process_group(job.stage, device)
     # Rank 0 tells the launching process, once for all workers.
     os.environ[job_folder.VARIABLE] = "" if workers.rank else str(job.folder)
+    asked = job_folder.Ending(job_folder.ours())
+    drained = Drained(ray.get_runtime_context().get_node_id())
     try:
-        return job.train(workers, device, job_folder.Ending(job_folder.ours()))
+        return job.train(workers, device, lambda: asked() or drained())
     except Exception as error:
         if bad_input(error) is None:  # of a peer that died, perhaps, and that is what is to be told
             time.sleep(SEEN_SECONDS)
