@@ -3,7 +3,7 @@
 Their pages are the kernel's to write out and to drop. A file ends with its last view.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -16,7 +16,7 @@ from cache.files.mapped import MappedFile
 from cache.files.refused import writing
 from cache.format import arrow_tables
 
-SMALL_BYTES = 16 << 20
+SMALL_BYTES = 4 << 20
 """A table of fewer bytes is in memory: nobody misses it there, and files cost time."""
 _TEXT_BYTES = 2**31 - 1
 _NONE = pa.py_buffer(b"")
@@ -36,6 +36,36 @@ def kept(table: pa.Table, scratch: Path) -> pa.Table:
         file.writelines(arrow_tables.to_pieces(table))
         file.flush()
         return arrow_tables.map_table(path)
+
+
+class Kept:
+    """Tables of one schema in a file without a name, to be read one at a time, often.
+
+    One map and no Python object a table: there may be tens of thousands of them.
+
+    Args:
+        tables: each made when those before it are written; tables without rows are left out.
+        schema: theirs.
+        scratch: a folder for the file.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+
+    def __init__(self, tables: Iterable[pa.Table], schema: pa.Schema, scratch: Path) -> None:
+        with _written(scratch) as (file, path):
+            with pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
+                for table in tables:
+                    for batch in table.combine_chunks().to_batches():
+                        writer.write_batch(batch)
+            file.flush()
+            self._content = pa.py_buffer(MappedFile(path).bytes)
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """Yield the tables, in their order; each is mapped."""
+        reader = pa.ipc.open_file(self._content)
+        for number in range(reader.num_record_batches):
+            yield pa.Table.from_batches([reader.get_batch(number)])
 
 
 def combined(table: pa.Table, scratch: Path) -> pa.Table:

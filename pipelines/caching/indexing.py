@@ -93,6 +93,7 @@ def index_samples(job: CacheJob, workers: Workers | None = None) -> Indexed:
     threads = job.extraction.decode_threads
     for part in index.look(source, listing.missing, threads, num_others, aside, workers):
         listing.add(part)
+        del part  # before the next one is made
     for line in aside.lines() if wanted else ():
         print(f"{dataset.name}: {line}", file=sys.stderr)
     unchanged = known.take(pa.array([row for row in looked_at if row >= 0], pa.int64()))

@@ -5,7 +5,7 @@
 Nothing is a sample before the whole source was looked at: then all are added, in the order of the
 hashes of their ids. A tar often holds a class or a day; by hash a shard holds a bit of everything.
 Killed, indexing goes on with the parts that are there. In memory are a part and what is merged,
-never all samples: what is in order already lies in files without a name. Two builders may index at
+never all samples: what is in order already lies in a file without a name. Two builders may index at
 once and share the folder: whoever is done first takes the parts away, and the other one keeps
 those that it has mapped.
 """
@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -31,6 +32,10 @@ from pipelines.recipe.config import ROW_KEY
 
 MERGED_ROWS = 50_000
 """Samples that are merged at once, about."""
+MERGED_PARTS = 256
+"""Parts that are merged at once; of more, so many and so many become one first."""
+TAKEN_ROWS = 16_384
+"""Samples of a part that are put in their order at once."""
 _SOURCES = b"sources"
 _SCHEMA = GIVEN.append(pa.field("hash", pa.uint64()))
 
@@ -72,7 +77,7 @@ class Listing:
         """
         hashes = id_hashes(self._dataset, part.records["sample_id"])
         table = part.records.append_column("hash", arrow_tables.from_numpy(hashes))
-        table = table.take(arrow_tables.from_numpy(np.argsort(hashes, kind="stable")))
+        table = self._taken(table, np.argsort(hashes, kind="stable"))
         rows = list(zip(*part.sources.to_pydict().values(), strict=True))
         said = json.dumps(rows, ensure_ascii=False).encode()
         table = table.replace_schema_metadata({_SOURCES: said})
@@ -90,38 +95,41 @@ class Listing:
             kept = arrow_tables.parse_table(pa.py_buffer(b"".join(pieces)), str(path))
         self._parts.append(kept)
 
+    def _taken(self, table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+        """Take rows, in one piece; where they are many they lie in files, but for some of them."""
+        if not self._keep or len(rows) <= TAKEN_ROWS:
+            return table.take(arrow_tables.from_numpy(rows)).combine_chunks()
+        whole, scratch = on_disk.combined(table, self._directory.parent), self._directory.parent
+        taken = (
+            whole.take(arrow_tables.from_numpy(rows[first : first + TAKEN_ROWS]))
+            for first in range(0, len(rows), TAKEN_ROWS)
+        )
+        kept = on_disk.Kept(taken, whole.schema, scratch)
+        return on_disk.combined(pa.concat_tables([whole.slice(0, 0), *kept]), scratch)
+
     def sources(self) -> pa.Table:
         """Return the pieces that were looked at (SOURCES)."""
         columns = list(zip(*self._all_sources(), strict=True)) or [()] * len(SOURCES)
         return pa.table([list(column) for column in columns], schema=SOURCES)
 
     @cached_property
-    def in_order(self) -> list[pa.Table]:
+    def in_order(self) -> Iterable[pa.Table]:
         """All samples (GIVEN) in the order of their hashes, some in each table; all on disk.
 
         Raises:
             BadInput: two have one id.
             StoreError: there is no room for them.
         """
-        return list(map(self._kept, self._merged()))
+        runs: list[_Run] = [_Run(part.num_rows, [part]) for part in self._parts]
+        while len(runs) > MERGED_PARTS:
+            some = [runs[at : at + MERGED_PARTS] for at in range(0, len(runs), MERGED_PARTS)]
+            runs = [_Run(sum(map(len, each)), self._kept(_merged(each), _SCHEMA)) for each in some]
+        return self._kept(map(_samples, _merged(runs)), GIVEN)
 
-    def _kept(self, table: pa.Table) -> pa.Table:
-        if not self._keep or not table.num_rows:
-            return table
-        return on_disk.kept(table, self._directory.parent)
-
-    def _merged(self) -> Iterator[pa.Table]:
-        """Merge slice by slice; nothing here holds one while the next is made."""
-        hashes = [arrow_tables.to_numpy(part["hash"]) for part in self._parts]
-        num_slices = max(sum(map(len, hashes)) // MERGED_ROWS, 1)
-        bounds = [(number << 64) // num_slices for number in range(1, num_slices)]
-        ends = np.array(bounds, np.uint64)
-        cuts = [np.r_[0, np.searchsorted(each, ends), len(each)].tolist() for each in hashes]
-        for number in range(num_slices):
-            yield _in_order(
-                part.slice(cut[number], cut[number + 1] - cut[number])
-                for part, cut in zip(self._parts, cuts, strict=True)
-            )
+    def _kept(self, tables: Iterator[pa.Table], schema: pa.Schema) -> Iterable[pa.Table]:
+        if not self._keep:
+            return list(tables)
+        return on_disk.Kept(tables, schema, self._directory.parent)
 
     def remove(self) -> None:
         """Drop the parts: all of it is in the sample table. Another builder may use the folder."""
@@ -140,15 +148,51 @@ def _sources(part: pa.Table) -> list[tuple[str, int, str, str]]:
     return [(*row,) for row in json.loads(part.schema.metadata[_SOURCES])]
 
 
-def _in_order(slices: Iterable[pa.Table]) -> pa.Table:
-    """Return samples (GIVEN) of parts in the order of their hashes.
+class _Run:
+    """Samples (_SCHEMA) in the order of their hashes, read once from the first to the last.
+
+    Args:
+        num_rows: of all tables.
+        tables: one after another.
+    """
+
+    def __init__(self, num_rows: int, tables: Iterable[pa.Table]) -> None:
+        self._num_rows, self._tables = num_rows, iter(tables)
+        self._rest = _SCHEMA.empty_table()
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def up_to(self, last: int) -> Iterator[pa.Table]:
+        """Yield what was not read yet, up to a hash."""
+        while True:
+            hashes = arrow_tables.to_numpy(self._rest["hash"])
+            stop = int(np.searchsorted(hashes, np.uint64(last), side="right"))
+            if stop:
+                yield self._rest.slice(0, stop)
+            self._rest = self._rest.slice(stop)
+            if self._rest.num_rows or (following := next(self._tables, None)) is None:
+                return
+            self._rest = following
+
+
+def _merged(runs: Sequence[_Run]) -> Iterator[pa.Table]:
+    """Merge runs slice by slice; nothing here holds one while the next is made."""
+    num_slices = max(sum(map(len, runs)) // MERGED_ROWS, 1)
+    for number in range(1, num_slices + 1):
+        last = (number << 64) // num_slices - 1
+        pieces = [_SCHEMA.empty_table(), *(piece for run in runs for piece in run.up_to(last))]
+        merged = pa.concat_tables(pieces).replace_schema_metadata()
+        yield merged.sort_by([("hash", "ascending"), ("sample_id", "ascending")])
+
+
+def _samples(merged: pa.Table) -> pa.Table:
+    """Return what was merged as samples (GIVEN).
 
     Raises:
         BadInput: two have one id.
     """
-    merged = pa.concat_tables([_SCHEMA.empty_table(), *slices])
-    merged = merged.sort_by([("hash", "ascending"), ("sample_id", "ascending")])
-    table = merged.select(GIVEN.names).replace_schema_metadata()
+    table = merged.select(GIVEN.names)
     _check_unique(table)
     return table
 

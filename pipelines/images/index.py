@@ -129,6 +129,7 @@ def look(
             classes.add(part.records["sample_id"])
             progress.advance(num_images)
             waiting.append(part)
+            del part  # which would outlive what is handed on
             num_waiting += num_images
             if num_waiting >= PART_IMAGES:
                 yield joined(waiting)
