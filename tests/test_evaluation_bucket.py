@@ -9,7 +9,7 @@ from support.bucket_server import NAME
 from cache.files import copies
 from eupe.errors import BadInput
 from pipelines.evaluation import during, evaluate, finished, pooled, report
-from pipelines.release import models
+from pipelines.release import export, models
 from pipelines.sweeps import file as sweeps
 from pipelines.training import launch, outputs
 
@@ -43,18 +43,23 @@ def test_another_machine_finds_all_of_it_and_computes_nothing(s3, tmp_path, monk
     machine("third")
     found = pooled.compare([Path(place)])  # as the command line has it, one slash less
     assert found["knn_paper"].final > 0
+    judged = pooled.read(run.directory)
+    with pytest.raises(BadInput, match=f"^{place}/correct.parquet: nothing of nobody by knn_paper"):
+        judged.right("nobody", "knn_paper")
     assert (run.directory / "summary.json").is_file()
     assert not run.outputs.exists()  # checkpoints are not needed for that
     assert models.named(place, None, None).encoder == run.student.encoder
     assert run.outputs.exists()
 
 
-def test_what_is_no_run_in_a_bucket_is_a_sentence(s3, machine):
+def test_what_is_no_run_in_a_bucket_is_a_sentence(s3, machine, tmp_path):
     place = f"s3://{NAME}/nothing/runs/demo"
     with pytest.raises(BadInput, match=f"{place} has no summary.json: wants the folder of a run"):
         pooled.compare([Path(place)])
     with pytest.raises(BadInput, match=f"{place}: no checkpoint of any stage there"):
         models.named(place, None, None)
+    with pytest.raises(BadInput, match=f"^{place}: no checkpoint of any stage there"):
+        export.export(Path(place), tmp_path / "taken")
 
 
 def test_a_sweep_in_a_bucket_is_refused():

@@ -3,8 +3,10 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 from support.bucket_server import NAME
 from support.small_demo import TINY, eupe
 
@@ -35,8 +37,27 @@ def test_a_run_is_in_the_bucket_and_a_new_machine_has_nothing_to_do(s3, tmp_path
     assert second.returncode == 0, second.stderr
     assert "nothing to do: all of it is there, of this recipe and these images" in second.stderr
     assert json.loads(second.stdout) == json.loads(first.stdout)
-    compared = on(tmp_path, "third", "compare", f"{place}/runs/demo", "--json")
-    assert compared.returncode == 0, compared.stderr
+    run, pictures = f"{place}/runs/demo", tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        Image.new("RGB", (48, 48), (90 * number, 40, 0)).save(pictures / f"{number}.png")
+    answers = dict[str, Any]()
+    for machine, *asked in (
+        ("third", "compare", run),
+        ("fourth", "export", run, "--to", "taken"),
+        ("fifth", "encode", "pictures", "--model", run, "--out", "pictures.parquet"),
+        ("sixth", "evaluate", "demo_stage2", "--model", run, *words),
+        ("seventh", "doctor", "demo_stage2", *words),
+        ("eighth", "report", "demo_stage2", *words),
+    ):
+        said = on(tmp_path, machine, *asked, "--json")
+        assert said.returncode == 0, said.stderr
+        answers[asked[0]] = json.loads(said.stdout)
+    assert answers["encode"]["pictures"] == 3
+    assert answers["doctor"]["findings"] == []
+    assert answers["report"] == json.loads(first.stdout)
+    assert (tmp_path / "taken" / "model.safetensors").is_file()
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_a_bucket_that_is_not_there_is_said_before_anything_is_built(s3, tmp_path):

@@ -1,14 +1,16 @@
 """A run in a bucket: it goes on anywhere, ends as one on a disk does, and is computed once."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import bucket_run_child
+from support import bucket_run_child, ending_child, small_stage, two_workers
 from support.bucket_server import NAME
 
 from cache.errors import Busy, StoreError
@@ -18,7 +20,7 @@ from pipelines.caching import beforehand
 from pipelines.machines import lease
 from pipelines.recipe.config import Recipe
 from pipelines.records import checkpoint, tracking
-from pipelines.training import loop, outputs
+from pipelines.training import launch, loop, outputs
 
 pytestmark = pytest.mark.slow
 DEADLINE_SECONDS = 300
@@ -35,6 +37,22 @@ def undisturbed(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("undisturbed") / "runs" / "demo"
     bucket_run_child.train(str(place))
     return place / "stage2"
+
+
+@pytest.fixture
+def ray_here(place: str, machine: Callable[[str], None]) -> Iterator[None]:
+    """Start a Ray that knows the bucket, and whose workers have the modules of this folder."""
+    import ray
+    import ray.cloudpickle
+
+    modules = (two_workers, small_stage, ending_child)
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    for module in modules:
+        ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 def child(place: str) -> subprocess.Popen[str]:
@@ -157,6 +175,32 @@ def test_requests_are_as_many_as_files(place, machine, s3):
 
 def test_its_place_is_no_part_of_what_it_is(place, machine, undisturbed):
     assert output(place).address == undisturbed.resolve().name
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
+def test_two_workers_of_a_machine_train_into_it(place, tmp_path):
+    """A shorter run of theirs goes on from an empty disk; as one on a disk, bit for bit."""
+    ours, theirs = (
+        ending_child.recipe(Path(each), 2, checkpoint_every=6)
+        for each in ("nowhere", tmp_path / "runs" / "demo")
+    )
+    ours = ours.model_copy(update={"run_directory": place})
+    stage = ours.stage("stage2")
+    short = stage.model_copy(update={"steps": 8})
+    for run in (ours, theirs):
+        launch.train(run, short, make_inputs=two_workers.noise_inputs)
+    shutil.rmtree(copies.folder())
+    for run in (ours, theirs):
+        done = launch.train(run, stage, make_inputs=two_workers.noise_inputs)
+        assert (done.first_step, done.checkpoint.step) == (8, ending_child.STEPS)
+    last = [checkpoint.require(run.stage_directory("stage2")) for run in (ours, theirs)]
+    assert last[0].weights_digest() == last[1].weights_digest()
+    there = copies.remote(outputs.asked(ours, stage).directory)
+    assert there is not None
+    names = trees._read(there).files
+    assert f"checkpoints/step-{ending_child.STEPS:08d}/encoder.safetensors" in names
+    assert not [name for name in names if "ray" in name or "job" in name]
 
 
 def test_bad_places_are_refused(place, tmp_path, s3, monkeypatch):

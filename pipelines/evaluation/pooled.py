@@ -58,6 +58,11 @@ class Judgement:
     correct: pl.DataFrame
 
     @property
+    def name(self) -> str:
+        """The run's folder as its user knows it."""
+        return str(copies.named(self.directory))
+
+    @property
     def final(self) -> str:
         """Name of the encoder that the last stage made."""
         name: str = self.summary["student"]["final"]
@@ -68,7 +73,7 @@ class Judgement:
         own = self.correct.filter(pl.col("encoder") == encoder, pl.col("probe") == probe)
         if own.is_empty():
             raise BadInput(
-                f"{self.directory / CORRECT_FILE}: nothing of {encoder} by {probe}; `eupe report` "
+                f"{self.name}/{CORRECT_FILE}: nothing of {encoder} by {probe}; `eupe report` "
                 "writes it anew once summary.json is removed"
             )
         return own.sort("sample_id")["correct"].to_numpy()
@@ -90,7 +95,7 @@ def compare(directories: Sequence[Path]) -> dict[Probe, Pooled]:
     runs = [read(outputs.here(directory, stages=False)) for directory in directories]
     for number, run in enumerate(runs):
         if run.directory.resolve() in {each.directory.resolve() for each in runs[:number]}:
-            raise BadInput(f"{copies.named(run.directory)}: named twice; each run counts once")
+            raise BadInput(f"{run.name}: named twice; each run counts once")
     check_same(runs)
     return {probe: _pooled(runs, probe) for probe in PROBES}
 
@@ -106,12 +111,12 @@ def check_same(runs: Sequence[Judgement]) -> None:
         for key in ("label", "k"):
             if run.summary[key] != first.summary[key]:
                 raise BadInput(
-                    f"{run.directory}: {key} is {run.summary[key]!r}, and in {first.directory} "
+                    f"{run.name}: {key} is {run.summary[key]!r}, and in {first.name} "
                     f"{first.summary[key]!r}; runs that are pooled are judged alike"
                 )
         if _ids(run) != ids:
             raise BadInput(
-                f"{run.directory}: judged on other held-out images than {first.directory}; runs "
+                f"{run.name}: judged on other held-out images than {first.name}; runs "
                 "that are pooled are judged on the same ones"
             )
 
