@@ -19,14 +19,18 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.shard_ranges import Rows, ShardRange, ShardRanges
-from eupe.addressed import hashed
+from eupe.addressed import hashed, shuffled
 from eupe.errors import BadInput
 
 BUFFER_ROWS = 16_384
 """Rows of the shuffle buffer: 24 shards of 680 rows, or 6.4 GB of ViT-B features in flight."""
 
-LOOKED_AT_ROWS = 1_000_000
-"""Rows of an epoch whose order is looked at together where shards are asked for."""
+LOOKED_AT_ROWS = 2**17
+"""Rows of an epoch whose order is looked at together where shards are asked for: arrays of them
+stay in a core's cache."""
+
+LOOKED_AT_BUFFERS = 16
+"""And so many buffers at least, since three more are ordered on the way."""
 
 _FRACTION_BITS = 20
 """Of a row's due time: fractions of a row, so that hardly any two fall together."""
@@ -93,6 +97,11 @@ class EpochOrder:
             start += len(part)
         return np.concatenate(parts)
 
+    @property
+    def num_shards(self) -> int:
+        """Shards that are ordered."""
+        return len(self._starts)
+
     def sequence(self, epoch: int) -> Rows:
         """Return the shards of an epoch, by their places, in the order in which they are wanted."""
         return self._epoch(epoch)[0]
@@ -114,8 +123,11 @@ class EpochOrder:
         Returns:
             bool [num_labels, shards].
         """
-        order, ends = self._epoch(epoch)
-        found = np.zeros((num_labels, len(order)), bool)  # shards in the order of the sequence
+        found = np.zeros((num_labels, len(self._starts)), bool)
+        if len(labels) == 1 and bounds.tolist() == [0, self.num_rows]:
+            found[labels[0]] = True
+            return found
+        order, ends = self._epoch(epoch)  # and from here on shards in the order of the sequence
         edge = 3 * self._buffer
         starts, stops = bounds[:-1], bounds[1:]
         long = stops - starts > 2 * edge
@@ -127,8 +139,9 @@ class EpochOrder:
         firsts = firsts[by_place]
         lasts = np.concatenate([stops[~long], starts[long] + edge, stops[long]])[by_place]
         labels = np.concatenate([labels[~long], labels[long], labels[long]])[by_place]
-        for first in range(0, self.num_rows, LOOKED_AT_ROWS):
-            last = first + LOOKED_AT_ROWS
+        together = max(LOOKED_AT_ROWS, LOOKED_AT_BUFFERS * self._buffer)
+        for first in range(int(bounds[0]), int(bounds[-1]), together):
+            last = first + together
             here = slice(
                 *(int(np.searchsorted(*each)) for each in ((lasts, first + 1), (firsts, last)))
             )
@@ -144,15 +157,22 @@ class EpochOrder:
     ) -> None:
         """Mark the shards, as the sequence has them, of the rows in stretches, int64 [2, k]."""
         begin, end = int(stretches[0, 0]), int(stretches[1, -1])
-        positions = self._positions(epoch, begin, end)
-        low = int(positions.min())
+        low, high = self._waiting(begin, end)
         ends = self._epoch(epoch)[1]
-        shards = np.searchsorted(ends, np.arange(low, positions.max() + 1), side="right")
-        starts, stops = stretches - begin
-        lengths = stops - starts
-        # Places of all stretches, one after the other.
-        places = np.arange(lengths.sum()) + np.repeat(stops - np.cumsum(lengths), lengths)
-        found[np.repeat(labels, lengths), shards[positions[places] - low]] = True
+        first, last = np.searchsorted(ends, [low, high - 1], side="right")
+        here = slice(first, last + 1)
+        lengths = np.diff(np.minimum(ends[here], high), prepend=low)
+        shards = self._come_out(epoch, low, np.repeat(np.arange(len(lengths)), lengths))
+        # Under each label, and last under none: what lies between stretches.
+        width = len(found) + 1
+        own = np.stack([labels, np.full_like(labels, width - 1)], axis=1).ravel()
+        spans = np.diff(stretches.T.ravel(), append=end)
+        marked = np.zeros((len(lengths), width), bool)
+        pairs = shards[begin - low : end - low]
+        pairs *= width
+        pairs += np.repeat(own, spans)
+        marked.ravel()[pairs] = True
+        found[:, here] |= marked[:, :-1].T
 
     def _order_block(self, epoch: int, block: int) -> Rows:
         """Return the rows at places [block B, (block + 1) B)."""
@@ -168,15 +188,42 @@ class EpochOrder:
         place is p + their number. At most B of these are due before p + B, so places p + B and on
         are right. And the row at place r is due by max(r + B, 2 B): its position is no higher.
         """
+        begin, end = self._waiting(first, last)
+        found = self._come_out(epoch, begin, np.arange(end - begin))[first - begin : last - begin]
+        return found + begin
+
+    def _waiting(self, first: int, last: int) -> tuple[int, int]:
+        """Return positions of which are all that come out at places [first, last): `_positions`."""
         begin = first - self._buffer if first >= 2 * self._buffer else 0
-        end = min(last + 2 * self._buffer, self.num_rows)
-        positions = np.arange(begin, end)
-        hashes = hashed(positions, f"cache.order/{self._seed}/{epoch}/rows")
-        waits = hashes % np.uint64(self._buffer << _FRACTION_BITS)
-        entered = np.maximum(positions, self._buffer) << _FRACTION_BITS
-        order = np.argsort(entered + waits.astype(np.int64), kind="stable")
-        found: Rows = positions[order[first - begin : last - begin]]
-        return found
+        return begin, min(last + 2 * self._buffer, self.num_rows)
+
+    def _come_out(self, epoch: int, begin: int, numbers: Rows) -> Rows:
+        """Put numbers of the positions from `begin` on in the order in which those are due.
+
+        Args:
+            epoch: its number.
+            begin: a position.
+            numbers: of it and those after it, int64 [n] from 0, none below the one before it.
+        """
+        positions = np.arange(begin, begin + len(numbers))
+        waits = hashed(positions, f"cache.order/{self._seed}/{epoch}/rows")
+        longest = self._buffer << _FRACTION_BITS
+        if longest & (longest - 1):
+            waits %= np.uint64(longest)
+        else:  # the same, many times as fast
+            waits &= np.uint64(longest - 1)
+        due = np.maximum(positions, self._buffer, out=positions)
+        due -= max(begin, self._buffer)
+        due <<= _FRACTION_BITS
+        due += waits.view(np.int64)
+        width = int(numbers[-1]).bit_length()
+        if (len(numbers) * 2**_FRACTION_BITS + longest).bit_length() + width > 63:
+            return numbers[np.argsort(due, kind="stable")]
+        due <<= width  # both as one number: sorting those takes a tenth of sorting places
+        due |= numbers
+        due.sort()
+        due &= 2**width - 1
+        return due
 
     def _rows_at(self, epoch: int, positions: Rows) -> Rows:
         """Return the rows at positions of the sequence, shard after shuffled shard."""
@@ -189,6 +236,5 @@ class EpochOrder:
     def _order_shards(self, epoch: int) -> tuple[Rows, Rows]:
         """Return the shuffled shards and where each ends in the sequence."""
         address = f"cache.order/{self._seed}/{epoch}/shards"
-        hashes = hashed(np.arange(len(self._starts)), address)
-        order = np.argsort(hashes, kind="stable")
+        order = shuffled(len(self._starts), address)
         return order, np.cumsum(self._lengths[order])

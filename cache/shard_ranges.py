@@ -4,8 +4,10 @@ A dataset of a billion samples has millions of shards; as objects they would tak
 each in every process that orders an epoch or asks what is to build (docs/design.md, law 18).
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -52,6 +54,43 @@ class ShardRanges(Sequence[ShardRange]):
     def lengths(self) -> Rows:
         """Rows of each, int64 [n]."""
         return self.stops - self.starts
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows of all together."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        """What the rows of all are, as text: equal ones have equal rows."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.starts).data)
+        digest.update(np.ascontiguousarray(self.stops).data)
+        return digest.hexdigest()
+
+    def count(self, mask: npt.NDArray[np.bool_]) -> int:
+        """Count the rows of views of shards, each view counted: mask bool [views, shards]."""
+        length, others, more = self._usual
+        return length * int(np.count_nonzero(mask)) + int(mask[:, others].sum(axis=0) @ more)
+
+    def lengths_at(self, places: Rows) -> Rows:
+        """Return the rows of the shards at places, which rise: int64 [n] of int64 [n]."""
+        length, others, more = self._usual
+        if len(others) >= len(places):
+            return self.stops[places] - self.starts[places]
+        lengths = np.full(len(places), length)
+        at = np.searchsorted(places, others)
+        there = np.flatnonzero(places[np.minimum(at, len(places) - 1)] == others)
+        lengths[at[there]] += more[there]
+        return lengths
+
+    @cached_property
+    def _usual(self) -> tuple[int, Rows, Rows]:
+        """The length of the first, which of them have another, and how much more those have."""
+        if not len(self):
+            return 0, np.zeros(0, np.int64), np.zeros(0, np.int64)
+        lengths = self.lengths
+        others = np.flatnonzero(lengths != lengths[0])
+        return int(lengths[0]), others, lengths[others] - lengths[0]
 
     def __len__(self) -> int:
         return len(self.numbers)

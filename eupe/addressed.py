@@ -30,14 +30,40 @@ def bits(address: str, count: int = 64) -> int:
 def hashed(numbers: npt.NDArray[np.int64], address: str) -> npt.NDArray[np.uint64]:
     """Return 64 random bits for each number at an address: uint64 [n] of int64 [n].
 
-    splitmix64 under the address's bits as key: one hash of text for a whole array of draws.
+    splitmix64 under the address's bits as key: one hash of text for a whole array of draws. Each
+    step of it can be undone, so that different numbers have different bits.
     """
-    key = np.uint64(bits(address))
-    x = (numbers.astype(np.uint64) + np.uint64(1)) * _GOLDEN + key  # wraps, as meant
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-    return mixed
+    x = numbers.astype(np.uint64)
+    x += np.uint64(1)
+    x *= _GOLDEN  # wraps, as meant
+    x += np.uint64(bits(address))
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def shuffled(count: int, address: str) -> npt.NDArray[np.int64]:
+    """Return the numbers below `count` in the order of their bits at an address: int64 [count].
+
+    The order is `np.argsort(hashed(np.arange(count), address))`, found by sorting numbers that hold
+    the highest of the bits and the place; the few that are equal in those are put right at the end.
+    """
+    width = np.uint64(max(count - 1, 1).bit_length())
+    keys = hashed(np.arange(count), address)
+    keys >>= width
+    keys <<= width
+    keys |= np.arange(count, dtype=np.uint64)
+    keys.sort()
+    order = (keys & ((np.uint64(1) << width) - np.uint64(1))).view(np.int64)
+    keys >>= width
+    equal = np.flatnonzero(keys[1:] == keys[:-1])
+    places = np.union1d(equal, equal + 1)
+    unsure = order[places]
+    order[places] = unsure[np.argsort(hashed(unsure, address))]
+    return order
 
 
 def named(names: Iterable[str], address: str) -> npt.NDArray[np.uint64]:

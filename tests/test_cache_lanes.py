@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.lanes import deal
+from cache.lanes import Dealt
 from cache.shard_ranges import ShardRange, ShardRanges
 
 shard_lists = st.lists(st.integers(1, 9), min_size=1, max_size=40).map(
@@ -19,7 +19,7 @@ shard_lists = st.lists(st.integers(1, 9), min_size=1, max_size=40).map(
 @given(shards=shard_lists, data=st.data())
 def test_lanes_are_equal_parts_of_the_rows(shards, data):
     count = data.draw(st.integers(1, int(shards.lengths.sum())))
-    lanes = deal(shards, count, "test")
+    lanes = Dealt(shards, count, "test")
     rows = [
         np.concatenate(
             [np.arange(n, n + k) for n, k in zip(lane.starts, lane.lengths, strict=True)]
@@ -37,7 +37,7 @@ def test_lanes_are_equal_parts_of_the_rows(shards, data):
 
 def test_one_lane_has_the_shards_as_they_are():
     shards = ShardRanges.of([ShardRange(n, 9 * n, 9 * n + 9 - n % 3) for n in range(20)])
-    (lane,) = deal(shards, 1, "test")
+    (lane,) = Dealt(shards, 1, "test")
     assert lane.places.tolist() == list(range(20))
     assert lane.starts.tolist() == shards.starts.tolist()
     assert lane.lengths.tolist() == shards.lengths.tolist()
@@ -46,14 +46,26 @@ def test_one_lane_has_the_shards_as_they_are():
 def test_neighbours_are_dealt_to_different_lanes():
     """A dataset sorted by class: a lane of neighbours would have few of its classes."""
     shards = ShardRanges.of([ShardRange(n, 9 * n, 9 * n + 9) for n in range(1600)])
-    lanes = deal(shards, 16, "test")
+    lanes = Dealt(shards, 16, "test")
     for lane in lanes:
         # 100 of 1600 by chance: their mean has deviation 45.
         assert abs(lane.places.mean() - 800) < 5 * 45
-    other = deal(shards, 16, "another")
+    other = Dealt(shards, 16, "another")
     assert [a.places.tolist() for a in lanes] != [b.places.tolist() for b in other]
+
+
+def test_a_lane_is_found_by_its_number_and_from_the_end():
+    shards = ShardRanges.of([ShardRange(n, 9 * n, 9 * n + 9) for n in range(20)])
+    lanes = Dealt(shards, 4, "test")
+    assert len(lanes) == 4
+    assert [lane.places.tolist() for lane in lanes[1:3]] == [
+        lanes[n].places.tolist() for n in (1, 2)
+    ]
+    assert lanes[-1].places.tolist() == lanes[3].places.tolist()
+    with pytest.raises(IndexError):
+        lanes[4]
 
 
 def test_more_lanes_than_rows_are_refused():
     with pytest.raises(ValueError, match="3 rows for 4 lanes: wants lanes = 3 or fewer"):
-        deal(ShardRanges.of([ShardRange(0, 0, 3)]), 4, "test")
+        Dealt(ShardRanges.of([ShardRange(0, 0, 3)]), 4, "test")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cache.order import EpochOrder
 from cache.shard_ranges import ShardRange
+from eupe.addressed import hashed
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_order.json"
 
@@ -29,6 +30,22 @@ def test_every_row_once_and_any_stretch_is_found(shards, seed, buffer, data):
     stop = data.draw(st.integers(start, order.num_rows))
     fresh = EpochOrder.of(shards, seed, buffer)
     assert fresh.rows(3, start, stop).tolist() == whole[start:stop].tolist()
+
+
+@pytest.mark.parametrize("fraction_bits", [20, 50])  # of 50 a place and its time are no one number
+@pytest.mark.parametrize("buffer", [16, 21])
+def test_rows_come_out_when_they_are_due(fraction_bits, buffer, monkeypatch):
+    monkeypatch.setattr("cache.order._FRACTION_BITS", fraction_bits)
+    shards = [ShardRange(n, 8 * n, 8 * n + 5 + n % 4) for n in range(40)]
+    order = EpochOrder.of(shards, 7, buffer)
+    sequence = np.concatenate(
+        [np.arange(shards[n].start, shards[n].stop) for n in order.sequence(1).tolist()]
+    )
+    places = np.arange(len(sequence))
+    waits = hashed(places, "cache.order/7/1/rows") % np.uint64(buffer << fraction_bits)
+    due = (np.maximum(places, buffer) << fraction_bits) + waits.astype(np.int64)
+    expected = sequence[np.argsort(due, kind="stable")]
+    np.testing.assert_array_equal(order.rows(1, 0, order.num_rows), expected)
 
 
 def test_seeds_and_epochs_differ():

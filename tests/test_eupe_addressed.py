@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.codec.rotation import Rotation
-from eupe.addressed import MOST_BITS, bits, hashed, uniforms
+from eupe.addressed import MOST_BITS, bits, hashed, shuffled, uniforms
 
 
 def test_the_bits_of_an_address_never_change():
@@ -44,6 +44,22 @@ def test_a_draw_depends_on_its_number_alone(numbers, place):
     drawn = hashed(np.array(numbers, np.int64), "somewhere")
     if place < len(numbers):
         assert drawn[place] == hashed(np.array([numbers[place]], np.int64), "somewhere")[0]
+
+
+@given(count=st.integers(0, 3000), address=st.text())
+def test_a_shuffle_is_the_order_of_its_hashes(count, address):
+    expected = np.argsort(hashed(np.arange(count), address), kind="stable")
+    np.testing.assert_array_equal(shuffled(count, address), expected)
+
+
+def test_hashes_that_differ_in_their_lowest_bits_alone_are_put_in_order(monkeypatch):
+    def alike(numbers, address):
+        lowest = numbers.astype(np.uint64) * np.uint64(7919) % np.uint64(1024)
+        return (hashed(numbers, address) & np.uint64(7 << 61)) | lowest
+
+    monkeypatch.setattr("eupe.addressed.hashed", alike)
+    expected = np.argsort(alike(np.arange(1000), "alike"))
+    np.testing.assert_array_equal(shuffled(1000, "alike"), expected)
 
 
 def test_uniform_numbers_are_spread_evenly():

@@ -38,6 +38,7 @@ def test_shards_touched_under_each_label_are_those_of_its_rows(shards, buffer, s
 @pytest.mark.parametrize("rows_together", [1_000_000, 37])
 def test_a_long_stretch_is_known_but_for_its_ends(monkeypatch, rows_together):
     monkeypatch.setattr("cache.order.LOOKED_AT_ROWS", rows_together)
+    monkeypatch.setattr("cache.order.LOOKED_AT_BUFFERS", 1)
     shards = [ShardRange(n, 4 * n, 4 * n + 4) for n in range(500)]
     for cuts in ((0, 1999), (3, 1500), (40, 1000, 1400), (700, 2000), (11, 80), (0, 9, 1900)):
         order = EpochOrder.of(shards, 1, 16)
@@ -118,6 +119,7 @@ def test_hundreds_of_thousands_of_steps_are_not_walked(monkeypatch):
 
     monkeypatch.setattr(EpochOrder, "touched", counted)
     monkeypatch.setattr(EpochOrder, "rows", lambda *_: pytest.fail("an epoch was walked"))
+    monkeypatch.setattr(EpochOrder, "_order_shards", lambda *_: pytest.fail("it was ordered"))
     shards = ShardRanges(*(np.arange(2000) * 640 + add for add in (0, 0, 640)))
     shards = ShardRanges(np.arange(2000), shards.starts, shards.stops)
     long = stage(390_000, {"proxy": (256,)}, (256,), name="stage2")
@@ -126,6 +128,31 @@ def test_hundreds_of_thousands_of_steps_are_not_walked(monkeypatch):
     drawn._answer.cache_clear()
     assert drawing.of_teacher("a", shards, 4, "proxy", 256).all()
     assert len(asked) == 4
+
+
+def test_teachers_and_pixels_that_show_one_resolution_each_are_one_question():
+    shards = ShardRanges.of([ShardRange(n, 10 * n, 10 * n + 10) for n in range(400)])
+    teachers = {"one": (32,), "two": (64,)}
+    drawing = Drawing(
+        stages=(stage(9, teachers, (32,)),), shares={"a": 1.0}, homogeneous={}, seed=0
+    )
+    drawn._answer.cache_clear()
+    masks = [drawing.of_teacher("a", shards, 2, name, *side) for name, side in teachers.items()]
+    masks.append(drawing.of_student("a", shards, 2, 32))
+    assert drawn._answer.cache_info().misses == 1
+    assert masks[0].any()
+    assert not masks[0].all()
+    assert all(np.array_equal(mask, masks[0]) for mask in masks)
+
+
+@pytest.mark.parametrize(("from_shards", "told"), [(60, True), (61, False)])
+def test_draws_of_many_shards_show_how_far_they_are(from_shards, told, monkeypatch, capsys):
+    monkeypatch.setattr(drawn, "SHOWN_FROM", from_shards)
+    one = stage(9, {"one": (32,)}, (32,))
+    drawing = Drawing(stages=(one,), shares={"a": 1.0}, homogeneous={}, seed=0, lanes=4)
+    drawn._answer.cache_clear()
+    drawing.of_teacher("a", SHARDS, 2, "one", 32)
+    assert ("Draws of stage3 from a: 4/4 lanes" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("lanes", [1, 4])

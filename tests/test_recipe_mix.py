@@ -46,6 +46,15 @@ def test_a_mixed_batch_holds_its_shares_to_within_one_slot() -> None:
     assert set(mixed[:, 1].tolist()) == {22, 23}  # three quarters of 30
 
 
+@pytest.mark.parametrize("lanes", [1, 4, 12])
+@pytest.mark.parametrize("steps", [1, 7, STEPS_PER_BLOCK + 3])
+def test_what_steps_take_of_each_lane_is_where_its_stretches_end(lanes, steps) -> None:
+    mix = paper_mix(global_batch=60, lanes=lanes)
+    for name in mix.names:
+        ends = [int(mix.stretches(name, steps, lane)[-1]) for lane in range(lanes)]
+        assert mix.totals(name, steps).tolist() == ends
+
+
 def test_draws_are_the_pinned_ones() -> None:
     """A resumed run must draw what the run before it drew, with any version of numpy."""
     mix = paper_mix()

@@ -80,7 +80,7 @@ def plan(
     from pipelines.caching import planning, rates
     from pipelines.recipe import recipes
     from pipelines.recipe.override import override
-    from pipelines.sweeps import describe, file, planned
+    from pipelines.sweeps import file
 
     said = overrides or []
     assumed = rates.Rates() if prices is None else rates.read(prices)
@@ -89,6 +89,8 @@ def plan(
     machine = rates.machine(gpus)
     path = recipes.home() / recipe
     if file.is_sweep(path):
+        from pipelines.sweeps import describe, planned  # all of the evaluation
+
         sweep = file.read(path)
         asked = file.runs(sweep, said)[0].recipe
         graph = describe.laid_out(file.runs(sweep, [*said, *planning.changes(asked, views, codec)]))

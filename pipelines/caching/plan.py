@@ -247,11 +247,7 @@ class _Dataset:
 
     @property
     def num_rows(self) -> int:
-        return int(self.shards.lengths.sum())
-
-    def images(self, mask: Mask) -> int:
-        """Count the images of views of shards, bool [views, shards]."""
-        return int(mask.sum(axis=0) @ self.shards.lengths)
+        return self.shards.num_rows
 
 
 def _dataset(recipe: Recipe, job: CacheJob, per_shard: int, given: Mapping[str, int]) -> _Dataset:
@@ -306,9 +302,12 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
                 rates.escapes,
                 dataset.sample_ids,
             )
-            before = run.get((*network(teacher), resolution), np.zeros_like(wanted))
-            run[*network(teacher), resolution] = before | wanted
-            rows, forwards = dataset.images(wanted), dataset.images(wanted & ~before)
+            which = *network(teacher), resolution
+            before = run.get(which)
+            run[which] = wanted if before is None else before | wanted
+            rows = forwards = dataset.shards.count(wanted)
+            if before is not None:
+                forwards = dataset.shards.count(wanted & ~before)
             # Of a proxy the weights are not known yet; its recipe's stage 1 decides them.
             who = teacher.model_dump_json(exclude={"resolutions", "licence"})
             key = "/".join((job.root, job.dataset.name, job.views.model_dump_json(), who))
@@ -321,7 +320,7 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
                 resolution=resolution,
                 codec=teacher.codec,
                 images=rows,
-                share=float(wanted.mean()),
+                share=np.count_nonzero(wanted) / wanted.size,
                 num_bytes=size.num_bytes,
                 fixed_bytes=size.fixed_bytes,
                 row_bytes=size.row_bytes,
@@ -333,7 +332,7 @@ def _of_job(job: CacheJob, dataset: _Dataset, rates: Rates) -> Plan:
                     }
                 ),
             )
-    rows = dataset.images(seen)
+    rows = dataset.shards.count(seen)
     return Plan(stores=stores, passes={frozenset(stores): Pass(job, rows)})
 
 
@@ -386,7 +385,7 @@ def _of_stage(
         teacher_flops=samples * live,
         read_bytes=samples * (features + kept),
         decoded=samples * (1 - len(stored) / len(stage.student_resolutions)),
-        memory_bytes=TRAINED_BYTES * costs.cost(student, heaviest).parameters,
+        memory_bytes=TRAINED_BYTES * _cost(student.model_dump_json(), heaviest).parameters,
         host_bytes=ahead * (features + 3 * heaviest**2),
         read_shards=sum(
             -(-n // sets[name].rows_per_shard) * len(stage.teachers) for name, n in seen.items()
@@ -397,7 +396,7 @@ def _of_stage(
 def _seen(recipe: Recipe, stage: StageConfig) -> dict[str, int]:
     """Return how many samples of each train set a stage shows."""
     mix = recipe.mix(stage)
-    return {name: int(mix.stretches(name, stage.steps)[-1]) for name in recipe.train}
+    return {name: int(mix.totals(name, stage.steps).sum()) for name in recipe.train}
 
 
 def _encoder(recipe: Recipe, name: str) -> EncoderSpec:
@@ -413,12 +412,12 @@ def forward_flops(encoder: EncoderSpec, resolution: int) -> float:
     """Return the FLOPs of one picture's forward pass, a multiply-add counted as two."""
     if encoder == RGB:
         return 0.0
-    return 2.0 * _multiply_adds(encoder.model_dump_json(), resolution)
+    return 2.0 * _cost(encoder.model_dump_json(), resolution).multiply_adds
 
 
 @lru_cache(maxsize=256)
-def _multiply_adds(encoder: str, resolution: int) -> int:
-    return costs.cost(EncoderSpec.model_validate_json(encoder), resolution).multiply_adds
+def _cost(encoder: str, resolution: int) -> costs.Cost:
+    return costs.cost(EncoderSpec.model_validate_json(encoder), resolution)
 
 
 def _head_flops(

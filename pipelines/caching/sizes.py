@@ -70,8 +70,8 @@ def of_store(
     shape = shapes(teacher.encoder, resolution)
     num_tokens = shape.grid[0] * shape.grid[1]
     stored = zarr_shard.stored_bytes(row_bytes(teacher.codec, num_tokens, shape.patch_dim))
-    num_rows = int(wanted.sum(axis=0) @ shards.lengths)
-    num_shards = int(wanted.sum())
+    num_rows = shards.count(wanted)
+    num_shards = int(np.count_nonzero(wanted))
     lossy = kind(teacher.codec).lossy
     ids = tuple(sample_ids[:EXAMPLES]) or tuple(
         f"n01440764/n01440764_{number:05d}" for number in range(EXAMPLES)

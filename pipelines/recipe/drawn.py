@@ -8,19 +8,27 @@ or in turns by several resolutions, is its order looked at.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from cache.lanes import Dealt
+from cache.order import EpochOrder
 from cache.shard_ranges import Rows, ShardRanges
 from eupe.spec import Spec
+from pipelines.machines.progress import track
 from pipelines.recipe import resolutions
 from pipelines.recipe.draws import lanes_of, order_of, view_numbers
 from pipelines.recipe.mix import Mix
 from pipelines.recipe.stage import StageConfig
+
+SHOWN_FROM = 1_000_000
+"""Shards of which the draws take seconds, so that their progress is shown."""
 
 Mask = npt.NDArray[np.bool_]
 """True where a view of a shard is wanted, bool [views, shards]."""
@@ -105,78 +113,209 @@ class Drawing(Spec):
     ) -> Mask:
         mask = np.zeros((num_views, len(shards)), bool)
         for stage in reading:
-            own = self.model_copy(update={"stages": (stage,)})
-            asked = _Question.of(own, dataset, shards, num_views, teacher)
-            mask |= _answer(asked)[resolution]
+            drawers = _drawers(stage, teacher)
+            asked = _Question.of(self, stage, drawers, dataset, shards, num_views)
+            scales = _scales(stage, teacher)
+            at = drawers.index(teacher) if len(scales) > 1 else 0
+            mask |= _answer(asked)[at][scales.index(resolution)]
         return mask
+
+
+def _scales(stage: StageConfig, drawer: str | None) -> list[int]:
+    """Return the resolutions that a teacher (None: the student) draws from, pixels, rising."""
+    drawn = stage.student_resolutions if drawer is None else stage.teacher_resolutions[drawer]
+    return sorted(set(drawn))
+
+
+def _drawers(stage: StageConfig, drawer: str | None) -> tuple[str | None, ...]:
+    """Return whose draws are looked at when one is asked of: none, where it draws from one.
+
+    The student's are looked at together with a teacher's: the rows are the same.
+    """
+    if len(_scales(stage, drawer)) == 1:
+        return ()
+    several = [name for name in stage.teachers if len(_scales(stage, name)) > 1]
+    teacher = several[:1] if drawer is None else [drawer]
+    student = [None] if len(_scales(stage, None)) > 1 else []
+    return (*teacher, *student)
 
 
 @dataclass(frozen=True)
 class _Question:
-    """What one stage reads of one dataset; equal questions have equal answers."""
+    """What one stage reads of one dataset; equal questions have equal answers.
+
+    Attributes:
+        digest: of all that decides the answer.
+        drawing: whose mix and seed.
+        stage: that reads.
+        drawers: whose resolutions, a teacher's name each or None, the student.
+        dataset: of the train sets.
+        shards: all of the dataset's.
+        num_views: views a sample has.
+    """
 
     digest: str
     drawing: Drawing = field(compare=False)
+    stage: StageConfig = field(compare=False)
+    drawers: tuple[str | None, ...] = field(compare=False)
     dataset: str = field(compare=False)
     shards: ShardRanges = field(compare=False)
     num_views: int = field(compare=False)
-    teacher: str | None = field(compare=False)
 
     @classmethod
     def of(
         cls,
         drawing: Drawing,
+        stage: StageConfig,
+        drawers: tuple[str | None, ...],
         dataset: str,
         shards: ShardRanges,
         num_views: int,
-        teacher: str | None,
     ) -> "_Question":
-        said = json.dumps([drawing.model_dump_json(), dataset, num_views, teacher])
-        digest = hashlib.sha256(said.encode())
-        digest.update(shards.starts.tobytes())
-        digest.update(shards.stops.tobytes())
-        return cls(digest.hexdigest(), drawing, dataset, shards, num_views, teacher)
+        turns = [stage.name, [(each, _scales(stage, each)) for each in drawers]] if drawers else []
+        said = [drawing.model_dump_json(exclude={"stages"}), stage.steps, stage.global_batch]
+        said += [turns, dataset, num_views, shards.digest]
+        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        return cls(digest, drawing, stage, drawers, dataset, shards, num_views)
 
 
 @lru_cache(maxsize=64)
-def _answer(asked: _Question) -> dict[int, Mask]:
-    """Return resolution -> what a stage draws at it."""
-    drawing, (stage,), seed = asked.drawing, asked.drawing.stages, asked.drawing.seed
-    mix = Mix(drawing.shares, drawing.homogeneous, stage.global_batch, seed, drawing.lanes)
-    scales, turns = _turns(stage, seed, asked.teacher)
-    found = np.zeros((len(scales), asked.num_views, len(asked.shards)), bool)
-    dealt = lanes_of(asked.shards, asked.dataset, mix.lanes)
-    for number, lane in enumerate(dealt):
-        order = order_of(lane, seed, asked.dataset, number, mix.lanes)
-        bounds = mix.stretches(asked.dataset, stage.steps, number)
-        own = found[:, :, lane.places]
-        firsts, every = asked.shards.starts[lane.places], np.arange(len(lane.places))
-        for epoch, cuts, labels in _by_epoch(order.num_rows, bounds, turns):
-            views = view_numbers(seed, np.full(len(every), epoch), firsts, asked.num_views)
-            if not own[:, views, every].all():
-                own[:, views, every] |= order.touched(epoch, cuts, labels, len(scales))
-                if own.all():
-                    break
-        found[:, :, lane.places] = own
-    found.flags.writeable = False
-    return dict(zip(scales, found, strict=True))
+def _answer(asked: _Question) -> list[npt.NDArray[np.bool_]]:
+    """Return what a stage draws at each resolution of each drawer, bool [scales, views, shards].
 
-
-def _turns(stage: StageConfig, seed: int, teacher: str | None) -> tuple[list[int], Rows]:
-    """Return the resolutions of a teacher (None: the student), and which one each step has.
-
-    Returns:
-        pixels, rising; int64 [steps], place among them.
+    Of no drawer: what it draws at all, as of one with one resolution.
     """
-    if teacher is None:
-        scales, chosen = sorted(set(stage.student_resolutions)), resolutions.student
+    drawing, stage, seed = asked.drawing, asked.stage, asked.drawing.seed
+    mix = Mix(drawing.shares, drawing.homogeneous, stage.global_batch, seed, drawing.lanes)
+    scales = [len(_scales(stage, each)) for each in asked.drawers] or [1]
+    turns = _turns(asked)
+    ends = mix.totals(asked.dataset, stage.steps)
+    found = [np.zeros((count, asked.num_views, len(asked.shards)), bool) for count in scales]
+    dealt = _dealt(_Deal(asked.dataset, mix.lanes, asked.shards.digest, asked.shards))
+    what = f"Draws of {stage.name} from {asked.dataset}"
+    long = len(asked.shards) >= SHOWN_FROM
+    with track(mix.lanes, what, "lanes") if long else nullcontext() as progress:
+        for number, lane in enumerate(dealt):
+            bounds = np.array([0, ends[number]])
+            if asked.drawers:
+                bounds = mix.stretches(asked.dataset, stage.steps, number)
+            order = order_of(lane, seed, asked.dataset, number, mix.lanes)
+            epochs = _by_epoch(order.num_rows, bounds, turns)
+            own = _of_lane(order, asked.num_views, scales, epochs)
+            begins = np.zeros_like(lane.places)
+            if asked.num_views > 1:
+                firsts = asked.shards.starts[lane.places]
+                begins = view_numbers(seed, begins, firsts, asked.num_views)
+            _put(found, own, lane.places, begins)
+            if progress is not None:
+                progress.advance()
+    for each in found:
+        each.flags.writeable = False
+    return found
+
+
+def _of_lane(
+    order: EpochOrder,
+    num_views: int,
+    scales: list[int],
+    epochs: Iterator[tuple[int, Rows, Rows]],
+) -> list[npt.NDArray[np.bool_]]:
+    """Return what is drawn of a lane's parts of shards, a drawer each.
+
+    Its views are those of epochs, bool [scales, views, parts]: where a part begins with view 3, its
+    own are 3, 4 and so on, round.
+    """
+    num_parts = order.num_shards
+    found = [np.zeros((count, num_views, num_parts), bool) for count in scales]
+    for epoch, cuts, labels in epochs:
+        view = epoch % num_views
+        if epoch >= num_views:
+            if all(own.all() for own in found):
+                break
+            if all(own[:, view].all() for own in found):
+                continue
+        touched = order.touched(epoch, cuts, labels, math.prod(scales))
+        touched = touched.reshape(*scales, num_parts)
+        for drawer, own in enumerate(found):
+            others = tuple(each for each in range(len(scales)) if each != drawer)
+            own[:, view] |= touched.any(axis=others)
+    return found
+
+
+def _put(
+    found: list[npt.NDArray[np.bool_]],
+    lane: list[npt.NDArray[np.bool_]],
+    places: Rows,
+    first_views: Rows,
+) -> None:
+    """Add what is drawn of a lane to what is drawn of all shards.
+
+    Args:
+        found: as `_answer` returns it.
+        lane: from `_of_lane`.
+        places: of its parts among the shards, int64 [parts].
+        first_views: that each begins with, int64 [parts].
+    """
+    for mask, own in zip(found, lane, strict=True):
+        num_scales, num_views, num_shards = mask.shape
+        if own.all():
+            mask[:, :, places] = True
+            continue
+        for scale in range(num_scales):
+            for view in range(num_views):
+                drawn = np.flatnonzero(own[scale, view])
+                views = first_views[drawn] + view
+                views[views >= num_views] -= num_views
+                views *= num_shards
+                views += places[drawn]
+                mask[scale].ravel()[views] = True
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """Shards that are dealt to lanes; equal deals have equal lanes."""
+
+    dataset: str
+    lanes: int
+    digest: str
+    shards: ShardRanges = field(compare=False)
+
+
+@lru_cache(maxsize=2)
+def _dealt(deal: _Deal) -> Dealt:
+    """Return the lanes of a dataset, of which every stage asks."""
+    return lanes_of(deal.shards, deal.dataset, deal.lanes)
+
+
+def _turns(asked: _Question) -> Rows:
+    """Return the number that stands for the resolutions of all drawers at each step, int64 [steps].
+
+    Of no drawer: 0, once.
+    """
+    said = asked.stage.model_dump_json()
+    found = np.zeros(asked.stage.steps if asked.drawers else 1, np.int64)
+    for drawer in asked.drawers:
+        scales = _scales(asked.stage, drawer)
+        found = found * len(scales) + _chosen(said, asked.drawing.seed, drawer)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _chosen(said: str, seed: int, drawer: str | None) -> Rows:
+    """Return which of its resolutions, rising, a drawer has at each step of a stage, int64 [steps].
+
+    Args:
+        said: the stage, as JSON.
+        seed: of the run.
+        drawer: a teacher's name; None: the student.
+    """
+    stage = StageConfig.model_validate_json(said)
+    steps = range(stage.steps)
+    if drawer is None:
+        drawn = [resolutions.student(stage, seed, step) for step in steps]
     else:
-        scales = sorted(set(stage.teacher_resolutions[teacher]))
-        chosen = partial(resolutions.teacher, name=teacher)
-    if len(scales) == 1:
-        return scales, np.zeros(stage.steps, np.int64)
-    drawn = np.fromiter((chosen(stage, seed, step) for step in range(stage.steps)), np.int64)
-    return scales, np.searchsorted(scales, drawn)
+        drawn = [resolutions.teacher(stage, seed, step, drawer) for step in steps]
+    return np.searchsorted(_scales(stage, drawer), drawn)
 
 
 def _by_epoch(length: int, bounds: Rows, labels: Rows) -> Iterator[tuple[int, Rows, Rows]]:

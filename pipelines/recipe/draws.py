@@ -5,8 +5,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from cache import lanes
-from cache.lanes import Lane
+from cache.lanes import Dealt, Lane
 from cache.order import BUFFER_ROWS, EpochOrder
 from cache.shard_ranges import ShardRange, ShardRanges
 from eupe.addressed import bits, hashed
@@ -155,14 +154,14 @@ class Sweep:
         return Drawn(np.zeros_like(rows), rows, np.full_like(rows, self._view))
 
 
-def lanes_of(shards: ShardRanges, dataset: str, count: int) -> list[Lane]:
+def lanes_of(shards: ShardRanges, dataset: str, count: int) -> Dealt:
     """Return the lanes of a dataset: the same for every seed, so that copies of shards serve all.
 
     Raises:
         BadInput: the dataset has fewer rows than lanes are asked for.
     """
     try:
-        return lanes.deal(shards, count, f"pipelines.draws/lanes/{dataset}")
+        return Dealt(shards, count, f"pipelines.draws/lanes/{dataset}")
     except BadInput as error:
         raise BadInput(f"data set {dataset}: {error}") from error
 

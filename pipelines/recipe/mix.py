@@ -136,6 +136,24 @@ class Mix:
             below, above = (below + turned) // self.lanes, (above + turned) // self.lanes
         return np.concatenate([[0], np.cumsum(above - below)])
 
+    def totals(self, dataset: str, steps: int) -> np.ndarray:
+        """Return how many positions of a dataset so many steps take of each lane: int64 [lanes].
+
+        As many as `stretches` ends at, lane after lane, which would walk the steps for each.
+        """
+        below, above, turns = self._bounds(self.names.index(dataset), steps)
+        found = np.zeros(self.lanes, np.int64)
+        for slots, sign in ((above, 1), (below, -1)):
+            whole, rest = np.divmod(slots, self.lanes)
+            # One more for the lanes of the last `rest` turns, which are neighbours in a ring.
+            first = (self.lanes - rest - turns) % self.lanes
+            last = first + rest
+            edges = np.bincount(first, minlength=2 * self.lanes + 1)
+            edges = edges - np.bincount(last, minlength=2 * self.lanes + 1)
+            more = np.cumsum(edges)[: 2 * self.lanes].reshape(2, self.lanes).sum(axis=0)
+            found += sign * (int(whole.sum()) + more)
+        return found
+
     def slots(self, step: int) -> Slots:
         """Return the slots of a step, in an order that deals every rank the same mixture."""
         consumed, after = self.consumed(step), self.consumed(step + 1)
