@@ -34,6 +34,18 @@ def test_twins_are_whole_recipes(recipe: Recipe) -> None:
     assert twin.name == f"{recipe.name}_tiny"
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_features_are_small_and_stages_of_the_smallest_scale_decode_nothing(recipe) -> None:
+    """As the figures of the planner have it (docs/log.md): float16 is four times the disk."""
+    for each in (recipe, family.tiny(recipe)):
+        codecs = {each.proxy_codec, *(teacher.codec for teacher in each.teachers.values())}
+        assert codecs == {"rot4"}
+        stages = [stage for name, stage in each.stages.items() if name != "stage3"]
+        assert {scale for stage in stages for scale in stage.student_resolutions} == {
+            *each.pixel_scales
+        }
+
+
 @pytest.mark.parametrize(
     ("item", "says"),
     [

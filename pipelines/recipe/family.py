@@ -39,6 +39,12 @@ LANES = 256
 NODE_WORKERS = WorkersConfig(count=8, use_gpu=True, loader_threads=16)
 USUAL_CROP = CentreView(share=0.875)
 """224 of 256 pixels: what ImageNet's kNN is judged on."""
+CODEC = "rot4"
+"""A quarter of float16; students trained on it equal those of float16 (docs/results.md)."""
+PIXELS_AT = PYRAMID[:1]
+"""Scales at which views are cached too: stages 1 and 2 show no other, and decoding takes six times
+as long as stage 2's training. At all of stage 3's they take 0.46 PB more for five hours a run,
+which costs more than it saves (docs/log.md)."""
 IMAGENET_TERMS = "ImageNet terms of access: non-commercial research"
 
 PE_CORE = TeacherConfig(
@@ -52,6 +58,7 @@ PE_CORE = TeacherConfig(
     weights="hub:fb",
     dtype="bfloat16",
     resolutions=(448,),
+    codec=CODEC,
 )
 PE_LANG = TeacherConfig(
     name="pe_lang_g",
@@ -64,6 +71,7 @@ PE_LANG = TeacherConfig(
     weights="hub:fb",
     dtype="bfloat16",
     resolutions=(448,),
+    codec=CODEC,
 )
 DINOV3_H = TeacherConfig(
     name="dinov3_hplus",
@@ -71,6 +79,7 @@ DINOV3_H = TeacherConfig(
     weights="hub:lvd1689m",
     dtype="bfloat16",
     resolutions=(256,),
+    codec=CODEC,
 )
 EXPERTS = (PE_CORE, PE_LANG, DINOV3_H)
 
@@ -112,6 +121,7 @@ def full(name: str) -> Recipe:
         name=name,
         run_directory=f"runs/{name}",
         cache_root="runs/cache",
+        pixels=PIXELS_AT,
         lanes=LANES,
         train=by_name(
             DatasetConfig(
@@ -132,6 +142,7 @@ def full(name: str) -> Recipe:
         held_out_views=USUAL_CROP,
         teachers=by_name(*EXPERTS),
         proxy=StudentConfig(name=PROXY, encoder=FAMILY["proxy_vitg"]),
+        proxy_codec=CODEC,
         student=StudentConfig(name=name.removeprefix("eupe_"), encoder=FAMILY[name]),
         stages=by_name(_stage1(), _stage2(), _stage3()),
         extraction=NODE_EXTRACTION,
@@ -215,7 +226,10 @@ def tiny(recipe: Recipe) -> Recipe:
     Teachers become the two EfficientNet-Lites, the pyramid (96, 144, 192), networks two blocks
     deep, and stages a few steps long.
     """
-    teachers = (efficientnet_lite(0, (192,)), efficientnet_lite(2, (128,)))
+    teachers = tuple(
+        teacher.model_copy(update={"codec": CODEC})
+        for teacher in (efficientnet_lite(0, (192,)), efficientnet_lite(2, (128,)))
+    )
     networks = {
         "student": _shallow(recipe.student),
         "proxy": recipe.proxy and _shallow(recipe.proxy),
@@ -226,6 +240,7 @@ def tiny(recipe: Recipe) -> Recipe:
             "name": f"{recipe.name}_tiny",
             "run_directory": f"runs/{recipe.name}_tiny",
             "cache_root": "runs/cache_tiny",
+            "pixels": TINY_PYRAMID[:1],
             "lanes": 1,
             "train": by_name(emoji("train")),
             "homogeneous": {},

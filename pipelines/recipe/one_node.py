@@ -20,9 +20,6 @@ from pipelines.recipe.config import (
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stage import OptimizerConfig, StageConfig
 
-CODEC = "rot4"
-"""An eighth of float32; students trained on it equal those of float16 (docs/log.md)."""
-
 PE_CORE_L = TeacherConfig(
     name="pe_core_l",
     encoder=EncoderSpec(
@@ -34,7 +31,7 @@ PE_CORE_L = TeacherConfig(
     weights="hub:fb",
     dtype="bfloat16",
     resolutions=(336,),
-    codec=CODEC,
+    codec=family.CODEC,
     licence="Apache-2.0",
 )
 DINOV3_L = TeacherConfig(
@@ -43,7 +40,7 @@ DINOV3_L = TeacherConfig(
     weights="hub:lvd1689m",
     dtype="bfloat16",
     resolutions=(256,),
-    codec=CODEC,
+    codec=family.CODEC,
     licence="dinov3-license",
 )
 SIGLIP2 = TeacherConfig(
@@ -57,7 +54,7 @@ SIGLIP2 = TeacherConfig(
     weights="hub:v2_webli",
     dtype="bfloat16",
     resolutions=(256,),
-    codec=CODEC,
+    codec=family.CODEC,
     licence="Apache-2.0",
 )
 DINOV2_L = TeacherConfig(
@@ -66,7 +63,7 @@ DINOV2_L = TeacherConfig(
     weights="hub:lvd142m",
     dtype="bfloat16",
     resolutions=(224,),
-    codec=CODEC,
+    codec=family.CODEC,
     licence="Apache-2.0",
 )
 
@@ -144,7 +141,7 @@ def _recipe(
         proxy=StudentConfig(
             name=PROXY, encoder=EncoderSpec(architecture="vit_large_patch16_dinov3_qkvb")
         ),
-        proxy_codec=CODEC,
+        proxy_codec=family.CODEC,
         student=StudentConfig(name=student.removeprefix("eupe_"), encoder=FAMILY[student]),
         stages=by_name(
             _stage("stage1", native, first, 100_000, 1024, lr=2e-4, head_hidden=1536),
