@@ -24,10 +24,9 @@ lock: $(INSTALLED)  ## write constraints.txt: the exact versions that .venv has
 demo: $(INSTALLED)  ## the whole recipe on real images in some eight minutes: two teachers, a proxy, a student
 	$(BIN)/eupe run demo
 
-# Those that start a Ray cluster or a Prefect server want the machine to themselves.
+# Three at a time, whatever cores there are: those that start a cluster wait a good part of their time.
 test: $(INSTALLED)  ## every test; leaves no process behind
-	$(BIN)/pytest -n 2 --dist loadfile -m "not ray and not prefect"
-	$(BIN)/pytest -m "ray or prefect"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)  ## format, lint (bandit's rules too), types, known vulnerabilities
 	$(BIN)/ruff format --check .

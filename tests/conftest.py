@@ -6,6 +6,7 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,16 @@ TOKEN.touch(mode=0o600)
 TOKEN.write_text(secrets.token_hex(32))
 
 install_import_hook("eupe", "beartype.beartype")  # shapes are checked here; users pay nothing
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deal files with many tests that take long, or wait for a cluster, to processes first."""
+    if hasattr(config, "workerinput"):
+        long = Counter[Path]()
+        for item in items:
+            marks = {mark.name for mark in item.iter_markers()}
+            long[item.path] += 10 * bool(marks & {"ray", "prefect"}) + ("slow" in marks)
+        items.sort(key=lambda item: -long[item.path])
 
 
 def survivors() -> list[psutil.Process]:
