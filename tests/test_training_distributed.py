@@ -57,7 +57,7 @@ def small(directory: Path, **stage: object) -> Recipe:
         "checkpoint_every": CHECKPOINT_EVERY,
         **stage,
     }
-    return small_stage.recipe(directory, **settings)
+    return small_stage.recipe(directory / "run", **settings)
 
 
 def losses(run: Recipe) -> dict[int, dict[str, float]]:

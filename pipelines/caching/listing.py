@@ -127,7 +127,7 @@ class Listing:
         return self._kept(map(_samples, _merged(runs)), GIVEN)
 
     def _kept(self, tables: Iterator[pa.Table], schema: pa.Schema) -> Iterable[pa.Table]:
-        if not self._keep:
+        if not self._keep or not self._parts:  # nothing new: nothing is touched
             return list(tables)
         return on_disk.Kept(tables, schema, self._directory.parent)
 
