@@ -22,7 +22,6 @@ rows named "synthetic" measure it on made-up features of 16 x 16 x 1536, whose q
 
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -33,7 +32,7 @@ from rich.console import Console
 
 from benchmarks import tables
 from benchmarks.codec_bounds import grid_variances, scalar_r2, tokens_r2, water_filled_r2
-from benchmarks.pairs import Timed, interleave
+from benchmarks.pairs import Timed, interleave, median_seconds
 from benchmarks.training import TrainingStep, features, pictures, smooth_features, targets_of
 from cache.codec.encoded import Codec
 from cache.codec.known import OF_PATCHES, default_codec, make_codec
@@ -151,9 +150,11 @@ def measured(name: str, fitted_on: torch.Tensor, found: torch.Tensor) -> list[ta
             "tokens_r2": tokens_r2(covariance, bits),
             "grid_r2": water_filled_r2(variances, bits),
             "scalar_r2": scalar_r2(variances, bits),
-            "encode_gb_per_s": num_bytes / seconds(partial(encode, codec, batch)) / 1e9,
+            "encode_gb_per_s": num_bytes
+            / median_seconds(partial(encode, codec, batch), REPEATS)
+            / 1e9,
             "decode_gb_per_s": num_bytes
-            / seconds(partial(decode, encoded.data, encoded.escapes))
+            / median_seconds(partial(decode, encoded.data, encoded.escapes), REPEATS)
             / 1e9,
             "tokens": kept.tokens,
             "dim": tokens.shape[1],
@@ -228,17 +229,6 @@ def synthetic(width: int, most_pairs: int) -> list[tables.Row]:
             }
         )
     return table
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Return the median time of a call."""
-    call()
-    times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
 
 
 def main(argv: list[str] | None = None) -> int:

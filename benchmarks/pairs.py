@@ -40,6 +40,17 @@ class Pairs(NamedTuple):
         return bootstrap(np.array(self.reference) / np.array(self.subject))
 
 
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Return the median time of a call, after one that is not counted."""
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
 def bootstrap(ratios: Sequence[float] | np.ndarray) -> Ratio:
     """Return the median of some ratios with its percentile bootstrap interval."""
     ratios = np.asarray(ratios)

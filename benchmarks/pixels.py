@@ -16,8 +16,7 @@ REPEATS; views_a_core are how many of them one core decodes in a second.
 import io
 import platform
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 from PIL import Image
 
 from benchmarks import tables
+from benchmarks.pairs import median_seconds
 from cache.codec.known import default_codec, make_codec
 from eupe.moments import Moments
 from eupe.spec import AugmentedView
@@ -98,7 +98,11 @@ def of_file(coding: str, settings: dict[str, Any], wanted: np.ndarray) -> tables
         return np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in files])
 
     return row(
-        coding, sum(map(len, files)), wanted, decoded(), median_seconds(decoded) / len(wanted)
+        coding,
+        sum(map(len, files)),
+        wanted,
+        decoded(),
+        median_seconds(decoded, REPEATS) / len(wanted),
     )
 
 
@@ -114,7 +118,7 @@ def of_grid(name: str, fitted_on: np.ndarray, wanted: np.ndarray) -> tables.Row:
         return pictures(decode(encoded.data, encoded.escapes), wanted.shape[1])
 
     num_bytes = encoded.bits_per_coefficient(side**2, 3 * PATCH**2) / 8 * wanted.size
-    return row(name, num_bytes, wanted, decoded(), median_seconds(decoded) / len(wanted))
+    return row(name, num_bytes, wanted, decoded(), median_seconds(decoded, REPEATS) / len(wanted))
 
 
 def tokens(canvases: np.ndarray) -> torch.Tensor:
@@ -127,16 +131,6 @@ def pictures(found: torch.Tensor, side: int) -> np.ndarray:
     """Undo `tokens`, rounding."""
     folded = torch.nn.functional.fold(found.transpose(1, 2), side, PATCH, stride=PATCH) - OFFSET
     return folded.round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).numpy()
-
-
-def median_seconds(call: Callable[[], object]) -> float:
-    """Return the median time of a call."""
-    times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,7 +146,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     drawn = partial(views, count=arguments.views, resolution=arguments.resolution)
     fitted_on, wanted = drawn(paths[::2]), drawn(paths[1::2])
-    table = [row("raw", wanted.nbytes, wanted, wanted, median_seconds(wanted.copy) / len(wanted))]
+    table = [
+        row(
+            "raw", wanted.nbytes, wanted, wanted, median_seconds(wanted.copy, REPEATS) / len(wanted)
+        )
+    ]
     table += [of_file(coding, settings, wanted) for coding, settings in FILES.items()]
     table += [of_grid(name, fitted_on, wanted) for name in GRIDS]
     title = f"{len(wanted)} views of {arguments.resolution} px, {platform.machine()}"
