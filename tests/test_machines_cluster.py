@@ -5,8 +5,10 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import cache
 
 import pytest
+from ray._private import services
 
 from eupe.errors import BadInput
 from pipelines.machines import cluster
@@ -45,11 +47,42 @@ def test_what_answers_and_is_no_ray_is_refused_at_once(monkeypatch, said):
             raise AssertionError("connected")
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://head:10001"])
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:8265", "ray://head:10001", "head", "head:", "head:x", ":6379"]
+)
 def test_the_address_of_something_else_of_a_cluster_is_refused(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(BadInput, match="wants a cluster's GCS address"), cluster.connect():
         raise AssertionError("connected")
+
+
+def test_auto_that_finds_no_ray_is_refused(monkeypatch):
+    monkeypatch.setattr(services, "find_gcs_addresses", cache(set))
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(BadInput, match="auto: no Ray runs on this machine"), cluster.connect():
+        raise AssertionError("connected")
+
+
+def test_auto_that_finds_the_address_of_a_ray_that_is_gone_is_refused_at_once(monkeypatch):
+    """`ray start` leaves its address in a file, and a machine that goes down the file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        left = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(services, "find_gcs_addresses", cache(set))
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: left)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with (
+        pytest.raises(BadInput, match=r"= auto \(.*:\d+\): no Ray answers there"),
+        cluster.connect(),
+    ):
+        raise AssertionError("connected")
+
+
+@pytest.mark.parametrize("named", ["", "local"])
+def test_what_names_this_machine_names_no_cluster(monkeypatch, named):
+    monkeypatch.setenv("RAY_ADDRESS", named)
+    assert cluster.address_named() is None
 
 
 CONNECTING = """
@@ -115,21 +148,23 @@ def test_a_cluster_with_a_token_takes_who_has_it_and_refuses_others_in_a_sentenc
         refused(*connecting(**cluster_of, **wrong), "that cluster wants its own token")
 
 
-AUTO = """
-import os
-from pipelines.machines import cluster
-from pipelines.machines.errors import one_sentence
-os.environ |= {"RAY_ADDRESS": "auto", "RAY_AUTH_TOKEN": "nobody's", "RAY_AUTH_MODE": "token"}
-with one_sentence(), cluster.connect():
-    raise AssertionError("connected")
-"""
-
-
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_ray_that_is_not_found_or_has_another_token_is_a_sentence():
-    """One that runs on this machine by chance is found, and takes another token."""
-    run = subprocess.run([sys.executable, "-c", AUTO], capture_output=True, text=True, check=False)
+def test_a_cluster_that_auto_finds_takes_who_has_its_token_and_refuses_others(
+    ray_cluster, tmp_path
+):
+    """Beside others of the machine the one that the file of `ray start` names is meant."""
+    import ray
+
+    current = tmp_path / "ray" / "ray_current_cluster"
+    current.parent.mkdir()
+    current.write_text(ray.get_runtime_context().gcs_address)
+    found = {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
+    run, _ = connecting(**found, RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert run.stdout.startswith("connected 1"), run.stderr
+    run, seconds = connecting(**found, RAY_AUTH_TOKEN="another")
     assert run.returncode == 2, run.stderr
-    assert "RAY_ADDRESS = auto: " in run.stderr.splitlines()[-1]
+    assert "RAY_ADDRESS = auto (" in run.stderr.splitlines()[-1]
+    assert "that cluster wants its own token" in run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stderr
+    assert seconds < ENDED_SECONDS

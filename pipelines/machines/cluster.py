@@ -31,8 +31,9 @@ SETTINGS = b"\x04"
 
 
 def address_named() -> str | None:
-    """Return the address of the cluster that RAY_ADDRESS names; an empty one names none."""
-    return os.environ.get("RAY_ADDRESS") or None
+    """Return what RAY_ADDRESS names a cluster by; an empty one and "local" name none."""
+    named = os.environ.get("RAY_ADDRESS")
+    return None if named in ("", "local") else named
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
         the address of the job API of a Ray started here with one, else None.
 
     Raises:
-        BadInput: no Ray answers at RAY_ADDRESS, or it wants another token.
+        BadInput: RAY_ADDRESS is no address, no Ray answers there, or it wants another token.
     """
     _authenticate()
     import ray  # after its settings: it reads them once, when imported
@@ -57,21 +58,23 @@ def connect(dashboard_port: int | None = None) -> Iterator[str | None]:
     if ray.is_initialized():
         yield None
         return
-    address = address_named()
+    named = address_named()
     kept = ExitStack()
     try:
-        if address:
-            _check_answers(address)
-            _check_takes_us(address)
+        if named:
+            address = _endpoint(named)
+            by = f"RAY_ADDRESS = {named}" + ("" if address == named else f" ({address})")
+            _check_answers(address, by)
+            _check_takes_us(address, by)
             try:
                 with interrupt.unchanged(signal.SIGTERM):
                     ray.init(address=address, logging_level=logging.WARNING)
             except ray.exceptions.AuthenticationError as error:
-                raise _other_token(address) from error
+                raise _other_token(by) from error
             except ConnectionError as error:
                 said = " ".join(str(error).split()).removesuffix(".")
                 raise BadInput(
-                    f"RAY_ADDRESS = {address}: {said}; is it up, and is its token the one that "
+                    f"{by}: {said}; is it up, and is its token the one that "
                     "RAY_AUTH_TOKEN_PATH names? Unset RAY_ADDRESS to use a Ray of this machine"
                 ) from error
         else:
@@ -159,20 +162,42 @@ def require_gpus(count: int, field: str) -> None:
         )
 
 
-def _check_answers(address: str) -> None:
+def _endpoint(named: str) -> str:
+    """Return host and port of the GCS that RAY_ADDRESS means.
+
+    "auto" is resolved here by Ray's own rules and not in ray.init, so that what it finds is asked
+    before it is joined: the address in the file that a `ray start` left behind when its machine
+    went down would be tried for ever.
+
+    Raises:
+        BadInput: it is no host and port, or "auto" finds no Ray.
+    """
+    if named == "auto":
+        from ray._private.services import canonicalize_bootstrap_address
+
+        try:
+            return str(canonicalize_bootstrap_address(named))
+        except ConnectionError as error:
+            raise BadInput(
+                "RAY_ADDRESS = auto: no Ray runs on this machine; start one, name a cluster's GCS "
+                "address, HEAD:6379, or unset it to use a Ray for the moment"
+            ) from error
+    host, _, port = named.rpartition(":")
+    if "://" in named or not host or not port.isdecimal():
+        raise BadInput(
+            f"RAY_ADDRESS = {named}: wants a cluster's GCS address, HEAD:6379; that of its "
+            "job API belongs in RAY_API_SERVER_ADDRESS"
+        )
+    return named
+
+
+def _check_answers(address: str, by: str) -> None:
     """Refuse an address at which no Ray answers: Ray would try it for minutes, or for ever.
 
     Raises:
-        BadInput: it is no host and port, nobody listens there, or no Ray does.
+        BadInput: nobody listens there, or no Ray does.
     """
-    if "://" in address:
-        raise BadInput(
-            f"RAY_ADDRESS = {address}: wants a cluster's GCS address, HEAD:6379; that of its "
-            "job API belongs in RAY_API_SERVER_ADDRESS"
-        )
     host, _, port = address.rpartition(":")
-    if not port.isdigit():  # "auto", say
-        return
     encrypted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as asked:
@@ -187,12 +212,12 @@ def _check_answers(address: str) -> None:
         if isinstance(error, TimeoutError):
             why = f"no word within {ANSWER_SECONDS:.0f} s"
         raise BadInput(
-            f"RAY_ADDRESS = {address}: no Ray answers there ({why}); unset it to use a Ray of this "
+            f"{by}: no Ray answers there ({why}); unset it to use a Ray of this "
             "machine, or name a cluster's GCS address, HEAD:6379"
         ) from error
 
 
-def _check_takes_us(address: str) -> None:
+def _check_takes_us(address: str, by: str) -> None:
     """Ask the GCS of an address something: ray.init asks one that refuses us twenty times.
 
     Raises:
@@ -202,25 +227,23 @@ def _check_takes_us(address: str) -> None:
     from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # its stub leaves it out
     from ray.exceptions import AuthenticationError, RayError
 
-    if not address.rpartition(":")[2].isdigit():
-        return
     try:
         ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one the next aborts
         with _no_stderr():  # Ray's C++ writes each try there
             InnerGcsClient.standalone(address, None, int(ANSWER_SECONDS * 1000))
     except AuthenticationError as error:
-        raise _other_token(address) from error
+        raise _other_token(by) from error
     except RayError as error:
         said = " ".join(str(error).split()).removesuffix(".")
         raise BadInput(
-            f"RAY_ADDRESS = {address}: no GCS answers there ({said}); name a cluster's GCS "
+            f"{by}: no GCS answers there ({said}); name a cluster's GCS "
             "address, HEAD:6379, or unset it to use a Ray of this machine"
         ) from error
 
 
-def _other_token(address: str) -> BadInput:
+def _other_token(by: str) -> BadInput:
     return BadInput(
-        f"RAY_ADDRESS = {address}: that cluster wants its own token: name the file that holds it "
+        f"{by}: that cluster wants its own token: name the file that holds it "
         "in RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token; disabled is for one that has none"
     )
 
