@@ -8,7 +8,7 @@ gaps, the same in every store (docs/design.md, laws 4 and 12).
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -314,8 +314,14 @@ class Samples:
             blocks = range(0, len(sample_ids), BLOCK_ROWS)
             return np.concatenate([self.find(sample_ids.slice(at, BLOCK_ROWS)) for at in blocks])
         rows = np.full(len(sample_ids), -1, np.int64)
+        if not len(rows):
+            return rows
         hashes = id_hashes(self.dataset.name, sample_ids)
+        lowest, highest = int(hashes.min()), int(hashes.max())
         for number, segment in enumerate(self._head.segments):
+            first, last = _hash_range(self.directory, segment.hashes)
+            if highest < first or last < lowest:
+                continue
             there, places = self._hashes(number)
             pending = np.flatnonzero((rows < 0) & (hashes >= there[0]) & (hashes <= there[-1]))
             at = np.searchsorted(there, hashes[pending])
@@ -348,6 +354,17 @@ class Samples:
     def _map_hashes(self, number: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
         table = map_segment(self.directory, self._head.segments[number].hashes, HASHES)
         return arrow_tables.to_numpy(table["hash"]), arrow_tables.to_numpy(table["place"])
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash_range(directory: Path, hashes: Segment) -> tuple[int, int]:
+    """Return the lowest and the highest hash of a segment's ids.
+
+    Kept for the process: indexing adds segments in the order of hashes, each to a table that it
+    opens anew, and would compare all earlier ones with their checksums for each.
+    """
+    there = arrow_tables.to_numpy(map_segment(directory, hashes, HASHES)["hash"])
+    return int(there[0]), int(there[-1])
 
 
 def _grown(

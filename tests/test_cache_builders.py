@@ -5,8 +5,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from support import bucket_server
 from support.bucket_server import Bucket
@@ -28,6 +30,7 @@ from cache.files.bucket import BucketPath
 from cache.files.mirror import HINT_THREADS
 from cache.files.mirror_space import FOLDER_VARIABLE
 from cache.format import layout
+from cache.format.sample_table import HASHES, id_hashes
 from cache.manifest import Manifest
 from cache.reader import Reader
 from cache.samples import Samples
@@ -141,6 +144,27 @@ def test_a_large_table_of_samples_becomes_several_segments(tmp_path, monkeypatch
     assert whole.take(rows).equals(plain.take(rows))
     assert whole.take([]).equals(plain.take([]))
     assert whole.rows_of(ids(23)[::-1]).tolist() == list(range(23))[::-1]
+
+
+def test_a_segment_that_is_added_reads_no_earlier_ones_hashes_again(tmp_path, monkeypatch):
+    """In the order of hashes, as indexing adds them: once each in a process."""
+    read = Counter[str]()
+    mapped = samples.map_segment
+
+    def counted(directory, segment, schema):
+        read[segment.name] += schema is HASHES
+        return mapped(directory, segment, schema)
+
+    monkeypatch.setattr(samples, "map_segment", counted)
+    table = sample_table(ids(64))
+    table = table[np.argsort(id_hashes(DATASET.name, table["sample_id"].to_arrow()))]
+    for first in range(0, 64, 4):
+        grown = Samples.append(tmp_path, DATASET, table.slice(first, 4), 4)
+    assert len(grown.starts) == 16
+    assert max(read.values()) == 1
+    assert grown.rows_of(table["sample_id"].to_list()).tolist() == list(range(64))
+    assert grown.find(pa.array(["absent"], pa.string())).tolist() == [-1]
+    assert grown.find(pa.array([], pa.string())).tolist() == []
 
 
 # --------------------------------------------------------------------------------- temporary files

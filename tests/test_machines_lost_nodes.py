@@ -112,7 +112,7 @@ def test_an_actor_on_a_node_that_is_being_drained_gets_no_more_calls(cluster, mo
     assert later <= {first.node_id, third.node_id}
 
 
-def test_a_node_that_is_being_drained_is_not_asked(cluster):
+def test_a_node_that_is_being_drained_is_not_asked_and_has_no_room(cluster, capfd):
     """It lives, since an actor is still there, and what is begun there now is refused."""
     first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
     with Pool(worker(), {}, actors=2, cpus=1) as workers:
@@ -120,6 +120,10 @@ def test_a_node_that_is_being_drained_is_not_asked(cluster):
         draining.drain(cluster.address, second.node_id)
         answers = every_node.ask(lambda name: name, 4 * SOON, "CPU")
         assert second.node_id in deaths.nodes_draining() & deaths.nodes_alive()
+        with Pool(worker(), {}, actors=2, cpus=1) as others:
+            others._start(2)
+            assert "of 2 actors (1 CPUs and 0 GPUs each)" in (said := capfd.readouterr().err)
+            assert said.strip().endswith("has room for 1")
     assert answers.mute == {}
     assert [name for name in answers.said if first.node_id[:6] in name] == list(answers.said)
 
