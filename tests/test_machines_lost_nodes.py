@@ -37,6 +37,12 @@ def worker() -> type:
             time.sleep(seconds)
             return str(ray.get_runtime_context().get_node_id())
 
+        def stay(self, node: str) -> str:
+            """Never end on that node."""
+            here = self.where(0.0)
+            time.sleep(3600.0 if here == node else 0.1)
+            return here
+
         def die_until(self, folder: Path, deaths: int) -> int:
             """Die that often, by a mark in a folder for each."""
             marks = len(list(folder.iterdir()))
@@ -87,6 +93,28 @@ def test_work_goes_on_beside_an_actor_without_room_and_with_nodes_that_come_and_
     assert sorted(seen) == list(range(len(tasks)))
     assert {first.node_id, third.node_id} < set(seen.values())
     assert len(set(seen.values())) == 3
+
+
+@pytest.mark.timeout(300)
+def test_what_a_lost_node_was_working_on_is_done_by_an_actor_that_had_nothing_more_to_do(
+    cluster, monkeypatch
+):
+    """For one that would follow there is no room any more."""
+    monkeypatch.setattr(deaths, "MAX_DEATHS", 0)
+    monkeypatch.setattr(pool, "LOOK_SECONDS", SOON)
+    first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
+    with Pool(worker(), {}, actors=2, cpus=1) as workers:
+        seen = set[str]()
+        while len(seen) < 2:
+            seen |= {node for some in workers.run("where", 4 * [(SOON,)]) for _, node in some}
+        done = list[int]()
+        for results in workers.run("stay", 4 * [(second.node_id,)]):
+            assert {node for _, node in results} == {first.node_id}
+            done += [number for number, _ in results]
+            if second is not None and len(done) >= 2:
+                cluster.remove_node(second, allow_graceful=False)
+                second = None
+    assert sorted(done) == list(range(4))
 
 
 def test_an_actor_on_a_node_that_is_being_drained_gets_no_more_calls(cluster, monkeypatch):

@@ -350,16 +350,19 @@ class _Calls:
 
     def go_on(self) -> None:
         """Make other calls where some have ended."""
-        for place, actor in self._free:
+        free, self._free = self._free, []
+        for place, actor in free:
             if place.actor is actor and not self._leaves(place):
                 self._feed(place)
-        self._free.clear()
 
     def _feed(self, place: _Place) -> None:
+        """Make a call; where there is none to make, one that gets lost elsewhere may follow."""
         number = self._again.popleft() if self._again else next(self._fresh, None)
-        if number is not None:
-            call = place.actor.__ray_call__.remote(_call, self._method, *self._tasks[number])
-            self._running[call] = (number, place, place.actor)
+        if number is None:
+            self._free.append((place, place.actor))
+            return
+        call = place.actor.__ray_call__.remote(_call, self._method, *self._tasks[number])
+        self._running[call] = (number, place, place.actor)
 
     def _starts(self, asked: Any) -> list[tuple[int, Any]]:
         """Give an actor that lives its first calls."""
