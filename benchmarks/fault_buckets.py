@@ -19,7 +19,7 @@ from benchmarks.fault_children import Child, Ended, in_child
 from benchmarks.fault_files import CACHE_FILES, DAMAGES, PAGE, filled, limited, small_disk
 from benchmarks.fault_kinds import SIGNALS, FaultNotHad, Round, Struck, died, kind
 from cache.files import bucket, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 
 TESTS = Path(__file__).parents[1] / "tests"
 MIRROR_BYTES = 1 << 26

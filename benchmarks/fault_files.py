@@ -14,7 +14,7 @@ from benchmarks import fault_subject
 from benchmarks.fault_children import Child, in_child
 from benchmarks.fault_kinds import PATCHES, Round, Struck, died, kind
 from cache.files import bucket
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.format import layout
 
 PAGE = 4096

@@ -24,7 +24,7 @@ from support.link_server import Link
 
 from benchmarks import tables
 from cache.files import bucket
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.mirror import Mirror, Wanted
 
 LINK, STREAM, OBJECT = 1.25e9, 85e6, 256 << 20  # bytes a second of 10 Gbit/s; of S3; of a shard

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.errors import NotBuilt
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.format import layout
 from cache.reader import Reader
 from cache.store import Store, StoreInfo, find_stores, open_store

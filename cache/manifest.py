@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from cache.errors import Corrupt, NotBuilt, StoreError
 from cache.files import atomic
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.format import arrow_tables, layout
 from cache.format.record_table import (
     END_KEY,

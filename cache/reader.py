@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from cache.errors import AGAIN, Corrupt, MissingSamples, NotBuilt, StoreError, WrongSize
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.mapped import Bytes, Recent, major_faults
 from cache.files.place import drop_damaged, is_mirrored, using, will_need
 from cache.format import arrow_tables, layout

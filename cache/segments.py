@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cache.errors import Busy, Corrupt, StoreError
 from cache.files import atomic, bucket, place, sealed
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.mapped import MappedFile
 from cache.format import arrow_tables, layout, on_disk
 

@@ -26,7 +26,7 @@ from support.toy_stores import (
 from cache import samples, store
 from cache.errors import Corrupt, MissingSamples
 from cache.files import atomic, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.mirror import HINT_THREADS
 from cache.files.mirror_space import FOLDER_VARIABLE
 from cache.format import layout

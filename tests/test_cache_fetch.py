@@ -15,7 +15,7 @@ from support.toy_stores import ROWS_PER_SHARD, Toy, ids, store_spec
 
 from cache.errors import Corrupt, NotBuilt, StoreError
 from cache.files import bucket, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.mirror import HINT_THREADS, Mirror, Wanted
 from cache.format import layout, zarr_shard
 from cache.reader import Reader

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from cache.errors import Busy
-from cache.files import bucket
-from cache.files.bucket import BucketPath
+from cache.files import bucket, bucket_service
+from cache.files.bucket_path import BucketPath
 
 
 class OneObject(BaseHTTPRequestHandler):
@@ -57,9 +57,9 @@ def google(tmp_path, monkeypatch):
     account.write_text(json.dumps({"gcs_base_url": url, "disable_oauth": True, **nobody}))
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)  # plain http is allowed where it is asked for
-    bucket._connected.cache_clear()
+    bucket_service._connected.cache_clear()
     yield Handler
-    bucket._connected.cache_clear()
+    bucket_service._connected.cache_clear()
     server.shutdown()
     server.server_close()
 

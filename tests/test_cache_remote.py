@@ -24,7 +24,7 @@ from support.toy_stores import ROWS_PER_SHARD, Toy, features, files_under, ids, 
 
 from cache.errors import Busy, Corrupt, NotBuilt, StoreError
 from cache.files import bucket, mapped, mirror, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.mirror import Mirror, Wanted
 from cache.reader import Reader
 from cache.samples import Samples

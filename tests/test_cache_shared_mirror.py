@@ -13,7 +13,7 @@ from support.bucket_server import NAME
 
 from cache.errors import StoreError
 from cache.files import bucket
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.mirror import Mirror, Wanted
 
 ONE, OTHER = 4001, 4002

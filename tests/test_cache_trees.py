@@ -10,8 +10,8 @@ from support import bucket_server
 from support.bucket_server import NAME
 
 from cache.errors import Busy, Corrupt, StoreError
-from cache.files import bucket, copies, sealed, trees
-from cache.files.bucket import BucketPath
+from cache.files import bucket, bucket_service, copies, sealed, trees
+from cache.files.bucket_path import BucketPath
 from eupe.errors import BadInput
 
 
@@ -124,7 +124,7 @@ def test_an_upload_that_is_cut_off_changes_nothing(place, machine, s3, monkeypat
         fill(tree, {"step-6/config": "6", "step-6/state": "six"})
         s3.behave(throttle=lambda request: "step-6/state" in request.key)
         with monkeypatch.context() as patch:
-            patch.setenv(bucket.RETRY_VARIABLE, "0.1")
+            patch.setenv(bucket_service.RETRY_VARIABLE, "0.1")
             with pytest.raises(StoreError, match="cannot be written"):
                 trees.publish(tree)
     s3.behave()

@@ -21,7 +21,7 @@ from support.small_caches import (
 )
 
 from cache.files import bucket, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.reader import Reader
 from cache.samples import Samples
 from eupe.normalise import Normaliser

@@ -13,7 +13,7 @@ from support.bucket_server import NAME
 
 from cache.errors import Busy
 from cache.files import bucket, copies
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from pipelines.machines import lease
 
 CHILD = """

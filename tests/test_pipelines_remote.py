@@ -10,7 +10,7 @@ from support.stage_runs import from_cache
 from support.toy_stores import files_under
 
 from cache.files import bucket, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from pipelines.recipe.config import SourceConfig
 from pipelines.recipe.named import by_name
 from pipelines.recipe.stores import cache_jobs

@@ -4,9 +4,11 @@
     mirror           local copies of a bucket's objects, filled ahead of need
     mirror_space     the room of a mirror: what it holds, what it evicts
     atomic           written, then visible: temporary name, fsync, rename; swaps of a HEAD
-    bucket           objects of s3://, gs:// and az:// under the names of paths
     copies           folders that are worked on here and lie in a bucket, file by file
     trees            folders of a bucket whose files belong together: what HEAD names
+    bucket           objects of s3://, gs:// and az://: read, sent and swapped whole
+    bucket_path      their names, which behave like paths
+    bucket_service   connections to the services, and what they say in a sentence
     refused          what the operating system refuses to write, in one sentence
     mapped           files mapped into memory, and how many of them a process keeps
 

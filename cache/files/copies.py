@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from cache.files import atomic, bucket
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import SCHEMES, BucketPath, is_uri
 from cache.files.refused import writing
 from eupe.errors import BadInput
 
@@ -40,7 +40,7 @@ def local(name: str | Path) -> Path:
     Raises:
         BadInput: the URI leads upwards.
     """
-    if not bucket.is_uri(str(name)):
+    if not is_uri(str(name)):
         return Path(name)
     scheme, *rest = BucketPath(str(name)).parts
     if ".." in rest:
@@ -54,7 +54,7 @@ def remote(path: Path) -> BucketPath | None:
     if not absolute.is_relative_to(root):
         return None
     scheme, *rest = (*absolute.relative_to(root).parts, "")
-    if scheme not in bucket.SCHEMES or len(rest) < 3:
+    if scheme not in SCHEMES or len(rest) < 3:
         return None
     return BucketPath(f"{scheme}://{'/'.join(rest[:-1])}")
 

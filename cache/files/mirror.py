@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from cache.errors import Corrupt, NotBuilt, StoreError
 from cache.files import atomic, bucket
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.mirror_space import (
     BYTES_VARIABLE,
     FOLDER_VARIABLE,

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from cache.errors import Busy, StoreError
 from cache.files import atomic, mapped
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.files.refused import FULL, reason
 
 FOLDER_VARIABLE = "EUPE_MIRROR"

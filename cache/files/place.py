@@ -12,7 +12,7 @@ from typing import IO, TypeVar
 
 from cache.errors import Corrupt, NotBuilt
 from cache.files import bucket, mirror
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import SCHEMES, BucketPath, is_uri
 from cache.files.mirror import Wanted
 from eupe.errors import BadInput
 
@@ -36,13 +36,13 @@ def root(name: str | Path) -> Path:
     if isinstance(name, BucketPath):
         return name
     text = str(name)
-    if bucket.is_uri(text):
+    if is_uri(text):
         path = BucketPath(text)
         if ".." in path.parts:
             raise BadInput(f"{text!r}: a name in a bucket has no `..`; wants it without")
         return path
     if "://" in text:
-        known = ", ".join(f"{scheme}://" for scheme in bucket.SCHEMES)
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise BadInput(f"{text!r}: no place known here; wants a local path or one of {known}")
     return Path(name).expanduser().absolute()
 

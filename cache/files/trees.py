@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 
 from cache.errors import Busy, Corrupt, StoreError
 from cache.files import atomic, bucket, copies, sealed
-from cache.files.bucket import BucketPath, Stamped
+from cache.files.bucket import Stamped
+from cache.files.bucket_path import BucketPath
 from cache.files.refused import writing
 
 HEAD, CHECKSUM = "HEAD", "head_sha256"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache.errors import Corrupt, NotBuilt
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.format import layout
 from cache.store import store_directories, store_info
 from eupe.errors import BadInput

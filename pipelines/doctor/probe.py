@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cache.files import atomic, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.format import layout
 
 STREAMS = 8

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import bracex
 
 from cache.files import place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from eupe.errors import BadInput
 from pipelines.images.aside import Aside
 from pipelines.images.walks import (

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cache.errors import NotBuilt
 from cache.files import place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.samples import DROPPED_REASON
 from eupe.errors import BadInput
 from eupe.spec import AugmentedView, CentreView

@@ -25,7 +25,8 @@ from filelock import FileLock
 
 from cache.errors import Busy, StoreError
 from cache.files import atomic, bucket, copies
-from cache.files.bucket import BucketPath, Stamped
+from cache.files.bucket import Stamped
+from cache.files.bucket_path import BucketPath
 from cache.files.refused import writing
 
 BEAT_SECONDS = 10.0

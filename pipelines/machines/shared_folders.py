@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cache.errors import StoreError
 from cache.files import atomic, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from cache.format import layout
 
 

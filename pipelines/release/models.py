@@ -15,7 +15,7 @@ import timm
 from pydantic import Field, ValidationError
 
 from cache.files import copies
-from cache.files.bucket import is_uri
+from cache.files.bucket_path import is_uri
 from eupe.encoders import native_resolution, shapes
 from eupe.errors import BadInput
 from eupe.preprocessing import centre_share, normalisation

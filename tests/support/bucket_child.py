@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cache.files import bucket, place
-from cache.files.bucket import BucketPath
+from cache.files.bucket_path import BucketPath
 from support.toy_stores import Toy, ids
 
 BAD = {"a/001": "no image"}
