@@ -24,7 +24,7 @@ from rich.progress import track
 from benchmarks import tables
 from benchmarks.read_peers import DIM, Ours
 from benchmarks.scale import BATCH, COMMIT_RECORDS, begun, memory_mb, records_table
-from cache import segments
+from cache import heads
 from cache.format import layout
 from cache.reader import Reader
 from cache.samples import SEGMENT_ROWS, SamplesHead
@@ -63,7 +63,7 @@ def build(root: Path, num_rows: int, num_shards: int, console: Console) -> None:
     per_shard = num_rows // num_shards
     rows = min(SEGMENT_ROWS, num_rows) // per_shard * per_shard
     samples = begun(root, rows, per_shard).samples
-    found = segments.read_head(samples.directory, SamplesHead)
+    found = heads.read_head(samples.directory, SamplesHead)
     assert found is not None
     (first,) = found.head.segments
     repeated = tuple(
@@ -72,7 +72,7 @@ def build(root: Path, num_rows: int, num_shards: int, console: Console) -> None:
     )
     head = found.head.model_copy(update={"version": found.head.version + 1, "segments": repeated})
     scratch = layout.scratch_directory(samples.directory)
-    segments.commit(samples.directory, SamplesHead, lambda there: head, scratch)
+    heads.commit(samples.directory, SamplesHead, lambda there: head, scratch)
     num_shards = len(repeated) * rows // per_shard
     dims = {"summary": Ours.spec.summary_dim, "patches": DIM}
     moments = {kind: (1, np.zeros(dim), np.zeros((dim, dim))) for kind, dim in dims.items()}

@@ -34,7 +34,7 @@ from rich.progress import track
 
 from benchmarks import tables
 from benchmarks.read_peers import DIM, GRID, Ours
-from cache import runs, segments
+from cache import heads, runs
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.format.arrow_tables import from_numpy
 from cache.format.record_table import SCHEMA, ShardRecord
@@ -210,7 +210,7 @@ def build_records(folder: Path, num_records: int, console: Console) -> None:
             Part(name=name, rows=len(shard), sha256=sha256, run=1, first=ends[0], last=ends[1])
         )
     head = manifest.head.model_copy(update={"version": 1, "segments": tuple(parts)})
-    segments.commit(manifest.directory, ManifestHead, lambda there: head, folder / ".tmp")
+    heads.commit(manifest.directory, ManifestHead, lambda there: head, folder / ".tmp")
 
 
 def write_sparse(path: Path, content: memoryview) -> None:

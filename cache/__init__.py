@@ -7,7 +7,8 @@
     manifest, samples  which shards exist, which samples a dataset has
     sample_changes     which samples are new, and which lie elsewhere now
     runs               a manifest's records: looked up, streamed and merged part by part
-    segments           Arrow segments under a HEAD: how both of them grow
+    heads              which segments count, and how one commit follows another
+    segments           Arrow files named by their content: what both of them grow by
     shard_records      which shards a reader has: of one version, or as its store grows on
     shard_rows         the rows of one shard, mapped or read by position
     codec/             how patches are kept       format/   what the bytes of a file mean

@@ -20,8 +20,9 @@ from cache.files import atomic
 from cache.format import arrow_tables, layout, rows_table, zarr_shard
 from cache.format.record_table import ShardRecord
 from cache.format.sample_table import DROPPED
+from cache.heads import HeadFile, commit, next_version
 from cache.samples import DROPPED_REASON, Samples, SamplesHead
-from cache.segments import HeadFile, commit, next_version, write_segment
+from cache.segments import write_segment
 from cache.shard_ranges import Rows
 from cache.store import Store, open_store, store_directories, store_info
 from cache.verify import Progress, not_dropped, unseen

@@ -25,8 +25,8 @@ from cache.format.record_table import (
     records_of,
     table_of,
 )
+from cache.heads import Head, HeadFile, commit, files, next_version, read_head
 from cache.runs import Part, Runs
-from cache.segments import Head, HeadFile, commit, files, next_version, read_head
 from eupe.errors import BadInput
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from cache.errors import StoreError
 from cache.files import atomic, place
 from cache.format import arrow_tables, layout
+from cache.heads import read_head, superseded
 from cache.manifest import Manifest
 from cache.samples import Samples, SamplesHead
-from cache.segments import read_head, superseded
 from cache.verify import Problem, all_folders
 
 OLDER_THAN_SECONDS = atomic.ABANDONED_SECONDS

@@ -19,9 +19,10 @@ from cache.errors import StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout
 from cache.format.sample_table import DROPPED, first_row, hash_table, is_stored
+from cache.heads import left_of, restore
 from cache.mending import Mending
 from cache.samples import DROPPED_REASON, Samples, SampleSegment, SamplesHead, segment_files
-from cache.segments import left_of, packed, restore, whole_segments, write_segment
+from cache.segments import packed, whole_segments, write_segment
 from cache.shard_ranges import Rows
 from eupe.spec import StoreSpec
 

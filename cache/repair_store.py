@@ -18,11 +18,12 @@ from cache.errors import MissingSamples, StoreError
 from cache.files import atomic
 from cache.format import arrow_tables, layout, moments_table, rows_table, zarr_shard
 from cache.format.record_table import SCHEMA, ShardRecord, records_of, table_of
+from cache.heads import HeadFile, left_of, restore
 from cache.manifest import Manifest, ManifestHead
 from cache.mending import Mending
 from cache.runs import write_run
 from cache.samples import Samples
-from cache.segments import HeadFile, left_of, restore, whole_segments
+from cache.segments import whole_segments
 from cache.store import FITTED, Store, read_arrays, spec_bytes
 from cache.verify import Problem, Progress, Report, check_shard
 from eupe import fingerprint as fp

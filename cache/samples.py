@@ -35,18 +35,9 @@ from cache.format.sample_table import (
     is_stored,
     stored,
 )
+from cache.heads import Head, HeadFile, commit, files, next_version, read_head
 from cache.sample_changes import compare, renewed
-from cache.segments import (
-    Head,
-    HeadFile,
-    Segment,
-    commit,
-    files,
-    map_segment,
-    next_version,
-    read_head,
-    write_segment,
-)
+from cache.segments import Segment, map_segment, write_segment
 from cache.shard_ranges import Rows, ShardRange, ShardRanges
 from eupe import fingerprint as fp
 from eupe.errors import BadInput

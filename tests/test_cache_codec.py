@@ -21,9 +21,9 @@ from cache.codec.quantised import (
 )
 from cache.codec.rotation import Rotation, hadamard
 from cache.errors import Corrupt
+from cache.heads import read_head
 from cache.manifest import ManifestHead
 from cache.reader import Reader
-from cache.segments import read_head
 from cache.verify import verify
 from eupe.spec import CodecSpec
 

@@ -15,15 +15,15 @@ import pytest
 from filelock import FileLock
 from support.toy_stores import DATASET, ROWS_PER_SHARD, Toy, ids, sample_table
 
-from cache import segments
+from cache import heads
 from cache.errors import Busy, Corrupt, StoreError
 from cache.files import atomic
 from cache.format import layout
 from cache.format.record_table import ShardRecord
+from cache.heads import KEPT_HEADS, Head, commit, read_head
 from cache.manifest import ManifestHead
 from cache.reader import Reader
 from cache.samples import Samples
-from cache.segments import KEPT_HEADS, Head, commit, read_head
 from cache.store import Store, create_store, open_store
 from cache.verify import verify
 
@@ -154,7 +154,7 @@ def test_a_committer_that_was_overtaken_before_it_claims_tries_again(
         for record in records[1 : 1 + others]:
             store.commit([record])
 
-    before(monkeypatch, segments, "_put", overtake)
+    before(monkeypatch, heads, "_put", overtake)
     store.commit(records[:1])
     assert committed(store) == list(range(1 + others))
     assert head_version(store) == 1 + others
@@ -170,7 +170,7 @@ def test_a_head_of_before_does_not_make_an_old_version_free(built, no_locks, mon
             store.commit([record])
         head.write_bytes(backup)
 
-    before(monkeypatch, segments, "_put", overtake_and_restore)
+    before(monkeypatch, heads, "_put", overtake_and_restore)
     store.commit(records[:1])
     assert committed(store) == list(range(NUM_SHARDS))
 
@@ -185,14 +185,14 @@ def test_a_committer_that_is_late_with_its_head_takes_nothing_back(
         for record in records[1 : 1 + others]:
             store.commit([record])
 
-    before(monkeypatch, segments, "_copy_newest", overtake)
+    before(monkeypatch, heads, "_copy_newest", overtake)
     store.commit(records[:1])
     assert committed(store) == list(range(1 + others))
     assert head_version(store) == 1 + others
 
 
 def test_a_committer_gives_up_after_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr(segments, "COMMIT_SECONDS", 0.2)
+    monkeypatch.setattr(heads, "COMMIT_SECONDS", 0.2)
     commit(tmp_path, Head, lambda there: Head(), tmp_path)
 
     def taken(path, buffers, scratch, new):
@@ -209,7 +209,7 @@ def test_a_committer_gives_up_after_a_while(tmp_path, monkeypatch):
 def killed_before_its_head(store: Store, record: ShardRecord) -> None:
     """Commit one shard in a process that is killed before it copies its HEAD."""
     if os.fork() == 0:
-        segments._copy_newest = lambda *_: os._exit(9)
+        heads._copy_newest = lambda *_: os._exit(9)
         store.commit([record])
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
@@ -231,7 +231,7 @@ def test_what_a_killed_committer_has_claimed_is_committed(built):
 def test_a_creator_killed_before_its_head_has_created(tmp_path, monkeypatch):
     toy = Toy(tmp_path)
     toy.add_samples(ids(5))
-    monkeypatch.setattr(segments, "_copy_newest", lambda *_: None)
+    monkeypatch.setattr(heads, "_copy_newest", lambda *_: None)
     store = toy.store()
     assert not (store.directory / "manifest" / "HEAD").exists()
     monkeypatch.undo()
@@ -303,7 +303,7 @@ def test_a_store_deleted_at_the_moment_of_a_commit_gets_no_claim_of_the_old_one(
         old.rename(tmp_path / "old")
         Toy(tmp_path).store()
 
-    before(monkeypatch, segments, "_put", made_anew)
+    before(monkeypatch, heads, "_put", made_anew)
     store.commit(records[3:4])  # the same moments: it may
     assert committed(store) == [3]
 

@@ -12,9 +12,9 @@ from cache import runs
 from cache.errors import Corrupt
 from cache.format import record_table
 from cache.format.record_table import SCHEMA, ShardRecord, records_of, table_of
+from cache.heads import files
 from cache.manifest import Manifest, ManifestHead
 from cache.runs import MERGE_AT, Runs
-from cache.segments import files
 
 Oracle = list[dict[tuple[int, int], ShardRecord]]
 """Version -> what exists then."""

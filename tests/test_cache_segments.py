@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from cache.errors import Corrupt, NotBuilt
+from cache.heads import Head, commit, read_head
 from cache.manifest import ManifestHead
 from cache.samples import SamplesHead
-from cache.segments import Head, commit, map_segment, read_head, write_segment
+from cache.segments import map_segment, write_segment
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_format_1"
 TABLE = pa.table({"row": pa.array([1, 2, 3], pa.int64())})

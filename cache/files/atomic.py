@@ -144,7 +144,7 @@ def write_once(path: Path, content: bytes | memoryview, scratch: Path) -> bytes 
 def only_writer(directory: Path, scratch: Path) -> Iterator[None]:
     """Be the one process that changes a directory, as far as its file system's locks reach.
 
-    A courtesy: it makes races rare, and no commit relies on it (cache/segments.py). A file system
+    A courtesy: it makes races rare, and no commit relies on it (cache/heads.py). A file system
     without locks is worked on without.
 
     Raises:
