@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from pipelines.records import checkpoint, tracking
 from pipelines.training import launch, ray_train
 from pipelines.training.batches import Loader
 from pipelines.training.inputs import Inputs
+from pipelines.training.job import Job
 from pipelines.training.loop import StageResult, train_stage
+from pipelines.training.outputs import Output
 
 PATIENCE_SECONDS = 900  # a child that starts Ray on a busy machine
 SAVED_SECONDS = 30.0  # what Slurm and Kubernetes give
@@ -219,6 +222,37 @@ def test_deaths_with_their_node_count_for_nothing_and_others_by_the_hour(alive, 
     assert refused(died, dead) is died
     monkeypatch.setattr(deaths, "DEATH_SECONDS", 0.0)
     assert refused(died, dead) is None
+
+
+@pytest.mark.parametrize("judges", [True, False])
+def test_workers_that_leave_after_their_last_step_are_followed_by_others_that_judge_it(
+    tmp_path, alive, monkeypatch, capsys, judges
+):
+    """Asked to leave at that step they leave it unjudged, and a stage without figures is not done.
+
+    Of an evaluation that gives no score there is nothing to wait for.
+    """
+    run = small_stage.recipe(tmp_path, steps=8)
+    stage, groups = run.stage("stage2"), list[int]()
+
+    def fit(job: Job) -> StageResult:
+        groups.append(8 if groups else 0)
+        score = 0.5 if judges and len(groups) > 1 else None
+        saved = checkpoint.Checkpoint(tmp_path, 8, {}, {}, score, {}, {})
+        return StageResult(saved, groups[-1], 1.0, 0.0, 0.0, 0)
+
+    monkeypatch.setattr(ray_train, "_fit", fit)
+    monkeypatch.setattr(ray_train, "_check_folders", lambda recipe: None)
+    output = Output("stage2", {"stage": {"steps": 8}}, tmp_path)
+    job = Job(run, stage, small_stage.inputs, lambda *given: None, None, True, output)
+    done = ray_train._to_the_end(job, lambda: False)
+    assert groups == [0, 8]
+    assert (done.checkpoint.score is not None) == judges
+    assert done.seconds == 2.0
+    assert "a node is being drained" in capsys.readouterr().err
+    alone = ray_train._to_the_end(replace(job, make_evaluate=None), lambda: False)
+    assert alone.first_step == 8
+    assert groups == [0, 8, 8], "nothing would judge it"
 
 
 def said_where(folder: Path) -> Any:

@@ -77,7 +77,7 @@ def _to_the_end(job: Job, ending: Callable[[], bool]) -> StageResult:
         try:
             done = _fit(job)
             seconds += done.seconds
-            if done.checkpoint.step >= job.stage.steps or ending():
+            if _whole(job, done) or ending():
                 return replace(done, seconds=seconds)
             why = "a node is being drained"
         except TrainingFailedError as error:
@@ -91,6 +91,14 @@ def _to_the_end(job: Job, ending: Callable[[], bool]) -> StageResult:
             file=sys.stderr,
         )
         job = replace(job, resume=True, lock_seconds=LOCK_SECONDS)
+
+
+def _whole(job: Job, done: StageResult) -> bool:
+    """Return True if nothing is left to be trained, nor to be judged by whoever comes after."""
+    if done.checkpoint.step < job.stage.steps:
+        return False
+    judged = job.make_evaluate is None or done.checkpoint.score is not None
+    return judged or done.first_step == job.stage.steps  # no score comes of its evaluation
 
 
 def _newest(job: Job) -> str:
