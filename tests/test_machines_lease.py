@@ -1,5 +1,6 @@
 """Leases: one holder at a time, and a dead one holds nothing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support.bucket_server import NAME
 
@@ -59,6 +61,26 @@ def test_what_a_killed_holder_held_is_taken_over_at_once(child, tmp_path, capsys
         assert found is not None
         assert found.pid == os.getpid()
     assert time.monotonic() - started < lease.DEAD_SECONDS
+    assert lease.holder(tmp_path / "stage2-1") is None
+
+
+@pytest.mark.parametrize("seconds", [3600.0, -3600.0])
+def test_a_clock_that_is_set_kills_nobody(child, tmp_path, monkeypatch, seconds):
+    """Linux tells when a process began by its ticks since the machine started and by the clock."""
+    path, platform = tmp_path / "stage2-1", psutil._psplatform
+    real = platform.boot_time
+    monkeypatch.setattr(platform, "boot_time", lambda: real() + seconds)
+    found = lease.holder(path)
+    assert found is not None
+    assert found.pid == child.pid
+    with pytest.raises(Busy, match="in work on"), lease.held(path, wait=False):
+        raise AssertionError("two hold it")
+
+
+def test_a_process_number_that_is_used_again_holds_nothing(child, tmp_path):
+    file = tmp_path / "stage2-1.lease"
+    said = json.loads(file.read_bytes())
+    file.write_text(json.dumps({**said, "started": said["started"] - 60.0}))
     assert lease.holder(tmp_path / "stage2-1") is None
 
 

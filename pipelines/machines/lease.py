@@ -32,8 +32,8 @@ from cache.files.refused import writing
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 90.0
 """A lease that was not touched for so long is nobody's: nine beats missed."""
-CLOCK_SECONDS = 2.0
-"""When a process began is told by a clock that may be set."""
+STARTED_SECONDS = 2.0
+"""When a process began is known to a second."""
 POLL_SECONDS, BUCKET_POLL_SECONDS = 0.5, 5.0
 SUFFIX = ".lease"
 FREE = b"{}\n"
@@ -48,7 +48,8 @@ class Holder:
     Attributes:
         host: its name, and in a container the container's.
         pid: of the process.
-        started: when it began, seconds since 1970; process numbers are used again.
+        started: when it began, seconds since its machine did, which no clock that is set changes;
+            process numbers are used again.
         token: of this lease alone.
     """
 
@@ -232,9 +233,13 @@ def _now(directory: Path) -> float:
 
 
 def _this_process() -> Holder:
-    process = psutil.Process()
-    token = secrets.token_hex(8)
-    return Holder(_host(), os.getpid(), process.create_time(), token)
+    started, token = _started(psutil.Process()), secrets.token_hex(8)
+    return Holder(_host(), os.getpid(), started, token)
+
+
+def _started(process: psutil.Process) -> float:
+    booted = psutil.boot_time()  # which psutil has added
+    return float(process.create_time() - booted)
 
 
 def _host() -> str:
@@ -255,7 +260,7 @@ def _alive(found: Holder, age: Callable[[], float]) -> Holder | None:
 def _lives(found: Holder) -> bool:
     try:
         process = psutil.Process(found.pid)
-        same = abs(process.create_time() - found.started) < CLOCK_SECONDS
+        same = abs(_started(process) - found.started) < STARTED_SECONDS
         return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
