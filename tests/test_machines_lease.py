@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support.bucket_server import NAME
 
-from cache.errors import Busy
+from cache.errors import Busy, StoreError
 from cache.files import bucket, copies
 from cache.files.bucket_path import BucketPath
 from pipelines.machines import lease
@@ -202,3 +202,31 @@ def test_in_a_bucket_a_holder_says_that_it_lives(in_bucket, monkeypatch):
         assert now != first
         assert lease.holder(in_bucket) is not None
     assert lease.holder(in_bucket) is None
+
+
+def test_in_a_bucket_a_beat_whose_answer_was_lost_is_not_the_last(in_bucket, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    there, real, lost = copies.remote(in_bucket), bucket.swap, list[str]()
+    assert there is not None
+    file = BucketPath(f"{there}.lease")
+
+    def swap(path: BucketPath, content: bytes, before: bucket.Stamped | None) -> dict[str, str]:
+        stamp = real(path, content, before)
+        if before is not None and len(lost) < 2:
+            lost.append(content.decode())
+            raise StoreError("no answer")
+        return stamp
+
+    def beats() -> int:
+        found = bucket.read(file)
+        return 0 if found is None else int(json.loads(found.content).get("beats", 0))
+
+    monkeypatch.setattr(bucket, "swap", swap)
+    with lease.held(in_bucket):
+        deadline = time.monotonic() + 30
+        while beats() <= 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert beats() > 4
+        assert len(lost) == 2
+        lost.clear()
+    assert lease.holder(in_bucket) is None, "it is given back, too"

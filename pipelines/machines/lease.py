@@ -194,14 +194,36 @@ class _Object:
     def beat(self) -> None:
         """Say that its holder lives; of a lease that was taken over, nothing."""
         self._beats += 1
-        content = json.dumps({**json.loads(self._ours.content), "beats": self._beats}).encode()
-        stamp = bucket.swap(self._object, content, self._ours)
-        self._ours = Stamped(content, stamp)
+        self._say(json.dumps({**json.loads(self._ours.content), "beats": self._beats}).encode())
 
     def give_back(self, ours: Holder) -> None:
         """Let others have it, unless it was taken over while this process was silent."""
         with suppress(StoreError):
-            bucket.swap(self._object, FREE, self._ours)
+            self._say(FREE)
+
+    def _say(self, content: bytes) -> None:
+        """Write what the lease shall say, if it is still ours.
+
+        Raises:
+            Busy: it was taken over.
+            StoreError: the bucket does not answer; it may have written it all the same.
+        """
+        try:
+            stamp = bucket.swap(self._object, content, self._ours)
+        except Busy:
+            there = bucket.read(self._object)
+            if there is None or _token(there) != _token(self._ours):
+                raise
+            stamp = bucket.swap(self._object, content, there)  # an answer to us was lost
+        self._ours = Stamped(content, stamp)
+
+
+def _token(there: Stamped) -> object:
+    try:
+        said = json.loads(there.content)
+    except ValueError:
+        return None
+    return said.get("token") if isinstance(said, dict) else None
 
 
 @cache
