@@ -26,7 +26,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ POOL = "local"
 POOL_TEMPLATE = Path(__file__).with_name("work_pool.json")
 DEPLOYMENTS = {"teacher-cache/default", "distill/default", "ablations/default"}
 MARK = "EUPE_LOCAL_STACK"
+OWN_PORT = 20_000
+"""The first port that a server here may get: Ray gives its workers those up to 19,999."""
 PORTS = ("PREFECT", "RAY", "RAY_CLIENT", "RAY_DASHBOARD", "RAY_AGENT")
 UP_SECONDS = 600  # two idle cores take 30, overloaded ones minutes; what dies is seen at once
 STOP_SECONDS = 20  # honcho itself waits five before it kills
@@ -170,12 +173,29 @@ def settings(home: Path, ports: Sequence[int]) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of 127.0.0.1 that nobody listens on now, all different."""
+    """Return ports of 127.0.0.1 that nobody listens on now, all different.
+
+    Where there are such, they are none that the kernel hands out to whoever wants any port: on a
+    busy machine a server takes a minute to begin, and Ray's processes open dozens meanwhile.
+    """
+    own = range(OWN_PORT, _lowest_handed_out())
+    tried = iter(secrets.SystemRandom().sample(own, len(own)))
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        return [_bound(stack.enter_context(socket.socket()), tried) for _ in range(count)]
+
+
+def _bound(one: socket.socket, tried: Iterator[int]) -> int:
+    """Bind a socket to the first port of some that is free, else to any; return that."""
+    for port in chain(tried, (0,)):
+        with suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            break
+    return int(one.getsockname()[1])
+
+
+def _lowest_handed_out() -> int:
+    """Return the first port that the kernel gives to whoever names none."""
+    return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 
 
 def write_private(path: Path, content: str) -> None:

@@ -206,19 +206,28 @@ def test_a_committer_gives_up_after_a_while(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------- killed
 
 
-def killed_before_its_head(store: Store, record: ShardRecord) -> None:
+KILLED = """
+import json, os, sys
+from cache import heads
+from cache.format.record_table import ShardRecord
+from cache.store import open_store
+from support.toy_stores import store_spec
+store = open_store(sys.argv[1], store_spec())
+heads._copy_newest = lambda *_: os._exit(9)
+store.commit([ShardRecord(**json.loads(sys.argv[2]))])
+"""
+
+
+def killed_before_its_head(root: Path, record: ShardRecord) -> None:
     """Commit one shard in a process that is killed before it copies its HEAD."""
-    if os.fork() == 0:
-        heads._copy_newest = lambda *_: os._exit(9)
-        store.commit([record])
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    command = [sys.executable, "-c", KILLED, str(root), json.dumps(asdict(record))]
+    assert subprocess.run(command, check=False, timeout=WAIT_SECONDS).returncode == 9
 
 
-def test_what_a_killed_committer_has_claimed_is_committed(built):
+def test_what_a_killed_committer_has_claimed_is_committed(built, tmp_path):
     store, records = built
     store.commit(records[:1])
-    killed_before_its_head(store, records[1])
+    killed_before_its_head(tmp_path, records[1])
     assert head_version(store) == 1  # older than what is committed
     assert store.manifest().version == 2
     assert [shard.shard for _, shard in store.todo(1)] == list(range(2, NUM_SHARDS))

@@ -115,7 +115,7 @@ def test_eight_ranks_of_a_node_fetch_each_byte_once(far, tmp_path):
         mirror = Mirror(tmp_path, 1 << 24)
         mine = [own[number * each + n] for n in range(each)]
         mine.insert(number % each, shared)
-        start.wait()
+        start.wait(WAIT_SECONDS)
         mirror.will_need(mine)
         for file in mine:
             assert mirror.local(file).read_bytes() == objects[f"bucket/{file.path.name}"]

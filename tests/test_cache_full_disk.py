@@ -12,6 +12,8 @@ import pytest
 from cache.errors import StoreError
 from cache.files import atomic
 
+PATIENCE_SECONDS = 300
+
 CHILD = Path(__file__).parent / "support" / "full_disk_child.py"
 ALONE = ["unshare", "--map-root-user", "--mount"]
 """Runs a command in a mount namespace of its own, in which it may mount what it likes."""
@@ -19,7 +21,12 @@ ALONE = ["unshare", "--map-root-user", "--mount"]
 
 def may_mount() -> bool:
     try:
-        return subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(
+                [*ALONE, "true"], capture_output=True, check=False, timeout=PATIENCE_SECONDS
+            ).returncode
+            == 0
+        )
     except FileNotFoundError:
         return False
 

@@ -175,7 +175,7 @@ def run_child(s3: Bucket, *arguments: str, **behaviour) -> int:
         child.communicate(b"go\n", timeout=WAIT_SECONDS)
     finally:
         child.kill()  # outlives no test; nothing where it has ended
-        child.wait()
+        child.wait(WAIT_SECONDS)
     return child.returncode
 
 
@@ -554,7 +554,10 @@ def small_disk(folder: Path, kibibytes: int) -> None:
     """Mount a file system of that size, where this user may."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(command, capture_output=True, timeout=WAIT_SECONDS).returncode
+    ):
         pytest.skip("this user may not mount a small file system")
 
 
@@ -572,7 +575,7 @@ def test_a_full_disk_evicts_and_then_says_so(s3, root, tmp_path):
             small.local(Wanted(names[0]))
         del maps
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", str(disk)], check=True, timeout=WAIT_SECONDS)
 
 
 def wait_until(reached) -> None:

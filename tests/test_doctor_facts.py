@@ -20,6 +20,8 @@ from pipelines.images import index
 from pipelines.recipe.config import DatasetConfig, Recipe, SourceConfig
 from pipelines.recipe.named import by_name
 
+PATIENCE_SECONDS = 300
+
 ROOT = Path(__file__).resolve().parents[1]
 THE_MACHINES = {"disk", "shared memory", "open files"}
 """Checks whose findings depend on who runs the tests."""
@@ -50,7 +52,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_demo_has_what_it_wants_and_nothing_is_left_of_looking(home):
     """In a process of its own, as typed: no Ray is started."""
     words = [sys.executable, "-m", "flows.cli", "doctor", "demo", "--json"]
-    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        words, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+    )
     said = json.loads(run.stdout)
     assert {each["check"] for each in said["findings"]} <= THE_MACHINES
     assert run.returncode == bool(said["findings"]), run.stderr

@@ -16,6 +16,8 @@ from torchvision.transforms.v2 import functional
 
 from eupe.colours import jitter
 
+PATIENCE_SECONDS = 300
+
 LEVELS = 0.56
 """Of 255: half a level of our one rounding, and 255 * (0.299 - 0.2989) twice, for contrast and for
 saturation: red weighs 0.2989 in torchvision's grey values, 0.299 in Pillow's and ours."""
@@ -127,7 +129,11 @@ def test_another_process_and_another_processor_make_no_difference(without, monke
     """Numpy has loops of its own for each kind of vector unit; without them it is as elsewhere."""
     monkeypatch.setenv("NPY_DISABLE_CPU_FEATURES", " ".join(without))
     there = subprocess.run(
-        [sys.executable, "-m", "support.colours_child"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "support.colours_child"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_SECONDS,
     )
     digest, *units = there.stdout.split()
     assert digest == PINNED

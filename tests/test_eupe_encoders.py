@@ -14,6 +14,8 @@ from eupe.pixels import RGB
 from eupe.spec import EncoderSpec
 from eupe.students import FAMILY, build_student
 
+PATIENCE_SECONDS = 300
+
 ONE_ROUNDING = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same network called another way
 HALF = (0.5, 0.5, 0.5)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -352,7 +354,7 @@ for name in ("eupe_vitt16", "eupe_convnext_tiny"):
 @pytest.mark.slow
 def test_the_forward_pass_is_one_graph_for_compile():
     """As users run it: in a process without the shape checks, which a compiler cannot trace."""
-    subprocess.run([sys.executable, "-c", ONE_GRAPH], check=True)
+    subprocess.run([sys.executable, "-c", ONE_GRAPH], check=True, timeout=PATIENCE_SECONDS)
 
 
 # What is refused.

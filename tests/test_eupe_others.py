@@ -22,6 +22,8 @@ from pipelines.recipe.named import by_name
 from pipelines.recipe.override import override
 from pipelines.recipe.stores import open_stores, store_specs
 
+PATIENCE_SECONDS = 300
+
 PAGE = Path(__file__).resolve().parents[1] / "docs/extending.md"
 SMALL = {
     "hidden_size": 32,
@@ -86,7 +88,11 @@ def test_a_store_of_features_opens_where_the_network_is_not(tmp_path: Path):
         "print(EncoderSpec.model_validate_json(sys.argv[1]).architecture, 'torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, text], capture_output=True, text=True, cwd=PAGE.parents[1]
+        [sys.executable, "-c", code, text],
+        capture_output=True,
+        text=True,
+        cwd=PAGE.parents[1],
+        timeout=PATIENCE_SECONDS,
     )
     assert done.stdout.split() == [mine().architecture, "False"], done.stderr
 

@@ -19,6 +19,8 @@ from PIL import Image
 from eupe import views
 from eupe.spec import AugmentedView, CentreView
 
+PATIENCE_SECONDS = 300
+
 GOLDEN = Path(__file__).parent / "golden/views.json"
 POLICIES = {
     "centre": CentreView(canvas=64),
@@ -86,7 +88,13 @@ def test_another_process_draws_the_same_view():
         "from eupe import views; from eupe.spec import AugmentedView as A;"
         "print(views.draw(A(seed=3), 'a/b', 2, 640, 480))"
     )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_SECONDS,
+    )
     assert there.stdout.strip() == str(views.draw(AugmentedView(seed=3), "a/b", 2, 640, 480))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE_SECONDS = 300
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -16,6 +18,7 @@ def test_raw_pixels_have_what_the_readme_says():
         capture_output=True,
         text=True,
         check=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert run.stdout.startswith("kNN top-1 of raw 16 x 16 pixels: 56.0% (category, k = 10, 475 ")
     assert "16 x 16 pixels have 56.0 %" in (ROOT / "README.md").read_text()

@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 from support.toy_stores import Toy, ids
 
+PATIENCE_SECONDS = 300
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "read_a_store.py"
 
 
 def example(root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(EXAMPLE), str(root)], capture_output=True, text=True, check=False
+        [sys.executable, str(EXAMPLE), str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -10,6 +10,8 @@ from support.toy_stores import DATASET, Toy, ids
 
 from cache.format import layout
 
+PATIENCE_SECONDS = 300
+
 pytestmark = pytest.mark.slow
 
 EUPE = [sys.executable, "-m", "flows.cli", "cache"]
@@ -26,7 +28,9 @@ def toy(tmp_path: Path) -> Toy:
 
 
 def eupe(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*EUPE, *words], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*EUPE, *words], capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+    )
 
 
 def test_ls_lists_what_is_there(toy):

@@ -10,12 +10,16 @@ from support.toy_stores import Toy, ids
 
 from cache.files import place
 
+PATIENCE_SECONDS = 300
+
 pytestmark = pytest.mark.slow
 
 
 def eupe(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "flows.cli", "cache", *words, "--json"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+    )
 
 
 def test_commands_take_a_bucket(s3):

@@ -41,7 +41,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (home / "examples").symlink_to(ROOT / "examples")  # the demo's images are below EUPE_HOME
     environment = {**os.environ, **PROXIES, "EUPE_HOME": str(home), "TMPDIR": str(long)}
     up = subprocess.run(
-        [*STACK, "up"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*STACK, "up"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
     )
     try:
         assert up.returncode == 0, up.stderr
@@ -50,7 +56,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
     finally:
         down = subprocess.run(
-            [*STACK, "down"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            [*STACK, "down"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE_SECONDS,
         )
     assert down.returncode == 0, down.stderr
     assert running(home / "runs/local") == []
@@ -112,7 +124,12 @@ def test_another_user_of_this_machine_reads_no_secret_and_is_refused(stack):
     for name in ("env", "ray_token"):
         assert stat.S_IMODE((kept / name).stat().st_mode) == 0o600
         read = subprocess.run(
-            ["cat", kept / name], user="nobody", cwd="/", capture_output=True, check=False
+            ["cat", kept / name],
+            user="nobody",
+            cwd="/",
+            capture_output=True,
+            check=False,
+            timeout=PATIENCE_SECONDS,
         )
         assert b"Permission denied" in read.stderr
     for variable, path in (
@@ -131,6 +148,7 @@ def test_another_user_of_this_machine_reads_no_secret_and_is_refused(stack):
             capture_output=True,
             text=True,
             check=False,
+            timeout=PATIENCE_SECONDS,
         )
         assert "HTTP Error 401" in said.stderr, said.stderr
 
@@ -158,6 +176,7 @@ def test_a_second_up_is_refused_and_loses_nothing(stack):
         capture_output=True,
         text=True,
         check=False,
+        timeout=PATIENCE_SECONDS,
     )
     assert again.returncode == 2
     assert "up already" in again.stderr

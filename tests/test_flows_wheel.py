@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE_SECONDS = 300
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("eupe", "cache", "pipelines", "flows")
 PARTS = (*ROOMS, "pyproject.toml", "README.md", "LICENSE")
@@ -58,7 +60,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     test_house_dependencies.py to show.
     """
     environment = tmp_path_factory.mktemp("installed")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", environment],
+        check=True,
+        timeout=PATIENCE_SECONDS,
+    )
     python = environment / "bin/python"
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     done = run([*command, "--no-deps", "--no-index", str(wheel)], environment)
@@ -89,7 +95,14 @@ def run(command: list[str], where: Path, **variables: str) -> subprocess.Complet
     """Run a command as a stranger to the checkout would: without this session's PYTHONPATH."""
     known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment = {**known, "COLUMNS": "200", **variables}
-    return subprocess.run(command, capture_output=True, text=True, cwd=where, env=environment)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=where,
+        env=environment,
+        timeout=PATIENCE_SECONDS,
+    )
 
 
 def test_the_wheel_holds_every_module_and_the_template(wheel: Path):

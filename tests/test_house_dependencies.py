@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+PATIENCE_SECONDS = 300
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("eupe", "cache", "pipelines", "flows")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -167,7 +169,7 @@ def test_an_installation_fits_a_screen():
 def test_a_failed_installation_shows_what_pip_said(tmp_path: Path):
     command = [sys.executable, str(ROOT / ".ci/install.py"), str(tmp_path / "log")]
     command += ["--no-index", "--isolated", "no-such-package-of-eupe"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 1
     assert "No matching distribution found for no-such-package-of-eupe" in done.stderr
     assert str(tmp_path / "log") in done.stderr

@@ -138,7 +138,14 @@ def rayjob(text: str) -> Faults:
 
 
 def slurm(text: str) -> Faults:
-    said = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["bash", "-n"],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
     if said.returncode:
         yield said.stderr
     if not text.startswith("#!/bin/bash\n"):
@@ -175,7 +182,14 @@ def sky(text: str) -> Faults:
         yield f"disk_tier: wants one of {sorted(SKY_TIERS)}"
     for part in ("setup", "run"):
         words = ["bash", "-n"]
-        said = subprocess.run(words, input=task[part], capture_output=True, text=True, check=False)
+        said = subprocess.run(
+            words,
+            input=task[part],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE_SECONDS,
+        )
         if said.returncode:
             yield f"{part}: {said.stderr}"
     for line in task["setup"].splitlines():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE_SECONDS = 300
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("eupe", "cache", "pipelines", "flows")
 WINGS = (
@@ -219,7 +221,12 @@ def loaded_by(statement: str, modules: set[str]) -> set[str]:
     """Return which of the modules a fresh interpreter has loaded after the statement."""
     code = f"import sys\n{statement}\nprint(*sorted({modules!r} & set(sys.modules)))"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        timeout=PATIENCE_SECONDS,
     )
     return set(run.stdout.split())
 

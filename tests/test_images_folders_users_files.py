@@ -18,6 +18,8 @@ from pipelines.images import index
 from pipelines.images.aside import Aside
 from pipelines.recipe.config import SourceConfig
 
+PATIENCE_SECONDS = 300
+
 CLASSES = ("cat", "dog", "owl")
 NOBODY = 65534  # an account that may read nothing of ours
 
@@ -196,7 +198,9 @@ def test_a_folder_that_one_may_not_look_into_is_refused(source, words):
             f"os.getuid() or os.setuid({NOBODY})\n"
             f"index.pieces(SourceConfig(kind='folder', path={name + source!r}))"
         )
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        found = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
         assert f"{name}{words}" in found.stderr
         assert "BadInput" in found.stderr.splitlines()[-1]
 

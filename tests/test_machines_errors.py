@@ -29,6 +29,8 @@ from pipelines.machines.errors import (
     one_sentence,
 )
 
+PATIENCE_SECONDS = 300
+
 ROOT = Path(__file__).parents[1]
 NOBODY = 65534  # an account that may enter nothing of ours
 
@@ -138,7 +140,11 @@ def test_a_folder_that_this_user_may_not_enter_is_a_sentence(tmp_path):
             "cli.main()"
         )
         run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE_SECONDS,
         )
     assert run.stderr == (
         f"{closed}/root: Permission denied; allow it to this user, or name another path\n"
@@ -164,6 +170,7 @@ def test_a_file_where_runs_belong_is_a_sentence(words, tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        timeout=PATIENCE_SECONDS,
     )
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
@@ -212,6 +219,7 @@ def test_bad_input_needs_no_sources(tmp_path):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         check=False,
+        timeout=PATIENCE_SECONDS,
     )
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "no recipe 'dmeo'; did you mean 'demo'?\n"
@@ -254,6 +262,7 @@ def test_the_installed_command_has_the_same_manners(tmp_path):
         text=True,
         cwd=tmp_path,
         check=False,
+        timeout=PATIENCE_SECONDS,
     )
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "no recipe 'dmeo'; did you mean 'demo'?\n"

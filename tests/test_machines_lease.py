@@ -18,6 +18,7 @@ from cache.files import bucket, copies
 from cache.files.bucket_path import BucketPath
 from pipelines.machines import lease
 
+PATIENCE_SECONDS = 120
 CHILD = """
 import sys, time
 from pathlib import Path
@@ -38,7 +39,7 @@ def child(tmp_path):
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
-    process.wait()
+    process.wait(PATIENCE_SECONDS)
 
 
 def test_who_holds_it_is_known_and_nobody_else_gets_it(child, tmp_path):
@@ -54,7 +55,7 @@ def test_who_holds_it_is_known_and_nobody_else_gets_it(child, tmp_path):
 
 def test_what_a_killed_holder_held_is_taken_over_at_once(child, tmp_path, capsys):
     os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.wait(PATIENCE_SECONDS)
     started = time.monotonic()
     with lease.held(tmp_path / "stage2-1", wait=False):
         found = lease.holder(tmp_path / "stage2-1")
@@ -123,11 +124,11 @@ def test_of_many_that_wait_one_at_a_time_has_it(tmp_path, monkeypatch):
                 most.append(len(inside))
                 inside.remove(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(PATIENCE_SECONDS)
     assert most == [1] * 20
 
 
@@ -154,11 +155,11 @@ def test_in_a_bucket_one_holds_it_and_gives_it_back(in_bucket, monkeypatch):
     assert lease.holder(in_bucket) is None
     monkeypatch.setattr(lease, "BUCKET_POLL_SECONDS", 0.01)
     with lease.held(in_bucket):  # of many that wait one at a time has it
-        threads = [threading.Thread(target=_hold, args=(in_bucket,)) for _ in range(3)]
+        threads = [threading.Thread(target=_hold, args=(in_bucket,), daemon=True) for _ in range(3)]
         for thread in threads:
             thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(PATIENCE_SECONDS)
     assert lease.holder(in_bucket) is None
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from pipelines.machines import loopback
 
+PATIENCE_SECONDS = 300
+
 DEAD = "http://127.0.0.1:9"
 CLIENTS = {
     "httpx": "import httpx; print(httpx.get({url!r}).status_code)",  # Prefect's
@@ -38,6 +40,7 @@ def test_clients_reach_a_local_server_beside_a_dead_proxy(client, tmp_path):
             capture_output=True,
             text=True,
             check=False,
+            timeout=PATIENCE_SECONDS,
         )
         for more in ({}, loopback.without_proxy(environment))
     ]

@@ -15,6 +15,8 @@ from rich.console import Console
 from pipelines.machines import job_folder, progress
 from pipelines.machines.progress import Reading, followed, set_listener, track
 
+PATIENCE_SECONDS = 300
+
 CHILD = """
 import sys
 import time
@@ -54,6 +56,7 @@ def child(folder: str) -> str:
         text=True,
         check=True,
         env={**os.environ, job_folder.VARIABLE: folder},
+        timeout=PATIENCE_SECONDS,
     ).stderr
 
 

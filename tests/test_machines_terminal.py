@@ -37,7 +37,9 @@ with track(123456, sys.argv[1], sys.argv[2]) as step:
 
 
 def tmux(*words: str) -> str:
-    run = subprocess.run(["tmux", *words], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["tmux", *words], capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
+    )
     return run.stdout
 
 
@@ -46,7 +48,9 @@ def screen() -> Iterator[list[str]]:
     """The words that name a server of tmux of our own."""
     server = ["-L", f"eupe-{uuid4().hex[:8]}"]
     yield server
-    subprocess.run(["tmux", *server, "kill-server"], capture_output=True, check=False)
+    subprocess.run(
+        ["tmux", *server, "kill-server"], capture_output=True, check=False, timeout=PATIENCE_SECONDS
+    )
 
 
 @pytest.mark.parametrize("description", STEPS)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE_SECONDS = 300
+
 # Ray's own loader has the last word on which token a process has.
 CHILD = """
 from pipelines.machines import cluster
@@ -27,6 +29,7 @@ def token(home: Path, **environment: str) -> str:
         capture_output=True,
         text=True,
         check=True,
+        timeout=PATIENCE_SECONDS,
     )
     return child.stdout.strip()
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from cache.errors import StoreError
 
+PATIENCE_SECONDS = 300
+
 PAGE = 4096
 DISK_BYTES = {"store": 4 << 20, "training": 64 << 20}
 
@@ -108,5 +110,7 @@ def training(disk: Path) -> dict[str, list]:
 if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
     size = f"size={DISK_BYTES[what]}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", where], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "none", where], check=True, timeout=PATIENCE_SECONDS
+    )
     print(json.dumps({"store": store, "training": training}[what](where)))

@@ -8,6 +8,8 @@ from pathlib import Path
 from eupe.spec import EncoderSpec
 from eupe.weights import digest
 
+PATIENCE_SECONDS = 300
+
 
 def digests(downloads: Path, spec: EncoderSpec, uris: list[str]) -> list[str]:
     """Return the digest of each URI's weights, or the sentence that refuses them.
@@ -23,6 +25,7 @@ def digests(downloads: Path, spec: EncoderSpec, uris: list[str]) -> list[str]:
         capture_output=True,
         text=True,
         check=True,
+        timeout=PATIENCE_SECONDS,
     )
     return run.stdout.splitlines()
 
