@@ -144,6 +144,40 @@ def test_a_stage_that_goes_on_is_another_output_and_leaves_the_shorter_one(built
     assert addresses(longer) == [long.name]
 
 
+class Killed(BaseException):
+    """At this instant."""
+
+
+def test_who_is_killed_while_what_it_goes_on_from_is_copied_does_it_again(built, monkeypatch):
+    launch.train(built, built.last)
+    longer, copyfile = changed(built, "stage2", steps=9), shutil.copyfile
+    begun, num_kills, left = False, 0, 0
+
+    def copy(*arguments, **named):
+        nonlocal left
+        if not left:
+            raise Killed
+        left -= 1
+        return copyfile(*arguments, **named)
+
+    while not begun:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copyfile", copy)
+            output, left = outputs.asked(longer, longer.last), num_kills
+            assert outputs.GOES_ON_FROM in output.made_of
+            assert output.newest().step == 8
+            try:
+                outputs.begin(longer, output)
+                begun = True
+            except Killed:
+                num_kills += 1
+                assert not (output.directory / outputs.MADE_OF_FILE).exists()
+    assert num_kills > 5
+    done = launch.train(longer, longer.last)
+    assert (done.first_step, done.checkpoint.step) == (8, 9)
+    assert not list(output.directory.glob("checkpoints/.tmp*"))
+
+
 def test_what_made_an_output_is_what_its_address_says(built):
     """By one bit another schedule would be told, or gone on with."""
     outputs.begin(built, outputs.asked(built, built.last))

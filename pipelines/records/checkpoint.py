@@ -190,6 +190,28 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
     return _open(final)
 
 
+def copy(found: Checkpoint, stage_directory: Path) -> None:
+    """Copy a checkpoint whole to another stage's directory, unless it is there.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    folder = stage_directory / FOLDER
+    final = folder / found.directory.name
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    if final.exists():
+        return
+    with writing(final):
+        folder.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        shutil.copytree(found.directory, temporary)
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        temporary.rename(final)
+        _sync(folder)
+
+
 def _write(directory: Path, contents: Contents) -> None:
     """Write all files of a checkpoint and wait until the disk has them."""
     for name, tensors in (

@@ -248,11 +248,11 @@ def _go_on_from(output: Output) -> None:
     if GOES_ON_FROM not in output.made_of:
         return
     earlier = output.root / output.made_of[GOES_ON_FROM]
-    last = checkpoint.require(earlier).directory.relative_to(earlier)
+    checkpoint.copy(checkpoint.require(earlier), output.directory)
     with writing(output.directory):
-        for name in (last, Path(tracking.EVENTS_DIRECTORY)):
-            if (earlier / name).is_dir():
-                shutil.copytree(earlier / name, output.directory / name, dirs_exist_ok=True)
+        events = earlier / tracking.EVENTS_DIRECTORY
+        if events.is_dir():
+            shutil.copytree(events, output.directory / events.name, dirs_exist_ok=True)
         shutil.copy2(earlier / tracking.METRICS_FILE, output.directory)
 
 
