@@ -16,7 +16,8 @@ from cache.samples import Samples
 from cache.store import Store, open_store
 from cache.verify import verify
 from eupe.errors import BadInput
-from pipelines.caching.derive import derive
+from pipelines.caching.derive import _sample, derive
+from pipelines.caching.measure import SAMPLE_ROWS
 
 SAME_CODES = 0.99
 
@@ -161,6 +162,23 @@ def test_of_a_source_that_lacks_shards_the_others_are_derived(tmp_path, root):
     made = derive(open_store(tmp_path, source.spec).directory, tmp_path / root, "float16").store
     assert made.lacks(wanted, source.samples.shards()) == 0
     assert len(made.todo(1)) == len(made.samples.shards()) - wanted.size > 0
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_codec_is_fitted_to_pictures_spread_over_what_the_source_has(tmp_path, num_shards, step):
+    """Few or many, of every shard or of every third one: to all of few."""
+    toy = Toy(tmp_path, "float32")
+    toy.add_samples(ids(num_shards * ROWS_PER_SHARD - 1))
+    store = toy.store()
+    store.commit([toy.write(store, 0, shard) for _, shard in store.todo(1)[::step]])
+    there = Reader(store).shards()
+    every = np.concatenate([np.arange(each.start, each.stop) for each in there])
+    count = min(SAMPLE_ROWS, len(every))
+    chosen = every[np.arange(count) * len(every) // count]
+    assert len(np.unique(chosen)) == count
+    np.testing.assert_array_equal(_sample(Reader(store)), Reader(store).select(chosen).decoded())
+    assert derive(store.directory, tmp_path, "float16").num_shards == len(there)
 
 
 def test_a_damaged_source_is_not_derived_from(tmp_path):

@@ -171,11 +171,13 @@ def _opened(root: Path, source: Store, codec: CodecSpec, reader: Reader, version
 
 
 def _sample(reader: Reader) -> np.ndarray:
-    """Decode valid rows of view 0, spread evenly over the source: float32 [r, N, D]."""
-    samples = reader.store.samples
-    places = np.arange(min(SAMPLE_ROWS, len(samples))) * len(samples) // SAMPLE_ROWS
-    names = samples.at(np.unique(places))["sample_id"].to_list()
-    chosen = reader.select(samples.rows_of(names))
+    """Decode valid rows of view 0, spread evenly over those that are there: float32 [r, N, D]."""
+    shards = reader.store.samples.shards()
+    shards = shards.where(reader.records.shared([0])[shards.numbers])
+    count, ends = min(SAMPLE_ROWS, shards.num_rows), np.cumsum(shards.lengths)
+    places = np.arange(count) * shards.num_rows // max(count, 1)
+    of_shard = np.searchsorted(ends, places, side="right")
+    chosen = reader.select(shards.stops[of_shard] - ends[of_shard] + places)
     rows = chosen.decoded()[chosen.valid]
     if not len(rows):
         raise BadInput(f"{reader.store.directory}: no valid row to fit a codec to")
