@@ -181,6 +181,15 @@ def test_a_codec_is_fitted_to_pictures_spread_over_what_the_source_has(tmp_path,
     assert derive(store.directory, tmp_path, "float16").num_shards == len(there)
 
 
+def test_the_same_derivation_again_does_nothing_whatever_number_of_samples_is_asked_for(tmp_path):
+    source = built(tmp_path / "rich", "float32")
+    for asked in (3, 10, 11):
+        root = tmp_path / str(asked)
+        first, again = (derive(source.directory, root, num_samples=asked) for _ in range(2))
+        assert first.num_samples == again.num_samples == min(asked, 10)
+        assert first.num_shards > again.num_shards == 0
+
+
 def test_a_damaged_source_is_not_derived_from(tmp_path):
     source = built(tmp_path, "float32")
     path = next(source.directory.glob("view-0000/c.*"))

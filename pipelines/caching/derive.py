@@ -142,7 +142,7 @@ def _take_samples(source: Store, root: Path, count: int | None) -> None:
         chosen = there.at(np.arange(min(len(there), count or len(there))))
         Samples.append(root, dataset, chosen, source.samples.rows_per_shard)
         return
-    if count is not None and count != len(there):
+    if count is not None and min(count, len(source.samples)) != len(there):
         raise BadInput(f"samples = {count}: {root} has {len(there)} of {dataset.name} already")
 
 
