@@ -75,6 +75,26 @@ def test_what_was_not_published_does_not_exist(place, machine):
     assert not (tree / "checkpoints" / "step-6").exists()
 
 
+@pytest.mark.parametrize("stray", ["checkpoints/notes", "checkpoints/mine/notes", "notes"])
+def test_a_file_that_is_too_much_takes_none_that_is_named_with_it(place, machine, stray):
+    """A user's own in the copy, or one that was never published: it goes, and nothing else does."""
+    tree, files = copies.local(f"{place}/stage2-1"), {"checkpoints/step-3/state.pt": "three"}
+    with trees.taken(tree):
+        fill(tree, files)
+        trees.publish(tree)
+    fill(tree, {stray: "hers"})
+    trees.bring(tree)
+    assert held(tree) == files
+    fill(tree, {stray: "hers"})
+    with trees.taken(tree):
+        fill(tree, {"metrics": "a"})
+        trees.publish(tree)
+    machine("second")
+    tree = copies.local(f"{place}/stage2-1")
+    trees.bring(tree)
+    assert held(tree) == {**files, "metrics": "a"}
+
+
 def test_what_is_superseded_is_deleted_and_what_is_unchanged_not_sent_again(place, machine, s3):
     tree = copies.local(f"{place}/stage2-1")
     with trees.taken(tree):

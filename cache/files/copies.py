@@ -25,6 +25,8 @@ FOLDER_VARIABLE = "EUPE_RUN_COPIES"
 LINK = ".link"
 RECORD = ".copy.json"
 """In a copy: what of it is known to be as it is in the bucket."""
+ABSENT = -1, -1
+"""The stamp of a file that is not there."""
 
 
 def folder() -> Path:
@@ -178,7 +180,7 @@ def stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.lstat()
     except FileNotFoundError:
-        return -1, -1
+        return ABSENT
     return status.st_size, status.st_mtime_ns
 
 

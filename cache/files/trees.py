@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -178,12 +178,12 @@ def _make_equal(tree: Path, there: BucketPath, head: Head) -> None:
             path = tree / name
             if copies.stamp(path)[0] != file.num_bytes or _sha256(path) != file.sha256:
                 wanted[name] = file
-    folders = {os.path.dirname(name) for name in head.files}
+    folders = {str(folder) for name in head.files for folder in PurePosixPath(name).parents}
     for name in [*_names(tree)]:
         folder = os.path.dirname(name)
         if name in head.files:
             continue
-        if folder in folders or not folder:
+        if not folder or folder in folders:
             (tree / name).unlink(missing_ok=True)
         elif (tree / folder).is_dir():  # nameless before its first file goes
             nameless = (tree / folder).with_name(_TEMPORARY + secrets.token_hex(4))
@@ -291,7 +291,7 @@ def _known(tree: Path, record: dict[str, Any]) -> dict[str, File]:
     return {
         name: File(*each[:3])
         for name, each in record.get("files", {}).items()
-        if tuple(each[3:]) == copies.stamp(tree / name)
+        if tuple(each[3:]) == copies.stamp(tree / name) != copies.ABSENT
     }
 
 
