@@ -1,5 +1,6 @@
 """Training that ends before its end goes on exactly: SIGTERM asked it to, or workers have died."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from pipelines.training import launch, ray_train
 from pipelines.training.batches import Loader
 from pipelines.training.inputs import Inputs
 from pipelines.training.job import Job
-from pipelines.training.loop import StageResult, train_stage
+from pipelines.training.loop import StageResult, _locked, train_stage
 from pipelines.training.outputs import Output
 
 PATIENCE_SECONDS = 900  # a child that starts Ray on a busy machine
@@ -158,6 +159,22 @@ def test_who_does_not_end_in_time_is_ended(tmp_path):
     assert run.returncode == TERMINATED, run.stderr
     assert run.stdout.split() == ["told", "True"]
     assert "terminated; the same command goes on from here: " in run.stderr
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_there_are_no_locks_nothing_that_a_kill_leaves_is_in_the_way(
+    tmp_path, monkeypatch, code
+):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with _locked(tmp_path, 0, 0.0):
+        left = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path, content in left.items():
+        path.write_bytes(content)
+    with _locked(tmp_path, 0, 0.0):
+        pass
 
 
 def test_outside_of_such_work_sigterm_does_what_it_did():

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cache.files import trees
+from cache.files import atomic, trees
 from cache.files.refused import writing
 from eupe.drop_path import RowDraws
 from eupe.encoders import Features
@@ -396,13 +396,17 @@ def _steps(batches: Iterable[Batch]) -> Generator[Iterator[Batch]]:
 
 @contextmanager
 def _locked(directory: Path, rank: int, seconds: float) -> Iterator[None]:
-    """Let one process (of rank 0) write below a stage's directory."""
+    """Let one process (of rank 0) write below a stage's directory.
+
+    On a file system without locks its lease alone (`pipelines.machines.lease`) sees to that: a file
+    in a lock's place would stay when its process is killed, and no other machine could tell.
+    """
     if rank:
         yield
         return
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / "train.lock")
+        lock = FileLock(directory / "train.lock", fallback_to_soft=False)
         try:
             lock.acquire(timeout=seconds)
         except Timeout as error:  # an OSError, too
@@ -410,6 +414,9 @@ def _locked(directory: Path, rank: int, seconds: float) -> Iterator[None]:
                 f"{directory}: another process is training there; wait for it, or give another "
                 "run directory"
             ) from error
+        except OSError as error:
+            if error.errno not in atomic.NO_LOCKS:
+                raise
     try:
         yield
     finally:
