@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,9 +60,16 @@ def head() -> Iterator[dict[str, str]]:
         words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        said = next(line.split() for line in process.stdout if line.startswith("up "))
-        yield {"RAY_ADDRESS": said[1], "RAY_API_SERVER_ADDRESS": said[2]}
-        process.communicate("")
+        late = threading.Timer(PATIENCE_SECONDS, process.kill)
+        late.start()
+        try:
+            said = next(line.split() for line in process.stdout if line.startswith("up "))
+            late.cancel()
+            yield {"RAY_ADDRESS": said[1], "RAY_API_SERVER_ADDRESS": said[2]}
+            process.communicate("", timeout=PATIENCE_SECONDS)
+        finally:
+            late.cancel()
+            process.kill()  # nothing where it has ended
 
 
 @pytest.mark.ray
@@ -194,4 +202,4 @@ def test_an_interrupted_driver_leaves_no_job_behind(number, tmp_path, head):
     finally:
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)
-            driver.wait()
+            driver.wait(PATIENCE_SECONDS)

@@ -14,6 +14,7 @@ from pipelines.machines.pool import Pool
 
 pytestmark = pytest.mark.ray
 SOON = 1.0
+PATIENCE_SECONDS = 120.0  # a process of Ray's begins, on a busy machine
 
 
 class Slow(Sequence[tuple[float]]):
@@ -146,7 +147,7 @@ def test_a_node_that_is_being_drained_is_not_asked_and_has_no_room(cluster, capf
     with Pool(worker(), {}, actors=2, cpus=1) as workers:
         assert list(workers.run("where", 4 * [(SOON,)]))
         draining.drain(cluster.address, second.node_id)
-        answers = every_node.ask(lambda name: name, 4 * SOON, "CPU")
+        answers = every_node.ask(lambda name: name, PATIENCE_SECONDS, "CPU")
         assert second.node_id in deaths.nodes_draining() & deaths.nodes_alive()
         with Pool(worker(), {}, actors=2, cpus=1) as others:
             others._start(2)

@@ -291,7 +291,7 @@ def test_one_of_two_may_be_killed_at_any_moment(alone, tmp_path):
     second = child(tmp_path, path)
     time.sleep(1)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.wait(PATIENCE_SECONDS)
     said = json.loads(second.communicate(timeout=PATIENCE_SECONDS)[0])
     assert (second.returncode, said["failed"]) == (0, {})
     assert figures(tmp_path).equals(alone)

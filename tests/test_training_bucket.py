@@ -109,7 +109,7 @@ def test_killed_in_training_it_goes_on_from_an_empty_disk_to_the_same_end(
         os.kill(first.pid, signal.SIGKILL)
     finally:
         first.kill()
-        first.communicate()
+        first.communicate(timeout=DEADLINE_SECONDS)
     assert first.returncode == -signal.SIGKILL
     machine("second")
     there = int(in_bucket(place)[-1].removeprefix("step-"))

@@ -19,6 +19,7 @@ from pipelines.training.batches import Loader
 
 pytestmark = pytest.mark.slow
 
+PATIENCE_SECONDS = 300
 PACE = {"images_per_second", "data_wait_share", "time"}
 
 
@@ -82,7 +83,7 @@ def test_waiting_for_a_builder_gives_the_losses_of_training_afterwards(tmp_path,
 
     builder = slow_builder.started(tmp_path, pause=0.5)
     train(run, make_inputs=watched)
-    assert builder.wait() == 0
+    assert builder.wait(PATIENCE_SECONDS) == 0
     assert left[0] > 0 == left[19]  # it began before its caches were whole
     assert figures(run) == afterwards
     assert max(shares_of_waiting(run)) > 0.5
