@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,20 +70,21 @@ def served(table: Path, port: int | None = None) -> Iterator[str]:
         *("--host", HOST, "--port", str(port), "--no-auto-port"),
     ]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **offline},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        text=True,
-    )
-    try:
-        address = f"http://{HOST}:{port}/"
-        _wait(process, address)
-        yield address
-    finally:
-        _end(process)
+    # What it says goes to a file: of a pipe that nobody reads it would wait for room for ever.
+    with TemporaryFile() as said:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **offline},
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            address = f"http://{HOST}:{port}/"
+            _wait(process, address, said)
+            yield address
+        finally:
+            _end(process)
 
 
 def ask(address: str) -> int:
@@ -112,12 +115,12 @@ def _free(port: int | None) -> int:
     return found
 
 
-def _wait(process: subprocess.Popen[str], address: str) -> None:
+def _wait(process: subprocess.Popen[bytes], address: str, told: IO[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            assert process.stderr is not None
-            said = process.stderr.read().strip().splitlines()
+            told.seek(0)
+            said = told.read().decode(errors="replace").strip().splitlines()
             raise RuntimeError(f"embedding-atlas ended: {said[-1] if said else 'without a word'}")
         try:
             ask(address)
@@ -128,7 +131,7 @@ def _wait(process: subprocess.Popen[str], address: str) -> None:
     raise RuntimeError(f"embedding-atlas does not answer at {address} after {START_SECONDS:.0f} s")
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """End the server and what it started."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
