@@ -15,7 +15,7 @@ from pipelines.machines import interrupt
 from pipelines.records import checkpoint
 
 PATIENCE_SECONDS = 400
-END_SECONDS = {signal.SIGINT: 20.0, signal.SIGTERM: 60.0}  # 4 and 5 without other work
+END_SECONDS = {signal.SIGINT: 20.0, signal.SIGTERM: 30.0}  # 4 and 5 without other work
 MOST_LINES = 5
 STEPS = 100
 

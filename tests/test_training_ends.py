@@ -32,7 +32,7 @@ from pipelines.training.loop import StageResult, _locked, train_stage
 from pipelines.training.outputs import Output
 
 PATIENCE_SECONDS = 900  # a child that starts Ray on a busy machine
-SAVED_SECONDS = 60.0  # Slurm and Kubernetes give 30; without other work it takes 2, by Ray 5
+SAVED_SECONDS = 30.0  # what Slurm and Kubernetes give; without other work it takes 2, by Ray 5
 CHECKPOINT_EVERY = 4
 
 
