@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
@@ -32,6 +32,8 @@ SAVE_SECONDS = round(interrupt.GRACE_SECONDS)
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 """Seconds from a job's SIGTERM to its SIGKILL; Ray's own 3 are too few to save a training in."""
 ANSWER_SECONDS = 10.0
+REQUEST_SECONDS = 120.0
+"""A job API that says nothing for so long is away; a submission waits there for the job's agent."""
 AWAY_SECONDS = 600.0
 AGENT_SECONDS = 180.0  # a machine five times overloaded took more than ten, which Ray itself waits
 NEVER_RAN = 1
@@ -58,10 +60,10 @@ def run_job(
     Returns:
         the driver's exit code; NEVER_RAN, after saying why, when it never started.
     """
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobStatus
 
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
-    client = JobSubmissionClient(address)
+    client = _client(address)
     for attempt in Retrying(
         retry=retry_if_exception(_no_agent_yet),
         stop=stop_after_delay(AGENT_SECONDS),
@@ -95,6 +97,17 @@ def run_job(
         return 0
     say(f"job {job} {info.status.value.lower()}: {info.message}\n")
     return NEVER_RAN
+
+
+def _client(address: str) -> "JobSubmissionClient":
+    """Return a client of a job API whose requests end; Ray's own wait for an answer for ever."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, *said: Any, **options: Any) -> Any:
+            return super()._do_request(*said, **{"timeout": REQUEST_SECONDS, **options})
+
+    return Client(address)
 
 
 def _no_agent_yet(error: BaseException) -> bool:
@@ -191,13 +204,12 @@ def _check_answers(address: str) -> None:
             wants another token.
     """
     from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
 
     url = address if "://" in address else f"http://{address}"  # as Ray reads it
     try:
         with suppress(urllib.error.HTTPError):  # an answer, too: the client tells what it means
             urllib.request.urlopen(f"{url}/api/version", timeout=ANSWER_SECONDS).close()  # noqa: S310 (http, to where the user says)
-        JobSubmissionClient(address)
+        _client(address)
     except AuthenticationError as error:
         raise BadInput(
             f"RAY_API_SERVER_ADDRESS = {address}: that job API wants another token; name the file "
