@@ -140,7 +140,8 @@ def _follow(client: "JobSubmissionClient", job: str, say: Callable[[str], None])
             say(_log(client, job)[said:])
             return info
         if info.status != JobStatus.PENDING:
-            said = asyncio.run(_stream(client, job, said, say))
+            with asyncio.Runner() as runner:  # whose own `run` keeps Ctrl-C until the next answer
+                said = runner.get_loop().run_until_complete(_stream(client, job, said, say))
         elif not told and time.monotonic() - started > PENDING_SECONDS:
             say(f"{info.entrypoint}: {info.message}\n")
             told = True

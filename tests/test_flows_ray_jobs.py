@@ -1,6 +1,7 @@
 """A Ray job's output streams and its exit code comes back; stopping us stops it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_SECONDS = 400
+INTERRUPT_SECONDS = 60
+"""On a busy machine; on an idle one it is the second that is given to stop the job."""
 
 SCRIPT = """
 import sys
@@ -117,12 +120,16 @@ def test_a_job_that_computes_runs_where_gpus_are_free_and_says_that_it_waits_for
 
 
 RELAYED_SCRIPT = """
-import contextlib, socket, sys, threading, time
+import contextlib, os, signal, socket, sys, threading, time
 from flows import ray_jobs
 
-ray_jobs.REQUEST_SECONDS = 2.0
-MUTE_SECONDS = 5.0
-connections, mute_until, fault = [], 0.0, {fault!r}
+fault = {fault!r}
+ray_jobs.REQUEST_SECONDS = 2.0 if fault == "mute" else 300.0
+ray_jobs.STOP_SECONDS = 1.0
+MUTE_SECONDS = 5.0 if fault == "mute" else 300.0
+connections, mute_until, pressed = [], 0.0, 0.0
+# A test run in the background of a shell ignores SIGINT, and its children would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pump(source, sink, mute):
     with contextlib.suppress(OSError):
@@ -143,28 +150,40 @@ def relay(listener, target):
         for ends in ((near, far), (far, near)):
             threading.Thread(target=pump, args=(*ends, mute), daemon=True).start()
 
+def press():
+    global pressed
+    pressed = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+
 def say(chunk):
     global mute_until
     sys.stdout.write(chunk)
     if "line 1" not in chunk or mute_until:
         return
-    mute_until = time.monotonic() + MUTE_SECONDS if fault == "mute" else 1.0
+    mute_until = 1.0 if fault == "cut" else time.monotonic() + MUTE_SECONDS
     for near, far, mute in list(connections):
-        if fault == "mute":
+        if fault != "cut":
             mute.set()
             continue
         for end in (near, far):
             with contextlib.suppress(OSError):  # closed already
                 end.shutdown(socket.SHUT_RDWR)
+    if fault == "interrupt":
+        threading.Timer(2.0, press).start()  # the next poll waits for its answer by then
 
 code = "import time\\nfor n in range(6): print('line', n, flush=True); time.sleep(0.7)"
 with ray_jobs.job_cluster() as address:
     host, port = address.removeprefix("http://").split(":")
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=relay, args=(listener, (host, int(port))), daemon=True).start()
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        del os.environ[name]  # Ray's client would ask there whatever it is given
     through = f"http://127.0.0.1:{{listener.getsockname()[1]}}"
-    code = ray_jobs.run_job(["python", "-c", code], through, {{}}, say)
-    assert mute_until
+    try:
+        code = ray_jobs.run_job(["python", "-c", code], through, {{}}, say)
+    except KeyboardInterrupt:
+        code = f"none, {{time.monotonic() - pressed:.0f}} s after Ctrl-C"
+    assert mute_until and len(connections) > 2, "the relay was passed by"
     print("exit code", code)
 """
 
@@ -177,6 +196,16 @@ def test_a_connection_that_fails_neither_stops_the_job_nor_loses_a_line(head, fa
     said = output(RELAYED_SCRIPT.format(fault=fault), **head)
     lines = [line for line in said.splitlines() if line.startswith(("line", "exit"))]
     assert lines == [*(f"line {n}" for n in range(6)), "exit code 0"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_ends_a_driver_whose_job_api_is_mute(head):
+    """A Ray of its own gets it, too, and the driver may be waiting for that one's next answer."""
+    last = output(RELAYED_SCRIPT.format(fault="interrupt"), **head).splitlines()[-1]
+    ended = re.fullmatch(r"exit code none, (\d+) s after Ctrl-C", last)
+    assert ended is not None, last
+    assert int(ended[1]) < INTERRUPT_SECONDS
 
 
 @pytest.mark.ray
