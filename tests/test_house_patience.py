@@ -35,7 +35,7 @@ def test_no_test_waits_without_an_end():
     }
     # A barrier that has its own end, and a server's thread that was told to end.
     assert found == {
-        "support/http_server.py": ["21: thread.join"],
+        "support/http_server.py": ["27: thread.join"],
         "test_machines_in_process.py": ["19: self._meeting.wait"],
     }
 
