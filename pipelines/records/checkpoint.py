@@ -19,7 +19,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -172,20 +173,9 @@ def save(stage_directory: Path, contents: Contents, keep: int) -> Checkpoint:
     final = folder / f"{_PREFIX}{contents.step:08d}"
     if final.exists():
         raise FileExistsError(f"{final}: step {contents.step} is already saved")
-    temporary = folder / f"{_TEMPORARY}{final.name}"
-    with writing(final):
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(left)
+    with _made_whole(final) as temporary:
         atomic.sweep(layout.scratch_directory(stage_directory))
-        temporary.mkdir()
-        try:
-            _write(temporary, contents)
-        except BaseException:  # of a full disk it would keep what the next try wants
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        temporary.rename(final)
-        _sync(folder)
+        _write(temporary, contents)
     _prune(stage_directory, keep)
     return _open(final)
 
@@ -196,18 +186,33 @@ def copy(found: Checkpoint, stage_directory: Path) -> None:
     Raises:
         StoreError: it cannot be written.
     """
-    folder = stage_directory / FOLDER
-    final = folder / found.directory.name
-    temporary = folder / f"{_TEMPORARY}{final.name}"
+    final = stage_directory / FOLDER / found.directory.name
     if final.exists():
         return
-    with writing(final):
-        folder.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        shutil.copytree(found.directory, temporary)
+    with _made_whole(final) as temporary:
+        shutil.copytree(found.directory, temporary, dirs_exist_ok=True)
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
+
+
+@contextmanager
+def _made_whole(final: Path) -> Iterator[Path]:
+    """Yield a folder to be filled and synced, which has its name once the block has ended.
+
+    Raises:
+        StoreError: it cannot be written; nothing of it stays.
+    """
+    folder, temporary = final.parent, final.parent / f"{_TEMPORARY}{final.name}"
+    with writing(final):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left)
+        temporary.mkdir()
+        try:
+            yield temporary
+        except BaseException:  # of a full disk it would keep what the next try wants
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         temporary.rename(final)
         _sync(folder)
 
