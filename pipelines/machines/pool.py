@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -113,8 +113,9 @@ class Pool:
         while num_left:
             results, refusal = calls.ended(min(GATHERED * taking_in, GATHERED_SECONDS))
             if time.monotonic() - looked >= LOOK_SECONDS:
-                calls.welcome(self._joined(min(self._actors, num_left)))
-                calls.leave(deaths.nodes_draining())
+                leaving = deaths.nodes_draining()
+                calls.welcome(self._joined(min(self._actors, num_left), leaving))
+                calls.leave(leaving)
                 looked = time.monotonic()
             # Taken in before the actors get other calls: what is lost with this process are the
             # calls in flight, and not one more that it was about to commit.
@@ -134,11 +135,11 @@ class Pool:
         self._connected.enter_context(connect())
         import ray
 
-        nodes = ray.nodes()
+        nodes, leaving = ray.nodes(), deaths.nodes_draining()
         # Where all that have room are leaving, one actor waits for a node that joins.
         most = min(
             room(nodes, self._cpus, self._gpus),
-            max(num_that_fit(_staying(nodes), self._cpus, self._gpus), 1),
+            max(num_that_fit(_staying(nodes, leaving), self._cpus, self._gpus), 1),
         )
         if most < count and not self._told:
             self._told = True
@@ -150,11 +151,11 @@ class Pool:
         for _ in range(min(count, most) - len(self._places)):
             self._places.append(_Place(self._new()))
 
-    def _joined(self, wanted: int) -> list[_Place]:
+    def _joined(self, wanted: int, leaving: Collection[str]) -> list[_Place]:
         """Return places for the actors that nodes have room for now and had none before."""
         import ray
 
-        most = min(wanted, num_that_fit(_staying(ray.nodes()), self._cpus, self._gpus))
+        most = min(wanted, num_that_fit(_staying(ray.nodes(), leaving), self._cpus, self._gpus))
         more = [_Place(self._new()) for _ in range(most - len(self._places))]
         self._places += more
         return more
@@ -266,9 +267,10 @@ def room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
     return found
 
 
-def _staying(nodes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return those of the connected Ray's nodes that are not being drained."""
-    leaving = deaths.nodes_draining()
+def _staying(
+    nodes: Iterable[Mapping[str, Any]], leaving: Collection[str]
+) -> list[Mapping[str, Any]]:
+    """Return the nodes, as `ray.nodes` gives them, that are not among those that leave."""
     return [node for node in nodes if node["NodeID"] not in leaving]
 
 
