@@ -32,6 +32,19 @@ RUN_FLOW = (
 )
 
 
+def told(word: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Tell the stack of an environment to come up, or to go down."""
+    return subprocess.run(
+        [*STACK, word],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A running stack, beside a dead proxy and below a TMPDIR too long for a socket; EUPE_HOME."""
@@ -40,30 +53,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     long.mkdir()
     (home / "examples").symlink_to(ROOT / "examples")  # the demo's images are below EUPE_HOME
     environment = {**os.environ, **PROXIES, "EUPE_HOME": str(home), "TMPDIR": str(long)}
-    up = subprocess.run(
-        [*STACK, "up"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-    )
+    up = told("up", environment)
     try:
         assert up.returncode == 0, up.stderr
         short = Path((home / "runs/local/ray_folder").read_text().strip())
         assert (long / "ray").samefile(short / "ray")  # what Ray writes lies where it was told
         yield home
     finally:
-        down = subprocess.run(
-            [*STACK, "down"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PATIENCE_SECONDS,
-        )
+        down = told("down", environment)
     assert down.returncode == 0, down.stderr
     assert running(home / "runs/local") == []
     assert not short.parent.exists()
